@@ -1,0 +1,46 @@
+# make test                            in $(VENV), which is made and filled on first use
+# make test PYTHON=python3 VENV=none   with that Python as it is: no venv, nothing installed
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV ?= .venv
+
+ifeq ($(VENV),none)
+RUN := $(PYTHON)
+READY :=
+NO_LINT := $(shell $(RUN) -c 'import mypy, ruff' 2>/dev/null || echo yes)
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+NO_LINT :=
+endif
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(RUN) -m bench.demo
+
+test: lint
+	$(RUN) -m pytest -q
+
+bench: $(READY)
+	$(RUN) -m bench.side_by_side
+
+lint: $(READY)
+ifeq ($(NO_LINT),yes)
+	@echo "lint skipped: $(RUN) has no ruff or no mypy"
+else
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy dpfast
+endif
+
+# torch first and pinned: the build without isolation needs it there.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip
+	$(RUN) -m pip install -q -c constraints.txt torch setuptools
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info bench/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	find dpfast kernels tests bench \( -name __pycache__ -o -name '*.so' \) -prune -exec rm -rf {} + 2>/dev/null || true

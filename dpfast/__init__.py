@@ -1,0 +1,17 @@
+"""dpfast: exact differentially private training in PyTorch, in one backward pass."""
+
+from dpfast.analysis.sensitivity import SensitivityReport, check_sensitivity
+from dpfast.engine import PrivacyEngine
+from dpfast.explain import explain
+from dpfast.registry import register, unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PrivacyEngine",
+    "SensitivityReport",
+    "check_sensitivity",
+    "explain",
+    "register",
+    "unregister",
+]

@@ -1,0 +1,1 @@
+"""Audits of the guarantee on a user's own model."""

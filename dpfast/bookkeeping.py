@@ -1,0 +1,132 @@
+"""The whole private step between backward and noise, on one page: norms → factors → clipped sum.
+
+During a backward pass every tapped layer hands its per-sample gradients, in the cheapest form, to the
+:class:`Book`; when the pass ends the book computes each sample's norm over all parameters (or per group), turns
+norms into clipping factors, adds ``Σ_i factor_i · g_i`` to each parameter's ``summed_grad`` and is empty again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.clipping import Clipping
+from dpfast.layers.forms import Form, combine, squared_norm
+from dpfast.layers.tap import Recorder
+from dpfast.ops import compute_dtype
+
+
+class Book(Recorder):
+    """Per-sample gradients of one backward pass, closed into clipped sums when it ends.
+
+    Guarantee: for every backward pass, adding or removing one sample changes the concatenation of all
+    ``summed_grad`` by at most ``clipping.sensitivity`` in L2, rounding included, for any values of activations and
+    backprops. A sample whose norm is not finite contributes exact zeros; it is counted in
+    :attr:`nonfinite_samples` and warned of once.
+
+    Args:
+        names: every parameter of the model, with the name that messages use.
+        clipping: thresholds and groups.
+        loss_reduction: ``"mean"`` if the loss is averaged over the batch (every backprop then carries 1/B, which
+            is undone exactly), ``"sum"`` if it is not.
+    """
+
+    def __init__(self, names: Mapping[nn.Parameter, str], clipping: Clipping, loss_reduction: str = "mean"):
+        super().__init__(names)
+        self.clipping = clipping
+        self.loss_reduction = loss_reduction
+        self.tracked: set[nn.Parameter] | None = None  # None: all; else those of the optimizer
+        self.accumulation_allowed = True
+        self.start_logical_batch()
+        self.per_sample_gradient_norms: Tensor | None = None
+        self.nonfinite_samples = 0
+        self._warned = False
+
+    def start_logical_batch(self) -> None:
+        """Nothing is summed: a step has used it, or ``zero_grad`` has dropped it."""
+        self.sensitivity = 0.0  # the largest in force at any clipping of the logical batch
+        self.accumulated = 0  # most backward passes between two calls of step
+        self._backwards = 0  # since the last call of step
+        self.evaluated = False
+
+    def end_physical_batch(self) -> None:
+        """``step`` was called, be it to skip."""
+        self.accumulated = max(self.accumulated, self._backwards)
+        self._backwards = 0
+
+    def close(self) -> None:
+        """Norms → factors → clipped sum, for everything recorded in the backward pass that just ended."""
+        batch = self.batch_size
+        uses = {p: forms for p, forms in self.take().items() if self.tracked is None or p in self.tracked}
+        if self._backwards and not self.accumulation_allowed:
+            raise ValueError(
+                "Poisson sampling is not compatible with grad accumulation: a second backward came before "
+                "optimizer.step(). Step after every backward, or use BatchMemoryManager for large batches"
+            )
+        self._backwards += 1
+        self.sensitivity = max(self.sensitivity, self.clipping.sensitivity)
+        if not uses:
+            self.per_sample_gradient_norms = torch.zeros(batch or 0)
+            return
+
+        with torch.no_grad():
+            size = self._common_batch(uses)
+            scale = size if self.loss_reduction == "mean" else 1
+            combined = {p: combine(uses.pop(p)) for p in list(uses)}
+            norms, certified = self._norms(combined)
+            self.per_sample_gradient_norms = (norms.sum(0).sqrt() * scale).to(compute_dtype(next(iter(combined)).dtype))
+            factors = self.clipping.factors(certified.sqrt() * scale)
+            kept = self._finite_samples(certified)
+            for p in list(combined):
+                forms = combined.pop(p)
+                weights = (factors[self.clipping.group_of(p)] * scale).to(p.device)
+                if kept is not None:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
+                    index = kept.to(p.device)
+                    forms, weights = [form.select(index) for form in forms], weights[index]
+                for form in forms:
+                    self._accumulate(p, form.clipped_sum(weights))
+
+    def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
+        """Squared norms ``[groups, B]`` as computed, and with the bound on their error added."""
+        first, forms = next(iter(combined.items()))
+        shape = (len(self.clipping.thresholds), forms[0].batch)
+        norms = torch.zeros(shape, dtype=torch.float64, device=first.device)
+        certified = torch.zeros_like(norms)
+        for p, forms in combined.items():
+            squared, bound = squared_norm(forms)
+            norms[self.clipping.group_of(p)] += squared.to(first.device)
+            certified[self.clipping.group_of(p)] += (squared + bound).to(first.device)
+        return norms, certified
+
+    def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
+        sizes = {self.names[p]: form.batch for p, forms in uses.items() for form in forms}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"layers saw different batch sizes in one backward pass: {sizes}. Run one backward for each "
+                f"batch, so that each sample's gradient is whole when it is clipped"
+            )
+        return next(iter(sizes.values()))
+
+    def _finite_samples(self, certified: Tensor) -> Tensor | None:
+        """Indices of the samples that count, or None if all do."""
+        finite = certified.isfinite().all(0)
+        if bool(finite.all()):
+            return None
+        self.nonfinite_samples += int((~finite).sum())
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{int((~finite).sum())} of {len(finite)} samples have a gradient norm that is NaN or infinite: each "
+                f"contributes exact zeros. Warned once; see nonfinite_samples for the count",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return finite.nonzero().squeeze(1)
+
+    @staticmethod
+    def _accumulate(p: nn.Parameter, clipped: Tensor) -> None:
+        clipped = clipped.reshape(p.shape)
+        p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]

@@ -1,0 +1,294 @@
+"""``PrivacyEngine``: Opacus' engine with one more ``grad_sample_mode``, "fused", which is the default."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import opacus
+import torch
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.validators.errors import UnsupportedModuleError
+from opacus.validators.module_validator import ModuleValidator
+from torch import nn, optim
+from torch.distributed._composable.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from dpfast.clipping import Clipping
+from dpfast.criterion import PerSampleCriterion
+from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
+from dpfast.layers import refusal
+from dpfast.layers.generic import ONE_BY_ONE
+from dpfast.optim.optimizer import FusedDPOptimizer, check_noise_multiplier
+
+FUSED = "fused"
+
+
+class PrivacyEngine(opacus.PrivacyEngine):
+    """Drop-in for ``opacus.PrivacyEngine`` (1.6): same arguments, methods, accountants and checkpoints.
+
+    ``grad_sample_mode="fused"`` (the default) clips per-sample gradients exactly in one backward pass; every other
+    mode is Opacus', untouched. (ε, δ) is that of the accountant for the sampled Gaussian mechanism with the given
+    noise multiplier, sample rate and number of steps: one sample moves the clipped sum by at most
+    ``max_grad_norm`` (L2), and noise of ``noise_multiplier · max_grad_norm`` is added once a step.
+
+    Example:
+        >>> engine = PrivacyEngine()
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0)
+    """
+
+    def is_compatible(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer | None = None,
+        data_loader: DataLoader | None = None,
+    ) -> bool:
+        """Whether the fused mode can train ``module``."""
+        return not _problems(module)
+
+    def validate(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer | None = None,
+        data_loader: DataLoader | None = None,
+    ) -> None:
+        """Like :meth:`is_compatible`, but raises.
+
+        Raises:
+            UnsupportedModuleError: names every module that cannot be trained, why, and what to do.
+        """
+        if problems := _problems(module):
+            raise UnsupportedModuleError("\n".join(problems))
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer,
+        criterion: Any = None,
+        data_loader: DataLoader,
+        noise_multiplier: float,
+        max_grad_norm: float | Sequence[float] | Mapping[str, float],
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = FUSED,
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        max_physical_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
+
+        Args:
+            criterion: if given, the fused mode returns it too, as Opacus' ghost mode does: its result has
+                ``backward()``, ``item()`` and arithmetic on per-sample losses.
+            max_grad_norm: C; with ``clipping="per_layer"`` a list (one C for each of the optimizer's parameters) or
+                a dict of parameter-name prefixes to C.
+            clipping: ``"flat"`` (one norm over all parameters) or ``"per_layer"``.
+            grad_sample_mode: ``"fused"``, or any mode of Opacus.
+            wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
+            max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
+                sample at a time, through ``BatchMemoryManager(max_physical_batch_size=1)``, which is exact for any
+                model.
+
+        Returns:
+            ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
+
+        Raises:
+            ValueError, UnsupportedModuleError: before anything is changed; module, optimizer and loader are as they
+                were.
+        """
+        if grad_sample_mode != FUSED:
+            if isinstance(module, FusedModule):
+                raise ValueError(
+                    f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
+                    f"pass module.to_standard_module()"
+                )
+            ModuleValidator.validate(module, strict=True)
+            return super().make_private(
+                module=module,
+                optimizer=optimizer,
+                criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+                data_loader=data_loader,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                batch_first=batch_first,
+                loss_reduction=loss_reduction,
+                poisson_sampling=poisson_sampling,
+                clipping=clipping,
+                noise_generator=noise_generator,
+                grad_sample_mode=grad_sample_mode,
+                wrap_model=wrap_model,
+                rand_on_empty=rand_on_empty,
+                **kwargs,
+            )
+        if kwargs:
+            raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
+        if noise_generator is not None and self.secure_mode:
+            raise ValueError("noise_generator: passing a seed is prohibited in secure mode")
+        if max_physical_batch_size not in (None, 1):
+            raise ValueError(
+                f"max_physical_batch_size={max_physical_batch_size!r}: only 1 changes anything here; to split batches "
+                f"into larger pieces use BatchMemoryManager alone"
+            )
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
+        check_noise_multiplier(noise_multiplier)
+        if isinstance(optimizer, DPOptimizer):
+            optimizer = optimizer.original_optimizer
+        model = module._module if isinstance(module, FusedModule) else module
+        thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
+        self._check_model(module, max_physical_batch_size)
+        per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
+        sample_rate = 1 / len(data_loader)
+        expected_batch_size = int(len(data_loader.dataset) * sample_rate)  # type: ignore[arg-type]
+        private_loader = self._prepare_data_loader(
+            data_loader,
+            distributed=False,
+            poisson_sampling=poisson_sampling,
+            batch_first=batch_first,
+            rand_on_empty=rand_on_empty,
+        )
+
+        hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size)
+        if poisson_sampling:
+            hooks.forbid_grad_accumulation()
+        private_optimizer = FusedDPOptimizer(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            clipping=thresholds,
+            book=hooks.book,
+            expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction,
+            generator=self.secure_rng if self.secure_mode else noise_generator,
+            secure_mode=self.secure_mode,
+        )
+        private_optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader)))
+        if per_sample is None:
+            return hooks, private_optimizer, private_loader
+        return hooks, private_optimizer, per_sample, private_loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        data_loader: DataLoader,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        grad_sample_mode: str = FUSED,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """:meth:`make_private` with the noise multiplier that spends ``target_epsilon`` in ``epochs`` epochs.
+
+        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` goes to the search.
+        """
+        common = dict(data_loader=data_loader, grad_sample_mode=grad_sample_mode, **kwargs)
+        if grad_sample_mode != FUSED:
+            return super().make_private_with_epsilon(
+                target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, **common
+            )
+        if len(self.accountant) > 0:
+            warnings.warn(
+                "make_private_with_epsilon with privacy budget already spent: the noise multiplier assumes a fresh "
+                "start, so the overall budget will be higher",
+                stacklevel=2,
+            )
+        search = {name: common.pop(name) for name in ("epsilon_tolerance",) if name in common}
+        noise_multiplier = get_noise_multiplier(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=1 / len(data_loader),
+            epochs=epochs,
+            accountant=self.accountant.mechanism(),
+            **search,
+        )
+        return self.make_private(noise_multiplier=noise_multiplier, **common)
+
+    def _thresholds(self, model: nn.Module, optimizer: optim.Optimizer, clipping: str, max_grad_norm: Any) -> Clipping:
+        names = parameter_names(model)
+        params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+        if any(p not in names for p in params):
+            raise ValueError("Module parameters are different than optimizer Parameters")
+        if clipping == "flat":
+            return Clipping.flat(max_grad_norm)
+        if clipping == "per_layer":
+            return Clipping.per_layer(max_grad_norm, {names[p]: p for p in params})
+        raise ValueError(
+            f"clipping={clipping!r}: the fused mode has 'flat' and 'per_layer'; other styles need an Opacus mode such "
+            f"as grad_sample_mode='hooks'"
+        )
+
+    def _check_model(self, module: nn.Module, max_physical_batch_size: int | None) -> None:
+        if isinstance(
+            module,
+            (
+                DistributedDataParallel,
+                opacus.distributed.DifferentiallyPrivateDistributedDataParallel,
+                FSDPModule,
+            ),
+        ):
+            raise ValueError(
+                f"module is a {type(module).__name__}: the fused mode trains on one device so far; use "
+                f"grad_sample_mode='hooks' with Opacus' DifferentiallyPrivateDistributedDataParallel"
+            )
+        if isinstance(module, FusedModule):
+            return
+        if isinstance(module, AbstractGradSampleModule):
+            raise ValueError(f"module is a {type(module).__name__} of another mode: pass module.to_standard_module()")
+        if problems := _problems(module, served_only=max_physical_batch_size != 1):
+            raise UnsupportedModuleError("\n".join(problems))
+
+    def _attach(
+        self,
+        module: nn.Module,
+        wrap_model: bool,
+        batch_first: bool,
+        loss_reduction: str,
+        max_physical_batch_size: int | None,
+    ) -> FusedHooks:
+        if isinstance(module, FusedModule):
+            if (module.batch_first, module.loss_reduction) != (batch_first, loss_reduction):
+                raise ValueError(
+                    f"module is private already, with batch_first={module.batch_first}, "
+                    f"loss_reduction={module.loss_reduction!r}; pass module.to_standard_module() to change that"
+                )
+            return module
+        cls = FusedModule if wrap_model else FusedHooks
+        return cls(
+            module,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            max_physical_batch_size=max_physical_batch_size,
+        )
+
+
+def _problems(module: nn.Module, served_only: bool = True) -> list[str]:
+    """Why the fused mode cannot train ``module``: a line for each of its modules that stands in the way.
+
+    With ``served_only=False`` modules without a per-sample path are let through, for a physical batch of one.
+    """
+    problems = []
+    if not module.training:
+        problems.append("Model needs to be in training mode: call model.train()")
+    for name, child in module.named_modules():
+        if not any(p.requires_grad for p in child.parameters(recurse=False)):
+            continue
+        where = f"{name or 'the model'} ({type(child).__name__})"
+        validator = ModuleValidator.VALIDATORS.get(type(child))
+        if (reason := refusal(child)) is not None:
+            problems += [f"{where}: {reason}. {ONE_BY_ONE}"] if served_only else []
+        elif validator is not None and not isinstance(child, nn.MultiheadAttention):  # that one is served here
+            advice = "opacus.validators.ModuleValidator.fix(model) replaces it"
+            problems += [f"{where}: {error} {advice}" for error in validator(child)]
+    return problems

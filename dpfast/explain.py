@@ -1,0 +1,90 @@
+"""The plan of a model on a batch, as a table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.forwards import Forward, observed, tensors
+from dpfast.grad_sample import FusedHooks, FusedModule
+from dpfast.layers.forms import Form, combine
+
+_COLUMNS = ("layer", "T", "d", "p", "way", "extra flops", "extra bytes")
+
+
+def explain(model: nn.Module, batch: Any) -> str:
+    """Print and return how every parameter's norm and clipped sum would be computed on ``batch``.
+
+    Args:
+        model: a plain or private model; it is not touched.
+        batch: the model's input as the loader gives it: a tensor, a dict of keyword arguments, or a sequence, of
+            which the first element is the input and the rest (targets) is ignored.
+
+    Returns:
+        A table: layer, T positions, d and p (the sides of its per-sample gradient), way, and what that adds to
+        ordinary training in floating-point operations and bytes moved.
+    """
+    plain = model._module if isinstance(model, FusedModule) else model
+    forms = _forms(plain, batch)
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    flops = moved = 0.0
+    for name, kept in forms.items():
+        for form in kept:
+            plan = form.plan
+            flops, moved = flops + plan.flops, moved + plan.bytes
+            rows.append(
+                (
+                    name,
+                    *map(str, (plan.T, plan.d, plan.p, plan.way)),
+                    f"{plan.flops:.3g}",
+                    f"{plan.bytes:.3g}",
+                )
+            )
+    rows.append(("total", "", "", "", "", f"{flops:.3g}", f"{moved:.3g}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    print(table)
+    return table
+
+
+def _forms(plain: nn.Module, batch: Any) -> dict[str, list[Form]]:
+    """What a backward pass on a copy of the model hands to the book, by parameter name."""
+    found: dict[str, list[Form]] = {}
+    twin = pristine_copy(plain)
+    hooks = FusedHooks(twin)
+
+    def observe(uses: dict[nn.Parameter, list[Form]]) -> None:
+        found.update({hooks.book.names[p]: combine(forms) for p, forms in uses.items()})
+
+    with torch.enable_grad(), torch.random.fork_rng():
+        outputs = [x for x in tensors(call(twin, batch)) if x.requires_grad]
+        if not outputs:
+            raise ValueError("explain: the model has no trainable parameter that its output depends on")
+        with observed(hooks.book, observe):
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    return found
+
+
+def pristine_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model`` with nothing of ours attached, whether or not the original has."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(forward := vars(module).get("forward"), Forward):
+            forward.remove()
+    return twin
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model`` on the input part of a loader's batch."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Sequence) and len(batch):
+        return call(model, batch[0])
+    raise ValueError(f"batch of type {type(batch).__name__}: give a tensor, a dict of inputs, or (inputs, targets)")

@@ -1,0 +1,176 @@
+"""The model side of the "fused" mode: every layer's forward goes through its tap, in place.
+
+Types, attributes, ``state_dict`` names and signatures of the model stay as they were: only the instances'
+``forward`` is replaced, and :meth:`FusedHooks.cleanup` takes that back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
+from opacus.layers import DPMultiheadAttention
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+
+from dpfast.bookkeeping import Book
+from dpfast.clipping import Clipping
+from dpfast.forwards import Forward, GenericForward, LayerForward, ModelForward, UnservedForward
+from dpfast.layers import OpacusAttention, Recurrent, family
+from dpfast.layers.generic import Generic
+from dpfast.layers.tap import Tap
+
+
+def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Every parameter once (tied ones under their first name), with its full name."""
+    return {p: name for name, p in module.named_parameters()}
+
+
+class FusedHooks(AbstractGradSampleHooks):
+    """Exact per-sample clipping in one backward pass, attached to a model in place.
+
+    After ``backward()`` each trainable parameter's ``summed_grad`` holds the clipped sum and
+    :attr:`per_sample_gradient_norms` the norms. Guarantee: see :class:`dpfast.bookkeeping.Book`.
+
+    Args:
+        m: the model; its layers' ``forward`` are replaced on the instances.
+        batch_first: whether the batch is dimension 0 (else 1) of the layers' inputs.
+        loss_reduction: ``"mean"`` or ``"sum"``, over the batch.
+        clipping: thresholds and groups; those of the optimizer, once there is one.
+        max_physical_batch_size: 1 if a model that no path serves is to be trained one sample at a time.
+    """
+
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        clipping: Clipping | None = None,
+        max_physical_batch_size: int | None = None,
+    ):
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
+        if isinstance(vars(m).get("forward"), Forward):
+            raise ValueError("this model is already private; call cleanup() or to_standard_module() first")
+        super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
+        self.book = Book(parameter_names(m), clipping or Clipping.flat(1.0), loss_reduction)
+        self._forwards: list[Forward] = []
+        self._attach(0 if batch_first else 1, max_physical_batch_size)
+
+    def _attach(self, batch_dim: int, max_physical_batch_size: int | None) -> None:
+        root = self._module
+        batch_dims = _batch_dims(root, batch_dim)
+        served, loose = _split_parameters(root)
+        for name, module in root.named_modules():
+            own = {p for p in module._parameters.values() if p is not None}
+            layer = family(module)
+            forward: Forward | None = None
+            if module in served and layer is not None:
+                tap = Tap(self.book, layer, name or type(module).__name__, batch_dims.get(module, batch_dim))
+                forward = LayerForward(module, layer, tap)
+            elif max_physical_batch_size == 1 and own:
+                forward = UnservedForward(module, name, self.book)
+            elif own:
+                below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
+                forward = GenericForward(module, Generic(module, below, self.book, batch_dim))
+            if forward is not None:
+                self._forwards.append(forward)
+        inner = next((forward for forward in self._forwards if forward.module is root), None)
+        self._forwards = [forward for forward in self._forwards if forward is not inner]
+        model = ModelForward(root, inner, Generic(root, loose, self.book, batch_dim), self.book, batch_dim)
+        self._model_forward = model
+        self._forwards.append(model)
+        for forward in self._forwards:
+            forward.install()
+
+    @property
+    def per_sample_gradient_norms(self) -> Tensor:
+        """``[B]`` L2 norms of the last backward's per-sample gradients, over all trained parameters.
+
+        They are not private: for debugging only.
+        """
+        norms = self.book.per_sample_gradient_norms
+        if norms is None:
+            raise AttributeError("per_sample_gradient_norms is not set: run forward and backward first")
+        return norms
+
+    @property
+    def nonfinite_samples(self) -> int:
+        """How many samples had a NaN or infinite norm so far; each contributed exact zeros."""
+        return self.book.nonfinite_samples
+
+    def verify_layouts(self, verify: bool) -> None:
+        """Whether the model's first forward checks that no layer mixes samples (see ``ModelForward``)."""
+        self._model_forward.verifies = verify
+
+    def forbid_grad_accumulation(self) -> None:
+        """Refuse a second backward before a step (Poisson sampling accounts for one batch a step)."""
+        self.book.accumulation_allowed = False
+
+    def allow_grad_accumulation(self) -> None:
+        """Undo :meth:`forbid_grad_accumulation`."""
+        self.book.accumulation_allowed = True
+
+    def remove_hooks(self) -> None:
+        """Give every module its own forward back."""
+        for forward in self._forwards:
+            forward.remove()
+        self._forwards = []
+
+    def cleanup(self) -> None:
+        """Remove everything that was added to the model and its parameters."""
+        super().cleanup()
+        for p in self._module.parameters():
+            if hasattr(p, "summed_grad"):
+                del p.summed_grad
+
+
+class FusedModule(FusedHooks, AbstractGradSampleModule):
+    """:class:`FusedHooks` as a module around the model, as Opacus' ``GradSampleModule`` is."""
+
+    def __init__(self, m: nn.Module, **kwargs: Any):
+        nn.Module.__init__(self)
+        FusedHooks.__init__(self, m, **kwargs)
+        self.grad_accumulation_hook = None
+
+
+def _batch_dims(root: nn.Module, batch_dim: int) -> dict[nn.Module, int]:
+    """Modules whose batch dimension is their parent's affair, not the model's."""
+    dims: dict[nn.Module, int] = {}
+    for module in root.modules():
+        if isinstance(module, RNNLinear):
+            dims[module] = 0
+        elif isinstance(module, nn.MultiheadAttention):
+            dims[module.out_proj] = 0
+        elif isinstance(module, DPMultiheadAttention):
+            for child in (module.qlinear, module.klinear, module.vlinear, module.out_proj):
+                dims[child] = 0 if module.batch_first else 1
+    return dims
+
+
+def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Parameter, str]]:
+    """Modules that a layer family serves, and the parameters that only the generic path can serve.
+
+    A parameter tied between a served and an unserved module goes through both; its uses add up in the book.
+    """
+    served: set[nn.Module] = set()
+    loose: dict[nn.Parameter, str] = {}
+    for prefix, module in root.named_modules():
+        layer = family(module)
+        if layer is not None and (module._parameters or isinstance(layer, (Recurrent, OpacusAttention))):
+            served.add(module)
+            continue
+        for name, p in module._parameters.items():
+            if p is not None:
+                loose.setdefault(p, f"{prefix}.{name}" if prefix else name)
+    return served, loose
+
+
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Whether ``module`` normalises over the batch."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(
+        module, torch.nn.modules.instancenorm._InstanceNorm
+    )

@@ -1,0 +1,69 @@
+"""Layer families: how each kind of module hands its per-sample gradients over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.layers.attention import AppendedRow, MultiheadAttention, OpacusAttention
+from dpfast.layers.base import Layer
+from dpfast.layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from dpfast.layers.embedding import Embedding, EmbeddingBag
+from dpfast.layers.linear import Linear
+from dpfast.layers.norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
+from dpfast.layers.rnn import UNSERVED, Recurrent
+
+FAMILIES: tuple[Layer, ...] = (
+    Linear(),
+    Embedding(),
+    EmbeddingBag(),
+    Conv1d(),
+    Conv2d(),
+    Conv3d(),
+    ConvTranspose1d(),
+    ConvTranspose2d(),
+    ConvTranspose3d(),
+    LayerNorm(),
+    RMSNorm(),
+    GroupNorm(),
+    InstanceNorm1d(),
+    InstanceNorm2d(),
+    InstanceNorm3d(),
+    MultiheadAttention(),
+    AppendedRow(),
+    OpacusAttention(),
+    Recurrent(),
+)
+_BY_TYPE: dict[Any, Layer] = {cls: layer for layer in FAMILIES for cls in layer.types}
+
+
+def family(module: nn.Module) -> Layer | None:
+    """The family that serves ``module``, or None.
+
+    A subclass is served like its base class if it has kept the base class's forward; a module whose parameters are
+    not plain ones of its own (parametrised, weight-normed, patched) is not.
+    """
+    bases: tuple[Any, ...] = type(module).__mro__
+    layer = next((_BY_TYPE[cls] for cls in bases if cls in _BY_TYPE and bases[0].forward is cls.forward), None)
+    if layer is None or "forward" in vars(module) or torch.nn.utils.parametrize.is_parametrized(module):
+        return None
+    tensors = [name for name in ("weight", "bias") if isinstance(getattr(module, name, None), Tensor)]
+    return layer if all(name in module._parameters for name in tensors) else None
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why ``module``, taken by itself, cannot be trained privately, and what to do; None if it can."""
+    if type(module) in UNSERVED:
+        return (
+            f"nn.{type(module).__name__} computes all time steps in one kernel, of which no per-sample gradient can be "
+            f"taken; use opacus.layers.{UNSERVED[type(module)].__name__} (opacus.validators.ModuleValidator.fix)"
+        )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+        return "its parameters have no shape yet; run the model once on a batch before make_private"
+    layer = family(module)
+    return layer.refusal(module) if layer is not None else None
+
+
+__all__ = ["FAMILIES", "Layer", "family", "refusal"]

@@ -1,0 +1,59 @@
+"""What a layer family has to say for its modules to be served by the fused mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dpfast.layers.forms import Form
+from dpfast.layers.tap import Call, Tap
+from dpfast.ops import compute_dtype
+
+
+class Layer:
+    """A family of modules with one way to per-sample gradients. Stateless: everything comes with the call.
+
+    ``run`` is the module's forward with its op on parameters replaced by ``tap(x, *params, spec=...)``; padding,
+    reshaping and the like stay ordinary autograd. The other three define that op. ``x`` and ``G`` have the samples
+    first: ``call.batch`` of them, each with ``len(x) / call.batch`` rows.
+    """
+
+    types: ClassVar[tuple[Any, ...]] = ()  # module classes
+    least_dims: ClassVar[int] = 1  # dimensions of the smallest x that has a batch dimension
+    needs_batch: ClassVar[bool] = False  # the op takes the dimension before the features for the batch (convolutions)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why this very module cannot be trained privately, and what to do; None if it can."""
+        return None
+
+    def run(self, module: Any, tap: Tap, *args: Any, **kwargs: Any) -> Any:
+        """``module.forward``, its op going through ``tap``."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
+        """The op's output."""
+        raise NotImplementedError
+
+    def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        """Gradient with respect to ``x``."""
+        raise NotImplementedError
+
+    def forms(
+        self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
+    ) -> Iterator[tuple[int, Form]]:
+        """Per-sample gradients of the parameters with an index in ``needed``."""
+        raise NotImplementedError
+
+
+def by_sample(x: Tensor, batch: int, feature_dims: int = 1) -> Tensor:
+    """``[rows, *, features]`` as ``[batch, T, features]``, samples first; ``feature_dims`` trailing ones are kept."""
+    split = x.dim() - feature_dims
+    return x.reshape(batch, math.prod(x.shape[:split]) // batch, *x.shape[split:])
+
+
+def sum_positions(samples: Tensor) -> Tensor:
+    """``Σ_t`` of ``[B, T, *]`` in float32, float64 for float64."""
+    return samples.sum(1, dtype=compute_dtype(samples.dtype))

@@ -1,0 +1,216 @@
+"""The forms in which one parameter's per-sample gradients are kept until the clipping factors are known.
+
+A use of a parameter in the forward pass becomes one form in the backward pass; the per-sample gradient is the sum
+over the parameter's forms (tied or re-used weights have several), and norms of sums need the cross-terms:
+:func:`squared_norm` has them all, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpfast import ops, planner
+
+
+@dataclass
+class Instantiated:
+    """Per-sample gradients written out: ``[B, *parameter.shape]``."""
+
+    samples: Tensor
+    planned: planner.Plan | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.samples.shape[0]
+
+    @property
+    def plan(self) -> planner.Plan:
+        return self.planned or planner.small(self.batch, self.samples[:1].numel(), self.samples.element_size())
+
+    def squared_norm(self) -> tuple[Tensor, Tensor]:
+        return ops.squared_norm(self.samples)
+
+    def clipped_sum(self, factors: Tensor) -> Tensor:
+        return ops.weighted_sum(self.samples, factors)
+
+    def select(self, index: Tensor) -> Instantiated:
+        return Instantiated(self.samples[index])
+
+    def instantiate(self) -> Instantiated:
+        return self
+
+    def touched(self) -> Tensor:
+        return _any_nonzero(self.samples)
+
+
+@dataclass
+class Factored:
+    """``g_i = G_iᵀ A_i``, with ``A [B, g, T, d]``, ``G [B, g, T, p]``, for rows ``[row, row + g·p)`` of ``rows``."""
+
+    A: Tensor
+    G: Tensor
+    rows: int
+    row: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def plan(self) -> planner.Plan:
+        return planner.choose(*self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int, int, int]:
+        B, groups, T, d = self.A.shape
+        return B, groups, T, d, self.G.shape[-1], max(4, self.A.element_size())
+
+    def squared_norm(self) -> tuple[Tensor, Tensor]:
+        if self.A.shape[2] == 1:
+            return ops.one_position_squared_norm(self.A, self.G)
+        return ops.ghost_squared_norm(self.A, self.G)
+
+    def clipped_sum(self, factors: Tensor) -> Tensor:
+        return _place_rows(ops.clipped_weight_gradient(self.A, self.G, factors), self.row, self.rows, 0)
+
+    def select(self, index: Tensor) -> Factored:
+        return Factored(self.A[index], self.G[index], self.rows, self.row)
+
+    def instantiate(self) -> Instantiated:
+        samples = _place_rows(ops.grad_samples(self.A, self.G), self.row, self.rows, 1)
+        return Instantiated(samples, planner.instantiate(*self._shape))
+
+    def cheapest(self) -> Factored | Instantiated:
+        """What the plan says: kept as factors, or written out now so that A and G can go."""
+        return self.instantiate() if self.plan.way == "instantiate" else self
+
+    def touched(self) -> Tensor:
+        return _any_nonzero(self.G)
+
+
+@dataclass
+class EmbeddingRows:
+    """``g_i[v] = Σ_{t: id_t = v} G_t``, with ``ids [B, T]``, ``G [B, T, d]``, for a table of ``rows`` rows."""
+
+    ids: Tensor
+    G: Tensor
+    rows: int
+
+    @property
+    def batch(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def plan(self) -> planner.Plan:
+        B, T, d = self.G.shape
+        return planner.segments(B, T, d, max(4, self.G.element_size()))
+
+    def squared_norm(self) -> tuple[Tensor, Tensor]:
+        return ops.embedding_squared_norm(self.ids, self.G)
+
+    def clipped_sum(self, factors: Tensor) -> Tensor:
+        dtype = ops.compute_dtype(self.G.dtype)
+        scaled = self.G.to(dtype) * factors.to(dtype).view(-1, 1, 1)
+        table = torch.zeros(self.rows, self.G.shape[-1], dtype=dtype, device=self.G.device)
+        return table.index_add_(0, self.ids.reshape(-1), scaled.flatten(0, 1))
+
+    def select(self, index: Tensor) -> EmbeddingRows:
+        return EmbeddingRows(self.ids[index], self.G[index], self.rows)
+
+    def instantiate(self) -> Instantiated:
+        return Instantiated(ops.embedding_grad_samples(self.ids, self.G, self.rows))
+
+    def touched(self) -> Tensor:
+        return _any_nonzero(self.G)
+
+
+Form = Instantiated | Factored | EmbeddingRows
+
+
+def combine(forms: Sequence[Form]) -> list[Form]:
+    """The same per-sample gradient in at most one form of each kind: factored, embedding rows, instantiated."""
+    if len(forms) == 1:
+        return list(forms)
+    factored = [form for form in forms if isinstance(form, Factored)]
+    embedded = [form for form in forms if isinstance(form, EmbeddingRows)]
+    written = [form.samples for form in forms if isinstance(form, Instantiated)]
+    combined: list[Form] = []
+    if factored:
+        one = factored[0] if len(factored) == 1 else _concatenate(factored).cheapest()
+        if isinstance(one, Instantiated):
+            written.append(one.samples)
+        else:
+            combined.append(one)
+    if embedded:
+        ids, G = (torch.cat([getattr(form, name) for form in embedded], 1) for name in ("ids", "G"))
+        combined.append(EmbeddingRows(ids, G, embedded[0].rows))
+    if written:
+        total = written[0]
+        for samples in written[1:]:
+            total = total + samples.view(total.shape)
+        combined.append(Instantiated(total))
+    return combined
+
+
+def squared_norm(forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
+    """``‖Σ_f form_f‖²`` per sample and a bound on its error, cross-terms included."""
+    squared, bound = forms[0].squared_norm()
+    for form in forms[1:]:
+        more, slack = form.squared_norm()
+        squared, bound = squared + more, bound + slack
+    for one, other in combinations(forms, 2):
+        term, slack = _cross_term(one, other)
+        squared, bound = squared + 2 * term, bound + 2 * slack
+    return squared.clamp_min(0), bound
+
+
+def _cross_term(one: Form, other: Form) -> tuple[Tensor, Tensor]:
+    """``⟨one_i, other_i⟩``; :func:`combine` leaves the kinds in the order factored, embedding, instantiated."""
+    if isinstance(one, Factored) and isinstance(other, EmbeddingRows):
+        whole = _whole_rows(one)
+        return ops.embedding_cross_term(other.ids, other.G, whole.A, whole.G)
+    if isinstance(one, Factored) and isinstance(other, Instantiated):
+        whole = _whole_rows(one)
+        return ops.factored_times_grad_samples(whole.A, whole.G, other.samples)
+    assert isinstance(one, EmbeddingRows) and isinstance(other, Instantiated)
+    return ops.embedding_times_grad_samples(one.ids, one.G, other.samples)
+
+
+def _concatenate(forms: Sequence[Factored]) -> Factored:
+    """Uses of one weight, one after the other along T."""
+    if len({(form.row, form.G.shape[-1]) for form in forms}) > 1:
+        forms = [_whole_rows(form) for form in forms]
+    A, G = (torch.cat([getattr(form, name) for form in forms], 2) for name in ("A", "G"))
+    return Factored(A, G, forms[0].rows, forms[0].row)
+
+
+def _whole_rows(form: Factored) -> Factored:
+    """The form with G padded by zeros to all rows of the parameter (only ungrouped layers use a part of them)."""
+    groups, p = form.G.shape[1], form.G.shape[-1]
+    if groups * p == form.rows:
+        return form
+    return Factored(form.A, F.pad(form.G, (form.row, form.rows - form.row - p)), form.rows)
+
+
+def _place_rows(values: Tensor, row: int, rows: int, dim: int) -> Tensor:
+    """``values`` at ``[row, row + n)`` of ``rows`` zero rows along ``dim``."""
+    n = values.shape[dim]
+    if n == rows:
+        return values
+    shape = list(values.shape)
+    shape[dim] = rows
+    out = values.new_zeros(shape)
+    out.narrow(dim, row, n).copy_(values)
+    return out
+
+
+def _any_nonzero(values: Tensor) -> Tensor:
+    """Per sample: is anything there? NaN counts as nothing (``0 · inf`` is no sign of a dependence)."""
+    return (values.reshape(len(values), math.prod(values.shape[1:])).nan_to_num(0.0, 1.0, 1.0) != 0).any(1)

@@ -1,0 +1,52 @@
+"""Linear layers: ``y = x Wᵀ + b``, on inputs of any number of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch.nn.functional as F
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+
+from dpfast.layers.base import Layer, by_sample, sum_positions
+from dpfast.layers.forms import Factored, Form, Instantiated
+from dpfast.layers.tap import Call, Tap
+
+ALL = slice(0, None)
+
+
+class Rows(NamedTuple):
+    """The rows of weight and bias that one op uses: attention packs several projections into one parameter."""
+
+    weight: slice = ALL
+    bias: slice = ALL
+
+
+class Linear(Layer):
+    """``g_i = G_iᵀ A_i`` for the weight, ``Σ_t g_t`` for the bias."""
+
+    types: ClassVar[tuple[Any, ...]] = (nn.Linear, RNNLinear)
+
+    def run(self, module: nn.Linear, tap: Tap, input: Tensor) -> Tensor:
+        return tap(input, module.weight, module.bias, spec=Rows())
+
+    def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
+        weight, bias = params
+        return F.linear(x, weight[call.spec.weight], None if bias is None else bias[call.spec.bias])
+
+    def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        weight = params[0]
+        return (G @ weight[call.spec.weight].to(G.dtype)).to(x.dtype)
+
+    def forms(
+        self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
+    ) -> Iterator[tuple[int, Form]]:
+        weight, bias = params
+        G = by_sample(G, call.batch)
+        if 0 in needed:
+            A = by_sample(x, call.batch)
+            yield 0, Factored(A.unsqueeze(1), G.unsqueeze(1), len(weight), call.spec.weight.start).cheapest()
+        if 1 in needed:
+            before = call.spec.bias.start
+            yield 1, Instantiated(F.pad(sum_positions(G), (before, len(bias) - before - G.shape[-1])))

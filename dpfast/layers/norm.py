@@ -1,0 +1,168 @@
+"""Normalisation layers: per-sample gradients ``Σ_t g_t ∘ x̂_t`` and ``Σ_t g_t``, formed at once (they are small)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.layers.base import Layer, by_sample, sum_positions
+from dpfast.layers.forms import Form, Instantiated
+from dpfast.layers.tap import Call, Tap
+
+
+def _as(x: Tensor, *params: Any) -> Tensor:
+    """``x`` in the parameters' dtype: under autocast it may be narrower."""
+    return next((x.to(p.dtype) for p in params if p is not None), x)
+
+
+class LayerNorm(Layer):
+    """``y = x̂ ∘ w + b`` over the last dimensions."""
+
+    types: ClassVar[tuple[Any, ...]] = (nn.LayerNorm,)
+
+    def run(self, module: nn.LayerNorm, tap: Tap, input: Tensor) -> Tensor:
+        return tap(input, module.weight, module.bias, spec=(module.normalized_shape, module.eps))
+
+    def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
+        shape, eps = call.spec
+        weight, bias = params
+        y, mean, rstd = torch.native_layer_norm(_as(x, *params), shape, weight, bias, eps)
+        call.saved = (mean, rstd)
+        return y
+
+    def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        mean, rstd = call.saved
+        mask = [True, False, False]
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            G, _as(x, *params), call.spec[0], mean, rstd, *params, mask
+        )
+        return gradients[0].to(x.dtype)
+
+    def forms(
+        self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
+    ) -> Iterator[tuple[int, Form]]:
+        dims = len(call.spec[0])
+        if 0 in needed:
+            mean, rstd = call.saved
+            normalised = (_as(x, *params) - mean) * rstd
+            yield 0, Instantiated(sum_positions(by_sample(G * normalised, call.batch, dims)))
+        if 1 in needed:
+            yield 1, Instantiated(sum_positions(by_sample(G, call.batch, dims)))
+
+
+class RMSNorm(Layer):
+    """``y = x̂ ∘ w`` with ``x̂ = x / √(mean x² + ε)``."""
+
+    types: ClassVar[tuple[Any, ...]] = (nn.RMSNorm,)
+
+    def run(self, module: nn.RMSNorm, tap: Tap, input: Tensor) -> Tensor:
+        return tap(input, module.weight, spec=(module.normalized_shape, module.eps))
+
+    def _normalised(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        shape, eps = call.spec
+        dims = list(range(-len(shape), 0))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
+        return wide * rstd, rstd, dims
+
+    def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
+        normalised, _, _ = self._normalised(call, _as(x, *params))
+        return (normalised * params[0]).to(_as(x, *params).dtype)
+
+    def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        normalised, rstd, dims = self._normalised(call, _as(x, *params))
+        inner = G * params[0]
+        return (rstd * (inner - normalised * (inner * normalised).mean(dims, keepdim=True))).to(x.dtype)
+
+    def forms(
+        self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
+    ) -> Iterator[tuple[int, Form]]:
+        normalised, _, dims = self._normalised(call, _as(x, *params))
+        yield 0, Instantiated(sum_positions(by_sample(G * normalised, call.batch, len(dims))))
+
+
+class GroupNorm(Layer):
+    """``y = x̂ ∘ w + b`` per channel, x̂ normalised over groups of channels of one sample."""
+
+    types: ClassVar[tuple[Any, ...]] = (nn.GroupNorm,)
+    least_dims = 2
+    needs_batch = True
+
+    def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:
+        return tap(input, module.weight, module.bias, spec=(module.num_groups, module.eps))
+
+    def _sizes(self, x: Tensor) -> tuple[int, int, int]:
+        return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+    def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
+        groups, eps = call.spec
+        if x.numel() == 0:  # torch's op divides by the size of an empty group
+            return x.clone()
+        weight, bias = params
+        rows, channels, positions = self._sizes(x)
+        y, mean, rstd = torch.native_group_norm(
+            _as(x, *params).contiguous(), weight, bias, rows, channels, positions, groups, eps
+        )
+        call.saved = (mean, rstd)
+        return y
+
+    def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        if x.numel() == 0:
+            return torch.zeros_like(x)
+        mask = [True, False, False]
+        gradients = torch.ops.aten.native_group_norm_backward(
+            G.contiguous(),
+            _as(x, *params).contiguous(),
+            *call.saved,
+            params[0],
+            *self._sizes(x),
+            call.spec[0],
+            mask,
+        )
+        return gradients[0].to(x.dtype)
+
+    def forms(
+        self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
+    ) -> Iterator[tuple[int, Form]]:
+        rows, channels, positions = self._sizes(x)
+        # x̂ = (x - mean) · rstd is constant in mean and rstd per group, so Σ g∘x̂ needs only Σ g∘x and Σ g.
+        G = G.reshape(rows, channels, positions).to(_as(x, *params).dtype)
+        plain = sum_positions(G.transpose(1, 2)) if positions else G.new_zeros(rows, channels)
+        if 0 in needed:
+            mean, rstd = (part.repeat_interleave(channels // call.spec[0], 1) for part in call.saved)
+            centred = _as(x, *params).reshape(rows, channels, positions) - mean.unsqueeze(2)
+            weighted = sum_positions((G * centred).transpose(1, 2)) * rstd
+            yield 0, Instantiated(weighted.view(call.batch, -1, channels).sum(1))
+        if 1 in needed:
+            yield 1, Instantiated(plain.view(call.batch, -1, channels).sum(1))
+
+
+class InstanceNorm1d(GroupNorm):
+    """A group norm with a group for every channel."""
+
+    types: ClassVar[tuple[Any, ...]] = (nn.InstanceNorm1d,)
+    least_dims = 3
+
+    def refusal(self, module: Any) -> str | None:
+        if module.track_running_stats:
+            return "track_running_stats=True keeps statistics of the data that are not private; set it to False"
+        return None
+
+    def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:
+        module._check_input_dim(input)
+        return tap(input, module.weight, module.bias, spec=(module.num_features, module.eps))
+
+
+class InstanceNorm2d(InstanceNorm1d):
+    types: ClassVar[tuple[Any, ...]] = (nn.InstanceNorm2d,)
+    least_dims = 4
+
+
+class InstanceNorm3d(InstanceNorm1d):
+    types: ClassVar[tuple[Any, ...]] = (nn.InstanceNorm3d,)
+    least_dims = 5

@@ -1,0 +1,253 @@
+"""Where a layer's forward and backward meet the book: one autograd function for every layer.
+
+A tapped layer computes its output and its input gradient as always; the ordinary weight gradient is not computed,
+the per-sample gradients go to the :class:`Recorder` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpfast.layers.forms import Form, Instantiated
+
+if TYPE_CHECKING:
+    from dpfast.layers.base import Layer
+
+_OUTSIDE = -1  # torch's id of "no backward pass is running in this thread"
+
+
+def running_backward() -> int:
+    """Id of the backward pass that this thread is in, or -1."""
+    return torch._C._current_graph_task_id()
+
+
+class LayoutError(RuntimeError):
+    """A layer was called with an input of which it cannot be told what belongs to which sample."""
+
+
+class Recorder:
+    """Collects the forms that one backward pass produces and calls :meth:`close` when it ends.
+
+    What a use needs is kept in the autograd graph and recorded during backward only, so an exception, an evaluation
+    or a forward without a backward leaves nothing behind.
+    """
+
+    def __init__(self, names: Mapping[nn.Parameter, str]):
+        self.names = dict(names)
+        self.batch_sizes: list[int] = []  # candidates, from the inputs of the model's forward; [B] once it is known
+        self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
+        self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
+        self.new_layouts: set[Any] = set()  # layouts seen in this forward that no verification has confirmed
+        self.paused = False  # layers run their own forward, untapped
+        self.evaluating = False  # the model's last forward was in eval(): its gradients are not for training
+        self.evaluated = False  # and some reached a parameter since the last backward that was
+        self.observer: Callable[[dict[nn.Parameter, list[Form]]], None] | None = None  # takes the forms, no close
+        self._verified: set[Any] = set()
+        self._bypassed: set[nn.Parameter] = set()
+        self._forms: dict[nn.Parameter, list[Form]] = {}
+        self._pass: int | None = None
+
+    def close(self) -> None:
+        """What is to happen at the end of the backward pass."""
+        raise NotImplementedError
+
+    @property
+    def batch_size(self) -> int | None:
+        """The physical batch size, where the model's inputs leave no doubt about it."""
+        return self.batch_sizes[0] if len(self.batch_sizes) == 1 else None
+
+    def take(self) -> dict[nn.Parameter, list[Form]]:
+        """The recorded forms; the recorder is empty afterwards."""
+        forms, self._forms, self._pass = self._forms, {}, None
+        return forms
+
+    def start_forward(self) -> None:
+        """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
+
+        A reentrant checkpoint runs its layers' backward in an inner pass. Its forward is recomputed in the outer
+        one, which is thus opened (and closed) here, once for all inner passes.
+        """
+        if running_backward() != _OUTSIDE:
+            self.open()
+        elif self._pass is not None:
+            self.take()
+
+    def open(self) -> None:
+        """Have :meth:`close` called when the running backward pass ends."""
+        if self._pass is None:
+            self._pass = running_backward()
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        if self._pass is None:
+            return
+        for p in self._bypassed:  # autograd has put their unclipped gradient there
+            p.grad = None
+        self._bypassed.clear()
+        if self.observer is not None:
+            self.observer(self.take())
+        else:
+            self.close()
+
+    def record(self, parameter: nn.Parameter, form: Form, forward_pass: int = _OUTSIDE) -> None:
+        """Keep one use's form. ``forward_pass`` is the backward pass that its forward ran in (a recomputation)."""
+        if forward_pass == _OUTSIDE and self._pass not in (None, running_backward()):
+            self.take()  # left by a pass that failed half-way
+        self.open()
+        self._forms.setdefault(parameter, []).append(form)
+
+    def record_whole(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """An ordinary gradient that reached ``parameter``: some use of it bypassed every tapped layer.
+
+        At a physical batch of one it is the per-sample gradient. At any other it cannot be clipped: refused. Gradients
+        of a model in eval() are left alone, in ``p.grad``, where the optimizer's step overwrites them.
+        """
+        if self.evaluating and self._pass is None:
+            self.evaluated = True
+            return
+        if self.batch_size not in (0, 1):
+            raise RuntimeError(
+                f"parameter {self.names[parameter]!r} got a gradient outside of its own module's forward (as in "
+                f"F.linear(x, model.embedding.weight)), where per-sample gradients cannot be taken. Call the module "
+                f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
+                f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
+            )
+        self.open()
+        self._bypassed.add(parameter)
+        if self.batch_size == 1:
+            self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)), running_backward())
+
+    def confirm_layouts(self) -> None:
+        """The layouts of this forward are as they were taken to be."""
+        self._verified |= self.new_layouts
+        self.new_layouts = set()
+
+    def resolve_rows(self, tap: Tap, rows: int, ndim: int) -> int:
+        """The batch size, for a layer called with ``rows`` along its batch dimension.
+
+        Raises:
+            LayoutError: if the rows cannot be attributed to samples.
+        """
+        if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
+            self.batch_sizes = [rows]
+        batch = self.batch_size
+        if batch == 0:
+            return 0
+        if batch is None:
+            batch = rows
+        if rows == batch or (batch and rows % batch == 0):
+            layout = (tap.name, ndim, "per sample" if rows == batch else "samples first")
+        elif rows == 1:
+            layout = (tap.name, ndim, "shared")
+        else:
+            raise LayoutError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
+        if layout not in self._verified:
+            self.new_layouts.add(layout)
+        return batch
+
+
+@dataclass
+class Tap:
+    """A layer's way into the book: computes the layer's op and records its per-sample gradients in backward."""
+
+    recorder: Recorder
+    layer: Layer
+    name: str
+    batch_dim: int = 0
+
+    def __call__(self, x: Tensor, *params: Tensor | None, spec: Any = None) -> Tensor:
+        """The layer's op on ``x``, batch along ``batch_dim``; ``spec`` is what else the op needs (strides, eps)."""
+        recorder = self.recorder
+        recorder.start_forward()
+        if recorder.token is not None:
+            return LayerOp.apply(Call(self, spec), recorder.token, x, *params)
+        if x.dim() < max(self.layer.least_dims, 1):
+            raise LayoutError(
+                f"layer {self.name!r} was called with an input of shape {list(x.shape)}, no batch dimension"
+            )
+        if recorder.row_order is not None:
+            return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
+        dim = self.batch_dim if x.dim() > self.batch_dim else 0
+        x = x.movedim(dim, 0)
+        batch = recorder.resolve_rows(self, x.shape[0], x.dim())
+        if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
+            x = x.expand(batch, *x.shape[1:])
+        return LayerOp.apply(Call(self, spec, batch), None, x, *params).movedim(0, dim)
+
+    def _on_packed_rows(self, x: Tensor, order: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
+        """``x [b, d]``: row r is of sample ``order[r]``; the op sees all samples in their order, else zeros."""
+        index = order[: len(x)]
+        rows = x.new_zeros(len(order), *x.shape[1:]).index_copy(0, index, x)
+        return LayerOp.apply(Call(self, spec, len(order)), None, rows, *params).index_select(0, index)
+
+
+@dataclass
+class Call:
+    """One call of a layer: what its backward needs besides the saved tensors."""
+
+    tap: Tap
+    spec: Any
+    batch: int = 0
+    saved: tuple[Tensor, ...] = ()
+    forward_pass: int = field(default_factory=running_backward)
+
+
+def _reaches(accumulator: Any) -> bool:
+    """Whether the running backward pass trains the parameter: ``torch.autograd.grad(loss, x)`` does not."""
+    try:
+        return torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "torch.autograd.grad with respect to a parameter of a private model: its gradients are clipped and summed "
+            "by backward() only; take other gradients on a copy that is not private (to_standard_module())"
+        ) from error
+
+
+class LayerOp(torch.autograd.Function):
+    """``y = layer(x)``; backward returns the input gradient and records the per-sample gradients."""
+
+    @staticmethod
+    def forward(call: Call, token: Tensor | None, x: Tensor, *params: Tensor | None) -> Tensor:
+        return call.tap.layer.forward(call, x, *params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.call, _, x, *params = inputs
+        ctx.save_for_backward(x, *params)
+        ctx.params = params  # a checkpoint gives back copies of what is saved; the book knows parameters by identity
+        ctx.accumulators = {
+            index: torch.autograd.graph.get_gradient_edge(p).node
+            for index, p in enumerate(params)
+            if p is not None and p.requires_grad
+        }
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        call, (x, *params) = ctx.call, ctx.saved_tensors
+        layer, recorder = call.tap.layer, call.tap.recorder
+        needed = [i for i, node in ctx.accumulators.items() if _reaches(node)]
+        if needed and call.batch == 0:
+            recorder.open()
+        elif needed:
+            for index, form in layer.forms(call, needed, G, x, *params):
+                recorder.record(ctx.params[index], form, call.forward_pass)
+        gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None
+        return (None, None, gx, *(None for _ in params))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], call: Call, token: Any, x: Tensor, *params: Any) -> Any:
+        """The model runs one sample at a time under vmap: the batched dimension is the samples, whatever the shape."""
+        dim = in_dims[2]
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        layer = call.tap.layer
+        merge = layer.needs_batch and x.dim() > layer.least_dims
+        rows = x.flatten(0, 1) if merge else x
+        y = LayerOp.apply(Call(call.tap, call.spec, info.batch_size), None, rows, *params)
+        return (y.unflatten(0, x.shape[:2]) if merge else y), 0

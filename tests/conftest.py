@@ -1,0 +1,34 @@
+"""For every test: a seed of its own, and uninitialised memory that is poisoned."""
+
+import zlib
+
+import pytest
+import torch
+
+try:  # the same examples on every machine: a failure here is a failure there
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("dpfast", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("dpfast")
+except ImportError:  # only tests/privacy/test_properties.py needs it, and says so
+    pass
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` gives NaN instead of whatever was there: what reads it before writing shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Fresh random inputs, the same at each run of the same test."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_configure(config):
+    """One thread: a test is tiny, and two threads that wait for each other can cost 200 times its work."""
+    torch.set_num_threads(1)
