@@ -118,6 +118,7 @@ class _Runner:
         for module in self.twin.modules():
             if has_batch_statistics(module):
                 module.train()  # as it would be in training: that is where it couples samples
+                module.requires_grad_(False)  # its own parameters have no per-sample gradients to measure
         self.hooks = FusedHooks(
             self.twin, batch_first=batch_first, loss_reduction=loss_reduction, clipping=Clipping.flat(C)
         )

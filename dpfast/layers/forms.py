@@ -131,7 +131,47 @@ class EmbeddingRows:
         return _any_nonzero(self.G)
 
 
-Form = Instantiated | Factored | EmbeddingRows
+@dataclass
+class Convolved:
+    """A convolution's ``x [rows, C, *]`` and ``G [rows, p, *]``: factored over its patches, which are not kept."""
+
+    x: Tensor
+    G: Tensor
+    weight: Tensor
+    geometry: ops.Geometry
+    batch: int
+
+    @property
+    def plan(self) -> planner.Plan:
+        groups, positions, d, p = ops.convolution_sizes(self.x, self.G, self.weight, self.geometry)
+        T = positions * (len(self.x) // self.batch)
+        return planner.choose(self.batch, groups, T, d, p, max(4, self.G.element_size()))
+
+    def squared_norm(self) -> tuple[Tensor, Tensor]:
+        return ops.convolution_squared_norm(self.x, self.G, self.weight, self.geometry, self.batch)
+
+    def clipped_sum(self, factors: Tensor) -> Tensor:
+        dtype = ops.compute_dtype(self.G.dtype)
+        by_row = factors.to(dtype).repeat_interleave(len(self.x) // max(self.batch, 1))
+        scaled = self.G.to(dtype) * by_row.view(-1, *[1] * (self.G.dim() - 1))
+        return ops.convolution_weight_gradient(self.x, scaled, self.weight, self.geometry)
+
+    def select(self, index: Tensor) -> Convolved:
+        x, G = (side.unflatten(0, (self.batch, -1))[index].flatten(0, 1) for side in (self.x, self.G))
+        return Convolved(x, G, self.weight, self.geometry, len(index))
+
+    def instantiate(self) -> Instantiated:
+        samples = ops.convolution_grad_samples(self.x, self.G, self.weight, self.geometry, self.batch)
+        return Instantiated(samples, self.plan)
+
+    def cheapest(self) -> Convolved | Instantiated:
+        return self.instantiate() if self.plan.way == "instantiate" else self
+
+    def touched(self) -> Tensor:
+        return _any_nonzero(self.G.unflatten(0, (self.batch, -1)))
+
+
+Form = Instantiated | Factored | EmbeddingRows | Convolved
 
 
 def combine(forms: Sequence[Form]) -> list[Form]:
@@ -140,7 +180,7 @@ def combine(forms: Sequence[Form]) -> list[Form]:
         return list(forms)
     factored = [form for form in forms if isinstance(form, Factored)]
     embedded = [form for form in forms if isinstance(form, EmbeddingRows)]
-    written = [form.samples for form in forms if isinstance(form, Instantiated)]
+    written = [form.instantiate().samples for form in forms if isinstance(form, (Instantiated, Convolved))]
     combined: list[Form] = []
     if factored:
         one = factored[0] if len(factored) == 1 else _concatenate(factored).cheapest()

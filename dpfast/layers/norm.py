@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpfast.layers.base import Layer, by_sample, sum_positions
 from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.tap import Call, Tap
+from dpfast.ops import compute_dtype
 
 
 def _as(x: Tensor, *params: Any) -> Tensor:
@@ -130,16 +131,16 @@ class GroupNorm(Layer):
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
         rows, channels, positions = self._sizes(x)
-        # x̂ = (x - mean) · rstd is constant in mean and rstd per group, so Σ g∘x̂ needs only Σ g∘x and Σ g.
-        G = G.reshape(rows, channels, positions).to(_as(x, *params).dtype)
-        plain = sum_positions(G.transpose(1, 2)) if positions else G.new_zeros(rows, channels)
+        # x̂ = (x - mean) · rstd, both constant over a group: Σ g∘x̂ = (Σ g∘x - mean · Σ g) · rstd, as in PyTorch.
+        wide = compute_dtype(G.dtype)
+        x, G = (side.reshape(rows * channels, 1, positions).to(wide) for side in (x, G))
+        plain = G.sum((1, 2)).view(rows, channels)
         if 0 in needed:
             mean, rstd = (part.repeat_interleave(channels // call.spec[0], 1) for part in call.saved)
-            centred = _as(x, *params).reshape(rows, channels, positions) - mean.unsqueeze(2)
-            weighted = sum_positions((G * centred).transpose(1, 2)) * rstd
-            yield 0, Instantiated(weighted.view(call.batch, -1, channels).sum(1))
+            weighted = (torch.bmm(G, x.transpose(1, 2)).view(rows, channels) - mean * plain) * rstd
+            yield 0, Instantiated(sum_positions(by_sample(weighted, call.batch)))
         if 1 in needed:
-            yield 1, Instantiated(plain.view(call.batch, -1, channels).sum(1))
+            yield 1, Instantiated(sum_positions(by_sample(plain, call.batch)))
 
 
 class InstanceNorm1d(GroupNorm):

@@ -5,8 +5,13 @@ this package, so that no caller changes.
 """
 
 from dpfast.reference import (
+    Geometry,
     clipped_weight_gradient,
     compute_dtype,
+    convolution_grad_samples,
+    convolution_sizes,
+    convolution_squared_norm,
+    convolution_weight_gradient,
     embedding_cross_term,
     embedding_grad_samples,
     embedding_squared_norm,
@@ -15,14 +20,18 @@ from dpfast.reference import (
     ghost_squared_norm,
     grad_samples,
     one_position_squared_norm,
-    patches,
     squared_norm,
     weighted_sum,
 )
 
 __all__ = [
+    "Geometry",
     "clipped_weight_gradient",
     "compute_dtype",
+    "convolution_grad_samples",
+    "convolution_sizes",
+    "convolution_squared_norm",
+    "convolution_weight_gradient",
     "embedding_cross_term",
     "embedding_grad_samples",
     "embedding_squared_norm",
@@ -31,7 +40,6 @@ __all__ = [
     "ghost_squared_norm",
     "grad_samples",
     "one_position_squared_norm",
-    "patches",
     "squared_norm",
     "weighted_sum",
 ]

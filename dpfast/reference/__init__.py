@@ -6,6 +6,13 @@ squared norm is at most their sum (rounding of this very computation included), 
 never lets a contribution above the sensitivity.
 """
 
+from dpfast.reference.convolution import (
+    Geometry,
+    convolution_grad_samples,
+    convolution_sizes,
+    convolution_squared_norm,
+    convolution_weight_gradient,
+)
 from dpfast.reference.embedding import (
     embedding_cross_term,
     embedding_grad_samples,
@@ -19,13 +26,17 @@ from dpfast.reference.matmul import (
     grad_samples,
     one_position_squared_norm,
 )
-from dpfast.reference.patches import patches
 from dpfast.reference.reductions import squared_norm, weighted_sum
 from dpfast.reference.rounding import compute_dtype
 
 __all__ = [
+    "Geometry",
     "clipped_weight_gradient",
     "compute_dtype",
+    "convolution_grad_samples",
+    "convolution_sizes",
+    "convolution_squared_norm",
+    "convolution_weight_gradient",
     "embedding_cross_term",
     "embedding_grad_samples",
     "embedding_squared_norm",
@@ -34,7 +45,6 @@ __all__ = [
     "ghost_squared_norm",
     "grad_samples",
     "one_position_squared_norm",
-    "patches",
     "squared_norm",
     "weighted_sum",
 ]

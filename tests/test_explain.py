@@ -1,0 +1,88 @@
+"""explain prints the plan: layer, T, d, p, way, extra flops, extra bytes."""
+
+import pytest
+import torch
+from torch import nn
+
+import dpfast
+from tests import snapshot
+from tests.helpers import make_private
+from tests.zoo import TinyGPT, every_layer, specimen
+
+
+def table(capsys, model, batch) -> list[str]:
+    dpfast.explain(model, batch)
+    return [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+
+
+def row(lines: list[str], name: str) -> str:
+    found = [line for line in lines if line.startswith(name) or line.strip(" |").startswith(name)]
+    assert found, f"no row for {name} in\n" + "\n".join(lines)
+    return found[0]
+
+
+@every_layer
+def test_every_trained_layer_has_a_row(name, capsys):
+    model, inputs, _ = specimen(name)
+    lines = table(capsys, model, inputs)
+    for column in ("layer", "T", "d", "p", "way", "flops", "bytes"):
+        assert column in lines[0]
+    for name_of_weight, _ in model.named_parameters():
+        layer = name_of_weight.rpartition(".")[0]
+        assert any(layer in line for line in lines[1:]), f"{name_of_weight} is not in the plan"
+
+
+def test_the_numbers_of_a_linear_layer(capsys):
+    """T positions, d inputs, p outputs."""
+    lines = table(capsys, nn.Sequential(nn.Linear(13, 17), nn.Tanh(), nn.Linear(17, 19)), torch.randn(3, 11, 13))
+    assert {"11", "13", "17"} <= set(row(lines, "0").replace("|", " ").split())
+    assert {"11", "17", "19"} <= set(row(lines, "2").replace("|", " ").split())
+
+
+def test_the_numbers_of_a_convolution(capsys):
+    """A linear layer over patches: T output positions, d = channels / groups × kernel."""
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, groups=2))
+    lines = table(capsys, model, torch.randn(3, 6, 9, 11))
+    assert {str(4 * 5), str(3 * 9)} <= set(row(lines, "0").replace("|", " ").split())
+
+
+def test_the_way_depends_on_the_shapes(capsys):
+    """A wide layer on few positions, and a narrow one on many: not the same way."""
+    wide = row(table(capsys, nn.Sequential(nn.Linear(1024, 1024)), torch.randn(8, 2, 1024)), "0")
+    narrow = row(table(capsys, nn.Sequential(nn.Linear(4, 4)), torch.randn(8, 200, 4)), "0")
+    known = ("ghost", "instantiate", "norm-gemm", "outer", "t = 1")
+    ways = [next((w for w in known if w in line.lower()), None) for line in (wide, narrow)]
+    assert ways[0] != ways[1], (wide, narrow)
+
+
+def test_a_tied_weight_is_under_its_first_name(capsys):
+    """Both of its uses, for they meet in one norm."""
+    lines = table(capsys, TinyGPT(), torch.randint(9, (3, 5)))
+    assert row(lines, "tok")
+    assert not any("head" in line for line in lines)
+
+
+def test_a_private_model_may_be_explained_too(capsys):
+    model = nn.Sequential(nn.Linear(4, 3))
+    plain = table(capsys, model, torch.randn(5, 4))
+    wrapped, _, _ = make_private(model)
+    assert table(capsys, wrapped, torch.randn(5, 4)) == plain
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_the_model_is_untouched(mode, capsys):
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.GroupNorm(1, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(12, 2))
+    model.train(mode)
+    x = torch.randn(3, 2, 6)
+    before, rng = snapshot.of_model(model), torch.get_rng_state()
+    table(capsys, model, x)
+    assert snapshot.of_model(model) == before
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_frozen_layers_cost_nothing(capsys):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    model[0].requires_grad_(False)
+    lines = table(capsys, model, torch.randn(6, 4))
+    assert not any("0.weight" in line for line in lines)
+    assert any("1.weight" in line or line.startswith("1") for line in lines)
