@@ -22,9 +22,11 @@ from dpfast.ops import compute_dtype
 class Book(Recorder):
     """Per-sample gradients of one backward pass, closed into clipped sums when it ends.
 
-    Guarantee: for every backward pass, adding or removing one sample changes the concatenation of all
-    ``summed_grad`` by at most ``clipping.sensitivity`` in L2, rounding included, for any values of activations and
-    backprops. A sample whose norm is not finite contributes exact zeros; it is counted in
+    Guarantee: in every backward pass a sample's contribution to the concatenation of all ``summed_grad`` is at most
+    ``clipping.sensitivity`` in L2, the rounding of its norm and of its own terms included, for any values of
+    activations and backprops. (Adding contributions up rounds as any float32 sum does, in units of the sum; and a mean
+    over the batch inside of the loss rounds every backprop by 1/B, which in bfloat16 and float16 is coarse: use
+    ``loss_reduction="sum"`` there.) A sample whose norm is not finite contributes exact zeros; it is counted in
     :attr:`nonfinite_samples` and warned of once.
 
     Args:
@@ -102,13 +104,13 @@ class Book(Recorder):
         return norms, certified
 
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
-        sizes = {self.names[p]: form.batch for p, forms in uses.items() for form in forms}
-        if len(set(sizes.values())) > 1:
+        sizes = {form.batch: self.names[p] for p, forms in uses.items() for form in forms}
+        if len(sizes) > 1:
             raise ValueError(
                 f"layers saw different batch sizes in one backward pass: {sizes}. Run one backward for each "
                 f"batch, so that each sample's gradient is whole when it is clipped"
             )
-        return next(iter(sizes.values()))
+        return next(iter(sizes))
 
     def _finite_samples(self, certified: Tensor) -> Tensor | None:
         """Indices of the samples that count, or None if all do."""

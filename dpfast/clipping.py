@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 def check_threshold(name: str, value: Any) -> float:
     """``value`` as a float, if it is a usable clipping norm."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    number = math.nan if isinstance(value, (bool, str)) or not hasattr(value, "__float__") else float(value)
+    if not 0 < number < math.inf:
         raise ValueError(
             f"{name}={value!r}: give a positive finite number, the L2 norm to clip per-sample gradients to"
         )
-    return float(value)
+    return number
 
 
 def abadi_factors(norms: Tensor, thresholds: Tensor) -> Tensor:

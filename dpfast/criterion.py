@@ -36,6 +36,11 @@ class PerSampleLoss:
         return self.detach().item()
 
     def _with(self, op: Callable[[Any, Any], Tensor], other: Any) -> PerSampleLoss:
+        if isinstance(other, Tensor) and other.dim() and other.shape != self.loss_per_sample.shape:
+            raise ValueError(
+                f"a loss per sample of shape {list(self.loss_per_sample.shape)} and a tensor of shape "
+                f"{list(other.shape)} would pair samples with each other: give the same shape"
+            )
         if isinstance(other, PerSampleLoss):
             if other.loss_reduction != self.loss_reduction:
                 raise ValueError(
@@ -86,7 +91,13 @@ class PerSampleCriterion:
 
     def __call__(self, *args: Any, shape: tuple[int, ...] | None = None, **kwargs: Any) -> PerSampleLoss:
         """Per-sample losses; ``shape = (B, T, ...)`` says that the criterion sees B·T tokens, samples first."""
+        given = [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         loss = self._unreduced(*args, **kwargs)
+        if len(given) > 1 and given[0] == (*given[1], 1) and loss.shape == (given[0][0], *given[1]):
+            raise ValueError(
+                f"the criterion's inputs of shapes {list(given[0])} and {list(given[1])} broadcast, which pairs every "
+                f"sample with every other: give both the same shape (target.unsqueeze(1) or output.squeeze(1))"
+            )
         if shape is not None and loss.dim() and len(loss) == shape[0] * shape[1]:
             loss = loss.view(shape[0], shape[1])
             targets = kwargs.get("target", args[1] if len(args) > 1 else None)
@@ -94,7 +105,7 @@ class PerSampleCriterion:
             if self.loss_reduction == "mean" and ignored is not None and targets is not None:
                 counted = (targets.reshape(shape[0], shape[1]) != ignored).sum(1).clamp_min(1)
                 return PerSampleLoss(loss.sum(1) / counted, self.loss_reduction)
-        if loss.dim() > 1:  # a sample's loss is one number: [B, 1] against [B] would couple samples
+        if loss.dim() > 1:  # a sample's loss is one number
             loss = loss.flatten(1).mean(1) if self.loss_reduction == "mean" else loss.flatten(1).sum(1)
         return PerSampleLoss(loss, self.loss_reduction)
 

@@ -145,6 +145,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
         check_noise_multiplier(noise_multiplier)
+        if loss_reduction == "mean" and any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
+            warnings.warn(
+                "loss_reduction='mean' with 16-bit parameters: dividing the loss by the batch size rounds every "
+                "gradient, coarsely and differently for each batch size; loss_reduction='sum' keeps samples apart",
+                stacklevel=2,
+            )
         if isinstance(optimizer, DPOptimizer):
             optimizer = optimizer.original_optimizer
         model = module._module if isinstance(module, FusedModule) else module
@@ -164,6 +170,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size)
         if poisson_sampling:
             hooks.forbid_grad_accumulation()
+        else:
+            hooks.allow_grad_accumulation()
         private_optimizer = FusedDPOptimizer(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -223,7 +231,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if clipping == "flat":
             return Clipping.flat(max_grad_norm)
         if clipping == "per_layer":
-            return Clipping.per_layer(max_grad_norm, {names[p]: p for p in params})
+            return Clipping.per_layer(max_grad_norm, {names[p]: p for p in params if p.requires_grad})
         raise ValueError(
             f"clipping={clipping!r}: the fused mode has 'flat' and 'per_layer'; other styles need an Opacus mode such "
             f"as grad_sample_mode='hooks'"

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.forwards import Forward, observed, tensors
+from dpfast.forwards import Forward, observed
 from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.forms import Form, combine
+from dpfast.layers.forms import Form
+from dpfast.trees import tensors
 
 _COLUMNS = ("layer", "T", "d", "p", "way", "extra flops", "extra bytes")
 
@@ -53,13 +54,13 @@ def explain(model: nn.Module, batch: Any) -> str:
 
 
 def _forms(plain: nn.Module, batch: Any) -> dict[str, list[Form]]:
-    """What a backward pass on a copy of the model hands to the book, by parameter name."""
+    """What a backward pass on a copy of the model hands to the book, by layer."""
     found: dict[str, list[Form]] = {}
-    twin = pristine_copy(plain)
+    twin = pristine_copy(plain).train()
     hooks = FusedHooks(twin)
 
-    def observe(uses: dict[nn.Parameter, list[Form]]) -> None:
-        found.update({hooks.book.names[p]: combine(forms) for p, forms in uses.items()})
+    def observe(layer: str, form: Form) -> None:
+        found.setdefault(layer, []).append(form)
 
     with torch.enable_grad(), torch.random.fork_rng():
         outputs = [x for x in tensors(call(twin, batch)) if x.requires_grad]

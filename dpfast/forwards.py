@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.layers import Layer
-from dpfast.layers.forms import Form
-from dpfast.layers.generic import ONE_BY_ONE, Generic, flatten
-from dpfast.layers.tap import LayoutError, Recorder, Tap, running_backward
+from dpfast.layers.forms import Form, sketch
+from dpfast.layers.generic import ONE_BY_ONE, Generic
+from dpfast.layers.tap import LayoutError, Recorder, Tap
+from dpfast.trees import map_tensors, packed_sequences, tensors
 
-MOST_OUTPUTS = 4  # differentiable outputs of the model that the verification runs a backward from
+logger = logging.getLogger(__name__)
+SAME = 1e-5  # relative: what a sample's rows may change by when only another sample does (rounding)
 
 
 class Forward:
@@ -74,6 +77,7 @@ class GenericForward(Forward):
     def __init__(self, module: nn.Module, generic: Generic):
         super().__init__(module)
         self.generic = generic
+        self._compared: set[tuple[int, ...]] = set()  # numbers of dimensions of inputs that were compared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder = self.generic.recorder
@@ -81,7 +85,21 @@ class GenericForward(Forward):
         covered = recorder.token is not None
         if covered or recorder.paused or not torch.is_grad_enabled() or not self._trains():
             return self.plain(*args, **kwargs)
+        signature = tuple(x.dim() for x in tensors((args, kwargs)))
+        if recorder.verifies and recorder.batch_size != 1 and signature not in self._compared:
+            self._compare(args, kwargs)
+            self._compared.add(signature)
         return self.generic(self.plain, *args, **kwargs)
+
+    def _compare(self, args: Any, kwargs: Any) -> None:
+        """The module must compute the same sample by sample as on the batch."""
+        recorder = self.generic.recorder
+        with _aside(self.module):
+            with _set(recorder, paused=True):
+                expected = tensors(self.plain(*args, **kwargs))
+            found = tensors(self.generic(self.plain, *args, **kwargs))
+        if not _same(expected, found):
+            raise LayoutError(f"{type(self.module).__name__} computes something else on one sample at a time")
 
     def _trains(self) -> bool:
         return any(p.requires_grad for p in self.generic.parameters)
@@ -100,7 +118,8 @@ class UnservedForward(Forward):
             if self.recorder.batch_size not in (0, 1):
                 raise ValueError(
                     f"module {self.name!r} ({type(self.module).__name__}) is trained at a physical batch of one, "
-                    f"but got {self.recorder.batch_size}: iterate over BatchMemoryManager(max_physical_batch_size=1)"
+                    f"but got inputs of {self.recorder.batch_sizes}: iterate over "
+                    f"BatchMemoryManager(max_physical_batch_size=1)"
                 )
         return self.plain(*args, **kwargs)
 
@@ -108,23 +127,21 @@ class UnservedForward(Forward):
 class ModelForward(Forward):
     """The model's entry: learns the batch size, and makes sure that every gradient belongs to one sample.
 
-    Before a layer is trusted in a layout (its number of dimensions, and whether its rows are the samples) for the
-    first time, the model runs forward and backward once more from the last sample's outputs alone: no other sample's
-    rows may see a gradient. If some do, or a layer's rows cannot be the samples', the model is run sample by sample
-    under vmap, if that gives the same outputs; else it is refused.
+    No layer is trusted in a layout (its input's number of dimensions, and what its rows are taken for) before a check
+    has shown that it keeps the samples apart there: see :meth:`_check`. A model that fails, or in which a layer's rows
+    cannot be the samples', is run sample by sample under vmap, if that computes the same; else it is refused.
     """
 
     def __init__(
-        self, module: nn.Module, inner: Forward | None, by_sample: Generic, recorder: Recorder, batch_dim: int
+        self, module: nn.Module, inner: Forward | None, by_sample: Generic, batch_dim: int, one_by_one: bool = False
     ):
         super().__init__(module)
         self.inner = inner
         self.by_sample = by_sample
-        self.recorder = recorder
+        self.recorder = by_sample.recorder
         self.batch_dim = batch_dim
+        self.one_by_one = one_by_one
         self.runs_by_sample = False
-        self.verifies = True
-        self._checked = False
         self._guards: dict[nn.Parameter, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,29 +155,58 @@ class ModelForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder = self.recorder
-        if recorder.paused or recorder.token is not None or not _trains(self.module):
+        if recorder.paused or recorder.inside or recorder.token is not None or not _trains(self.module):
             return self._run(args, kwargs)
         self._guard_parameters()
-        recorder.evaluating = not self.module.training and self.verifies
+        recorder.evaluating = not self.module.training and recorder.needs_model
         if recorder.evaluating:
-            with _paused(recorder):
+            with _set(recorder, paused=True):
                 return self._run(args, kwargs)
-        recorder.batch_sizes = batch_sizes(args, kwargs, self.batch_dim)
-        recorder.new_layouts = set()
+        if recorder.verifies:
+            self._refuse_batch_statistics()
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
+        one = self.one_by_one and 1 in sizes
+        if one:
+            recorder.batch_sizes = [1]
         recorder.start_forward()
-        if running_backward() != -1:  # recomputed by a checkpoint around the whole model
-            return self._run(args, kwargs)
+        with _set(recorder, inside=True):
+            out = self._run_checked(args, kwargs)
+        if one and len(sizes) > 1 and any(1 not in x.shape[:2] for x in tensors(out)):
+            raise ValueError(
+                f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"
+            )
+        batch = recorder.batch_size
+        for x in tensors(out):
+            if x.requires_grad:  # the outermost backward comes by here before any checkpoint's inner one
+                x.register_hook(partial(_opens, recorder, batch))
+        return out
+
+    def _run_checked(self, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        recorder.new_layouts = set()
         try:
             out = self._run(args, kwargs)
         except LayoutError as error:
             self._switch_to_samples(str(error), args, kwargs)
             return self._run(args, kwargs)
-        if self._needs_check():
-            if wrong := self._mixed_layers(args, kwargs):
-                self._switch_to_samples(f"gradients of several samples meet in {', '.join(wrong)}", args, kwargs)
+        except RuntimeError as error:
+            if not any(rows == "shared" for _, _, rows in recorder.new_layouts):
+                raise
+            # Copies of what all samples share have a batch dimension, which the model's code may not expect.
+            self._switch_to_samples(f"inputs shared by all samples do not fit ({error})", args, kwargs)
+            return self._run(args, kwargs)
+        if recorder.verifies and not self.runs_by_sample and recorder.new_layouts and recorder.batch_size != 1:
+            if recorder.batch_size is None:
+                raise LayoutError(
+                    f"the batch size cannot be told from the inputs of {type(self.module).__name__} (sizes "
+                    f"{recorder.batch_sizes} along the batch dimension): pass tensors with the batch first"
+                )
+            with _set(recorder, new_layouts=set()), _untouched_buffers(self.module):
+                why = self._check(args, kwargs)
+            if why:
+                self._switch_to_samples(why, args, kwargs)
                 return self._run(args, kwargs)
-            self._checked = True
-            recorder.confirm_layouts()
         return out
 
     def _run(self, args: Any, kwargs: Any) -> Any:
@@ -172,143 +218,273 @@ class ModelForward(Forward):
         """Autograd must never reach a parameter past its tap: see :meth:`Recorder.record_whole`."""
         for p in self.recorder.names:
             if p.requires_grad and p not in self._guards:
-                self._guards[p] = p.register_hook(partial(self._past_the_tap, p))
+                self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))
 
-    def _past_the_tap(self, p: nn.Parameter, gradient: Tensor | None) -> None:
-        if gradient is not None:
-            self.recorder.record_whole(p, gradient)
+    def _refuse_batch_statistics(self) -> None:
+        for name, module in self.module.named_modules():
+            if normalises_over_batch(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) normalises every sample by the others in its batch: call eval() "
+                    f"on it, or replace it with opacus.validators.ModuleValidator.fix(model)"
+                )
 
-    def _needs_check(self) -> bool:
-        batch = self.recorder.batch_size
-        if not self.verifies or self.runs_by_sample:
-            return False
-        return (batch or 0) > 1 and (not self._checked or bool(self.recorder.new_layouts))
+    def _check(self, args: Any, kwargs: Any) -> str:
+        """Why samples are not kept apart, or an empty string; layouts that were seen to be clean become verified.
 
-    def _mixed_layers(self, args: Any, kwargs: Any) -> list[str]:
-        """Parameters that see gradients of several samples, or of another one, when one sample's output has one."""
-        recorder, batch = self.recorder, self.recorder.batch_size
-        assert batch is not None
-        found: list[dict[str, Tensor]] = []
+        The model runs forward and backward on the batch, and again with one sample replaced by another one and given
+        another output gradient: in every layer, that sample's rows may change, and no other's. Layers that the sample
+        does not reach are tried with a few others, and stay unverified if none does.
+        """
+        recorder, batch = self.recorder, self.recorder.batch_size or 0
+        if batch < 2:
+            return ""
+        with torch.random.fork_rng():
+            before = self._sketches((args, kwargs), batch)
+            for sample in dict.fromkeys((batch - 1, 0, batch // 2, 1)):
+                if why := self._check_sample(args, kwargs, batch, sample, before):
+                    return why
+                if recorder.new_layouts <= recorder.verified:
+                    break
+        return ""
 
-        def observe(uses: dict[nn.Parameter, list[Form]]) -> None:
-            found.append(
-                {
-                    recorder.names[p]: torch.stack([form.touched() for form in forms if form.batch == batch]).any(0)
-                    for p, forms in uses.items()
-                }
-            )
+    def _check_sample(self, args: Any, kwargs: Any, batch: int, sample: int, before: dict[str, list[Tensor]]) -> str:
+        def changed(inputs: Any, cotangent_of: int | None) -> dict[str, Tensor]:
+            after = self._sketches(inputs, batch, cotangent_of)
+            return {name: _changed_rows(before[name], after[name]) for name in after if name in before}
 
-        args, kwargs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (args, kwargs))
-        with observed(recorder, observe), torch.random.fork_rng():
+        replaced = _replace_sample((args, kwargs), batch, self.batch_dim, sample)
+        with _OrderWatch(batch) as watch:
+            rows = changed(replaced, sample)
+        mixed = _strangers(rows, sample)
+        if mixed:  # a dimension of an output may merely have the batch's size: is it the inputs' doing?
+            rows = changed(replaced, None)
+            mixed -= {name for name in rows if bool(rows[name].any())} - _strangers(rows, sample)
+        if mixed:
+            return f"gradients of several samples meet in {', '.join(sorted(mixed))}"
+        if watch.sorts:
+            return "the model sorts along the batch dimension, which may change which sample a row belongs to"
+        reached = {name for name, where in rows.items() if bool(where.any())}
+        self.recorder.verified |= {layout for layout in self.recorder.new_layouts if layout[0] in reached}
+        return ""
+
+    def _sketches(self, inputs: Any, batch: int, cotangent_of: int | None = None) -> dict[str, list[Tensor]]:
+        """What a forward and backward records, by layer, in sketches ``[B, n]``.
+
+        Random numbers are the same in every call, but for the output gradient of sample ``cotangent_of``.
+        """
+        found: dict[str, list[Tensor]] = {}
+
+        def observe(name: str, form: Form) -> None:
+            found.setdefault(name, []).append(sketch(form))
+
+        args, kwargs = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
+        with observed(self.recorder, observe):
+            torch.manual_seed(batch)
             outputs = [x for x in tensors(self._run(args, kwargs)) if x.requires_grad]
-            for output in outputs[:MOST_OUTPUTS]:
-                dim = next((d for d in (self.batch_dim, 0) if d < output.dim() and output.shape[d] == batch), None)
-                if dim is not None:
-                    cotangent = torch.zeros_like(output)
-                    cotangent.select(dim, batch - 1).normal_()
-                    output.backward(cotangent, retain_graph=True)
-        mixed = [_strangers(touched) for touched in found]
-        # A dimension of an output that merely has the batch's size shows mixing that is not there: a layer is at
-        # fault only if every output that reaches it says so.
-        names = {name for strangers in mixed for name in strangers}
-        return sorted(n for n in names if all(n in mixed[k] for k, touched in enumerate(found) if n in touched))
+            cotangents = []
+            for output in outputs:
+                cotangent, other = torch.randn_like(output), torch.randn_like(output)
+                if cotangent_of is not None and output.dim() > self.batch_dim and output.shape[self.batch_dim] == batch:
+                    cotangent.select(self.batch_dim, cotangent_of).copy_(other.select(self.batch_dim, cotangent_of))
+                cotangents.append(cotangent)
+            torch.autograd.backward(outputs, cotangents)
+        return found
 
     def _switch_to_samples(self, why: str, args: Any, kwargs: Any) -> None:
         """Run by sample from now on, provided that this computes the same function."""
+        recorder = self.recorder
+        if not recorder.verifies:
+            raise LayoutError(why)
         hint = (
             f"{why}, so it cannot be told which gradient is whose. Inputs that all samples share (position ids, "
             f"masks) may have shape [1, ...]; layers must see the batch along one dimension"
         )
-        modes = {module: module.training for module in self.module.modules()}
+        if recorder.batch_size is None:
+            raise LayoutError(f"{hint}. {ONE_BY_ONE}")
         try:
-            self.module.eval()
-            with _paused(self.recorder):
-                expected = tensors(self._run(args, kwargs))
-            self.runs_by_sample = True
-            found = tensors(self._run(args, kwargs))
+            with _aside(self.module):
+                with _set(recorder, paused=True):
+                    expected = tensors(self._run(args, kwargs))
+                self.runs_by_sample = True
+                found = tensors(self._run(args, kwargs))
+            self.runs_by_sample = _same(expected, found)
         except Exception as error:
             self.runs_by_sample = False
             raise LayoutError(
                 f"{hint}. Running the model sample by sample failed too ({error}). {ONE_BY_ONE}"
             ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        if not _same(expected, found):
-            self.runs_by_sample = False
+        if not self.runs_by_sample:
             raise LayoutError(
                 f"{hint}. Run sample by sample, the model computes something else: its forward mixes samples (a mean "
-                f"over the batch, batch statistics) or depends on the batch size. {ONE_BY_ONE}"
+                f"over the batch), depends on the batch size, or draws random numbers. {ONE_BY_ONE}"
             )
+        logger.warning("%s is run sample by sample from now on: %s", type(self.module).__name__, why)
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, dicts and dataclasses."""
-    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+def normalises_over_batch(module: nn.Module) -> bool:
+    """Whether ``module``, as it stands, uses statistics of the batch."""
+    batch_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    instance_norm = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+    return batch_norm and not instance_norm and (module.training or module.running_mean is None)
 
 
-def batch_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
-    """The sizes that the inputs leave open as the batch size, first tensor first."""
-    leaves = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))[0]
-    for leaf in leaves:
-        if isinstance(leaf, PackedSequence):
-            return [int(leaf.batch_sizes[0])]
-    sizes = [
-        leaf.shape[batch_dim if leaf.dim() > batch_dim else 0]
-        for leaf in leaves
-        if isinstance(leaf, Tensor) and leaf.dim()
-    ]
+def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
+    """The sizes along the batch dimension of the inputs with most dimensions: which of them is the batch's?"""
+    if packed := packed_sequences((args, kwargs)):
+        return [int(packed[0].batch_sizes[0])]
+    given = [x for x in tensors((args, kwargs)) if x.dim()]
+    most = max((x.dim() for x in given), default=0)
+    sizes = [x.shape[batch_dim if x.dim() > max(batch_dim, 1) else 0] for x in given if x.dim() == most]
     return list(dict.fromkeys(sizes))
 
 
+def _opens(recorder: Recorder, batch: int | None, gradient: Tensor) -> None:
+    recorder.open(batch)
+
+
+def _past_the_tap(recorder: Recorder, p: nn.Parameter, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        recorder.record_whole(p, gradient)
+
+
+def _replace_sample(inputs: Any, batch: int, batch_dim: int, sample: int) -> Any:
+    """``inputs`` with ``sample`` replaced by the first one that differs from it.
+
+    One-dimensional integers stay: offsets and lengths have a meaning that another sample's would break.
+    """
+
+    def axis(x: Tensor) -> int | None:
+        if x.dim() < 2 and not x.is_floating_point():
+            return None
+        return next((d for d in (batch_dim, 0) if x.dim() > d and x.shape[d] == batch), None)
+
+    given = [(x.detach(), d) for x in tensors(inputs) if (d := axis(x)) is not None]
+    others = (k for k in range(batch) for x, d in given if not torch.equal(x.select(d, k), x.select(d, sample)))
+    other = next(others, None)
+
+    def replace(x: Tensor) -> Tensor:
+        d = axis(x)
+        if d is None or other is None:
+            return x
+        twin = x.detach().clone()
+        twin.select(d, sample).copy_(x.detach().select(d, other))
+        return twin.requires_grad_(x.requires_grad)
+
+    return map_tensors(replace, inputs)
+
+
+def _changed_rows(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """``[B]``: which samples' sketches differ by more than rounding."""
+    if [x.shape for x in before] != [x.shape for x in after]:
+        return torch.ones(after[0].shape[0], dtype=torch.bool, device=after[0].device)
+    differs = torch.zeros(after[0].shape[0], dtype=torch.bool, device=after[0].device)
+    for x, y in zip(before, after, strict=True):
+        scale = torch.maximum(x.abs(), y.abs()).amax(0, keepdim=True)
+        differs |= ((x - y).abs() > SAME * scale).any(1)
+    return differs
+
+
+def _strangers(changed: dict[str, Tensor], sample: int) -> set[str]:
+    """Layers in which other samples than ``sample`` changed."""
+    return {
+        name for name, rows in changed.items() if bool(rows.any()) and rows.nonzero().flatten().tolist() != [sample]
+    }
+
+
 def _same(expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Equal up to rounding, in the mean square and everywhere."""
     if [x.shape for x in expected] != [x.shape for x in found]:
         return False
     for x, y in zip(expected, found, strict=True):
-        if x.is_floating_point():
-            slack = (
-                1e3
-                * torch.finfo(x.dtype).eps
-                * (1 + float(x.detach().abs().nan_to_num(0, 0, 0).amax() if x.numel() else 0))
-            )
-            if not torch.allclose(x, y, rtol=0, atol=slack, equal_nan=True):
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
                 return False
-        elif not torch.equal(x, y):
+            continue
+        x, y = (side.detach().double().nan_to_num() for side in (x, y))
+        allowed = 64 * torch.finfo(expected[0].dtype).eps if expected[0].dtype.itemsize > 2 else 0.05
+        if float((x - y).norm()) > allowed * (float(x.norm()) + 1e-12):
             return False
     return True
 
 
-def _strangers(touched: dict[str, Tensor]) -> set[str]:
-    """Names whose touched samples (bool ``[B]`` each) are not the one sample that the others saw, whichever it is."""
-    votes = sum(rows.long() for rows in touched.values() if int(rows.sum()) == 1)
-    allowed = torch.zeros(0) if isinstance(votes, int) else torch.nn.functional.one_hot(votes.argmax(), len(votes))
-    return {
-        name
-        for name, rows in touched.items()
-        if int(rows.sum()) > 1 or (rows.any() and len(allowed) and not bool(allowed[rows].all()))
-    }
+class _OrderWatch(TorchDispatchMode):
+    """Notices sorting along a dimension of the batch's size, but for that of PyTorch's own packed sequences."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch = batch
+        self.sorts = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.sort, torch.ops.aten.argsort, torch.ops.aten.topk):
+            x = args[0]
+            if x.dim() and x.shape[0] == self.batch and (x.dim() == 1) and not _inside_packing():
+                self.sorts = True
+        return func(*args, **(kwargs or {}))
+
+
+def _inside_packing() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.nn.utils.rnn.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 @contextmanager
-def _paused(recorder: Recorder) -> Iterator[None]:
-    """Within, layers run their own forward, untapped."""
-    recorder.paused = True
+def _set(recorder: Recorder, **values: Any) -> Iterator[None]:
+    """Attributes of ``recorder`` for the time within."""
+    before = {name: getattr(recorder, name) for name in values}
+    for name, value in values.items():
+        setattr(recorder, name, value)
     try:
         yield
     finally:
-        recorder.paused = False
+        for name, value in before.items():
+            setattr(recorder, name, value)
+
+
+@contextmanager
+def _aside(module: nn.Module) -> Iterator[None]:
+    """Forwards within have no dropout and leave no trace: in buffers, random state, or a checkpoint around them."""
+    dropping = (torch.nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+    dropped = [m for m in module.modules() if isinstance(m, dropping) and m.training]
+    for m in dropped:
+        m.training = False
+    try:
+        with _untouched_buffers(module), torch.random.fork_rng(), _own_saved_tensors():
+            yield
+    finally:
+        for m in dropped:
+            m.training = True
+
+
+def _own_saved_tensors() -> Any:
+    """Keeps a checkpoint around the model from counting what is saved within."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+@contextmanager
+def _untouched_buffers(module: nn.Module) -> Iterator[None]:
+    """Forwards within leave the model's buffers as they were."""
+    before = {buffer: buffer.detach().clone() for buffer in module.buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
 
 
 @contextmanager
 def observed(recorder: Recorder, observe: Any) -> Iterator[None]:
-    """The backward passes within show their forms to ``observe`` and change nothing; saved tensors stay here.
-
-    The identity hooks keep a checkpoint around the model from counting what is saved within.
-    """
+    """The backward passes within show their forms to ``observe`` and change nothing, not even a pass around them."""
+    pass_around = recorder.suspend()
     recorder.observer = observe
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        with _own_saved_tensors():
             yield
     finally:
         recorder.observer = None
-        recorder.take()
+        recorder.resume(pass_around)

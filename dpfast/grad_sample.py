@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from opacus.layers import DPMultiheadAttention
@@ -57,6 +56,7 @@ class FusedHooks(AbstractGradSampleHooks):
             raise ValueError("this model is already private; call cleanup() or to_standard_module() first")
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         self.book = Book(parameter_names(m), clipping or Clipping.flat(1.0), loss_reduction)
+        self.book.verifies = self.book.needs_model = True
         self._forwards: list[Forward] = []
         self._attach(0 if batch_first else 1, max_physical_batch_size)
 
@@ -65,6 +65,8 @@ class FusedHooks(AbstractGradSampleHooks):
         batch_dims = _batch_dims(root, batch_dim)
         served, loose = _split_parameters(root)
         for name, module in root.named_modules():
+            if _is_container(module):
+                continue  # never called: its parameters are its parent's affair
             own = {p for p in module._parameters.values() if p is not None}
             layer = family(module)
             forward: Forward | None = None
@@ -73,14 +75,15 @@ class FusedHooks(AbstractGradSampleHooks):
                 forward = LayerForward(module, layer, tap)
             elif max_physical_batch_size == 1 and own:
                 forward = UnservedForward(module, name, self.book)
-            elif own:
+            elif own or any(_is_container(child) and child._parameters for child in module.children()):
                 below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
                 forward = GenericForward(module, Generic(module, below, self.book, batch_dim))
             if forward is not None:
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
-        model = ModelForward(root, inner, Generic(root, loose, self.book, batch_dim), self.book, batch_dim)
+        by_sample = Generic(root, loose, self.book, batch_dim)
+        model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)
         for forward in self._forwards:
@@ -98,13 +101,14 @@ class FusedHooks(AbstractGradSampleHooks):
         return norms
 
     @property
+    def runs_by_sample(self) -> bool:
+        """Whether the model is run one sample at a time under vmap, as its layers cannot tell the samples apart."""
+        return self._model_forward.runs_by_sample
+
+    @property
     def nonfinite_samples(self) -> int:
         """How many samples had a NaN or infinite norm so far; each contributed exact zeros."""
         return self.book.nonfinite_samples
-
-    def verify_layouts(self, verify: bool) -> None:
-        """Whether the model's first forward checks that no layer mixes samples (see ``ModelForward``)."""
-        self._model_forward.verifies = verify
 
     def forbid_grad_accumulation(self) -> None:
         """Refuse a second backward before a step (Poisson sampling accounts for one batch a step)."""
@@ -137,6 +141,11 @@ class FusedModule(FusedHooks, AbstractGradSampleModule):
         self.grad_accumulation_hook = None
 
 
+def _is_container(module: nn.Module) -> bool:
+    """Whether ``module`` has no forward of its own, like a ``ParameterList``."""
+    return type(module).forward is nn.Module.forward
+
+
 def _batch_dims(root: nn.Module, batch_dim: int) -> dict[nn.Module, int]:
     """Modules whose batch dimension is their parent's affair, not the model's."""
     dims: dict[nn.Module, int] = {}
@@ -167,10 +176,3 @@ def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Paramete
             if p is not None:
                 loose.setdefault(p, f"{prefix}.{name}" if prefix else name)
     return served, loose
-
-
-def has_batch_statistics(module: nn.Module) -> bool:
-    """Whether ``module`` normalises over the batch."""
-    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(
-        module, torch.nn.modules.instancenorm._InstanceNorm
-    )

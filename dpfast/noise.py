@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from opacus.optimizers.optimizer import _generate_noise
 from torch import Tensor
 
 # Noise is made and added piece by piece, so that it stays in cache and needs no second gradient-sized buffer.
@@ -10,13 +11,18 @@ from torch import Tensor
 PIECE = 1 << 18
 
 
-def add_noise_(summed: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+def add_noise_(
+    summed: Tensor, std: float, generator: torch.Generator | None = None, secure_mode: bool = False
+) -> Tensor:
     """``summed += std · z`` with z standard normal from torch's generator, in ``summed``'s dtype.
 
-    ``summed`` is contiguous and float32 or float64; std = 0 adds nothing and draws nothing.
+    ``summed`` is contiguous and float32 or float64; std = 0 adds nothing and draws nothing. ``secure_mode`` makes z as
+    Opacus does against floating-point attacks: the sum of four draws, halved (Holohan and Braghin, 2021).
     """
     if std == 0:
         return summed
+    if secure_mode:
+        return summed.add_(_generate_noise(std, summed, generator=generator, secure_mode=True))
     flat = summed.view(-1)
     end = flat.numel()
     # The last piece takes the remainder: torch draws tensors of fewer than 16 elements in another way.

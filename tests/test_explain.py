@@ -55,11 +55,10 @@ def test_the_way_depends_on_the_shapes(capsys):
     assert ways[0] != ways[1], (wide, narrow)
 
 
-def test_a_tied_weight_is_under_its_first_name(capsys):
-    """Both of its uses, for they meet in one norm."""
+def test_a_tied_weight_is_under_both_layers_that_use_it(capsys):
     lines = table(capsys, TinyGPT(), torch.randint(9, (3, 5)))
     assert row(lines, "tok")
-    assert not any("head" in line for line in lines)
+    assert any("head" in line for line in lines)
 
 
 def test_a_private_model_may_be_explained_too(capsys):

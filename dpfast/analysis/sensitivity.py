@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from dpfast.clipping import Clipping, check_threshold
 from dpfast.explain import call, pristine_copy
-from dpfast.forwards import tensors
-from dpfast.grad_sample import FusedHooks, FusedModule, has_batch_statistics
+from dpfast.forwards import normalises_over_batch
+from dpfast.grad_sample import FusedHooks, FusedModule
+from dpfast.layers.tap import LayoutError
+from dpfast.trees import map_tensors, tensors
 
 MOST_LEFT_OUT = 32  # samples left out in turn; spread over a larger batch
 ROUNDING = 1e-4  # relative slack for float32 sums of a batch
@@ -116,17 +117,27 @@ class _Runner:
     def __init__(self, model: nn.Module, loss_fn: Any, loss_reduction: str, batch_first: bool, C: float):
         self.twin = pristine_copy(model._module if isinstance(model, FusedModule) else model).eval()
         for module in self.twin.modules():
-            if has_batch_statistics(module):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.train()  # as it would be in training: that is where it couples samples
                 module.requires_grad_(False)  # its own parameters have no per-sample gradients to measure
         self.hooks = FusedHooks(
             self.twin, batch_first=batch_first, loss_reduction=loss_reduction, clipping=Clipping.flat(C)
         )
-        self.hooks.verify_layouts(False)  # what mixes samples is to be measured here, not refused
+        self.hooks.book.needs_model = False  # gradients count in eval() too
         self.loss_fn, self.loss_reduction = loss_fn, loss_reduction
         self.shapes: tuple[Any, ...] = ()
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Clipped sum ``[n]`` and norms ``[B]``."""
+        try:
+            return self._measure(batch)
+        except (LayoutError, ValueError):
+            if not self.hooks.book.verifies:
+                raise
+            self.hooks.book.verifies = False  # what mixes samples is to be measured here, not refused
+            return self._measure(batch)
+
+    def _measure(self, batch: Any) -> tuple[Tensor, Tensor]:
         for p in self.twin.parameters():
             p.summed_grad = None  # type: ignore[attr-defined]
         with torch.enable_grad():
@@ -158,12 +169,12 @@ def _select(batch: Any, keep: Tensor, count: int, dim: int) -> Any:
         axis = dim if x.dim() > dim else 0
         return x.index_select(axis, keep.to(x.device)) if x.dim() and x.shape[axis] == count else x
 
-    return tree_map_only(Tensor, pick, batch)
+    return map_tensors(pick, batch)
 
 
 def _cause(model: nn.Module, caught: list[Any], ratios: list[Tensor], shapes: tuple[Any, ...]) -> str:
     """The likely cause in words."""
-    if coupled := [name for name, module in model.named_modules() if has_batch_statistics(module)]:
+    if coupled := [name for name, module in model.named_modules() if normalises_over_batch(module)]:
         return (
             f"BatchNorm normalises every sample by the others in its batch ({', '.join(coupled)}); replace it with "
             f"opacus.validators.ModuleValidator.fix(model)"

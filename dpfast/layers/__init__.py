@@ -46,20 +46,28 @@ def family(module: nn.Module) -> Layer | None:
     not plain ones of its own (parametrised, weight-normed, patched) is not.
     """
     bases: tuple[Any, ...] = type(module).__mro__
-    layer = next((_BY_TYPE[cls] for cls in bases if cls in _BY_TYPE and bases[0].forward is cls.forward), None)
-    if layer is None or "forward" in vars(module) or torch.nn.utils.parametrize.is_parametrized(module):
+    base = next((cls for cls in bases if cls in _BY_TYPE), None)
+    if base is None or torch.nn.utils.parametrize.is_parametrized(module):
         return None
+    layer = _BY_TYPE[base]
+    forward = vars(module).get("forward")
+    if forward is not None and type(forward).__module__ != "dpfast.forwards":
+        return None
+    for name in ("forward", *layer.inherits):
+        if getattr(bases[0], name) is not getattr(base, name) or (name != "forward" and name in vars(module)):
+            return None
     tensors = [name for name in ("weight", "bias") if isinstance(getattr(module, name, None), Tensor)]
     return layer if all(name in module._parameters for name in tensors) else None
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why ``module``, taken by itself, cannot be trained privately, and what to do; None if it can."""
-    if type(module) in UNSERVED:
-        return (
-            f"nn.{type(module).__name__} computes all time steps in one kernel, of which no per-sample gradient can be "
-            f"taken; use opacus.layers.{UNSERVED[type(module)].__name__} (opacus.validators.ModuleValidator.fix)"
-        )
+    for cls, replacement in UNSERVED.items():
+        if isinstance(module, cls):
+            return (
+                f"nn.{cls.__name__} computes all time steps in one kernel, of which no per-sample gradient can be "
+                f"taken; use opacus.layers.{replacement.__name__} (opacus.validators.ModuleValidator.fix)"
+            )
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
         return "its parameters have no shape yet; run the model once on a batch before make_private"
     layer = family(module)

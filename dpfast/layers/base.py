@@ -22,6 +22,7 @@ class Layer:
     """
 
     types: ClassVar[tuple[Any, ...]] = ()  # module classes
+    inherits: ClassVar[tuple[str, ...]] = ()  # methods besides forward that a subclass must have kept to be served
     least_dims: ClassVar[int] = 1  # dimensions of the smallest x that has a batch dimension
     needs_batch: ClassVar[bool] = False  # the op takes the dimension before the features for the batch (convolutions)
 

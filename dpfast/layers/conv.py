@@ -43,6 +43,8 @@ class _Convolution(Layer):
 
 
 class _Conv(_Convolution):
+    inherits = ("_conv_forward",)
+
     def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:
         n = len(module.kernel_size)
         padding = module.padding
@@ -74,6 +76,8 @@ class Conv3d(_Conv):
 
 
 class _ConvTranspose(_Convolution):
+    inherits = ("_output_padding",)
+
     def run(self, module: Any, tap: Tap, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         n = len(module.kernel_size)
         extra = module._output_padding(

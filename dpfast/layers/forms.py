@@ -251,6 +251,22 @@ def _place_rows(values: Tensor, row: int, rows: int, dim: int) -> Tensor:
     return out
 
 
+def sketch(form: Form) -> Tensor:
+    """``[B, n]`` numbers that tell whether anything of a sample's form has changed: sums, sums of sizes, of squares."""
+    if isinstance(form, Instantiated):
+        sides = [form.samples]
+    elif isinstance(form, EmbeddingRows):
+        sides = [form.ids, form.G]
+    elif isinstance(form, Factored):
+        sides = [form.A, form.G]
+    else:
+        sides = [side.unflatten(0, (form.batch, -1)) for side in (form.x, form.G)]
+    rows = [
+        side.reshape(form.batch, math.prod(side.shape[1:])).double().nan_to_num(0.0, 1e300, -1e300) for side in sides
+    ]
+    return torch.stack([value for row in rows for value in (row.sum(1), row.abs().sum(1), row.square().sum(1))], 1)
+
+
 def _any_nonzero(values: Tensor) -> Tensor:
     """Per sample: is anything there? NaN counts as nothing (``0 · inf`` is no sign of a dependence)."""
     return (values.reshape(len(values), math.prod(values.shape[1:])).nan_to_num(0.0, 1.0, 1.0) != 0).any(1)

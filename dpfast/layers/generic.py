@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_dataclass, tree_flatten, tree_unflatten
 
 from dpfast.layers.base import Layer
 from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.tap import Call, LayoutError, Recorder, Tap
+from dpfast.trees import map_tensors, tensors
 
 ONE_BY_ONE = (
     "A physical batch of one is exact for any model: make_private(..., max_physical_batch_size=1) and "
@@ -46,35 +45,37 @@ class Generic:
         self.parameters = dict(parameters)
         self.recorder = recorder
         self.batch_dim = batch_dim
-        self._shared: set[int] = set()  # positions of tensor inputs once seen without a batch dimension
+        self._batched: dict[tuple[int, int], bool] = {}  # which tensor inputs, of how many dimensions, have a batch
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``forward(*args, **kwargs)``, sample by sample, outputs stacked again along the batch dimension."""
-        leaves, structure = flatten((args, kwargs))
-        batch = self.recorder.batch_size
+        recorder = self.recorder
+        recorder.start_forward()
+        given = tensors((args, kwargs))
+        batch = recorder.batch_size
         if batch is None:
-            batch = next(x.shape[self.batch_dim] for x in leaves if isinstance(x, Tensor) and x.dim() > self.batch_dim)
+            batch = next((x.shape[self.batch_dim] for x in given if x.dim() > self.batch_dim), 0)
         if batch == 0:
             return forward(*args, **kwargs)
-        self.recorder.start_forward()
-        batched = [i for i, leaf in enumerate(leaves) if self._has_batch(i, leaf, batch)]
+        batched = [self._has_batch(position, x, batch) for position, x in enumerate(given)]
+        if not any(batched):
+            raise LayoutError(f"{type(self.module).__name__} was called with nothing that has a batch of {batch}")
         token = torch.zeros(batch, device=next(self.module.parameters()).device)
         trained = {p: name for p, name in self.parameters.items() if p.requires_grad}
-        copies = [self._copies(p, name, token) for p, name in trained.items()]
-        outputs: list[Any] = []
+        copies = [Tap(recorder, Copies(), name)(token, p) for p, name in trained.items()]
+        results: list[Any] = []
 
         def one_sample(token: Tensor, copies: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-            for index, x in zip(batched, inputs, strict=True):
-                leaves[index] = x.unsqueeze(self.batch_dim)
-            inside_args, inside_kwargs = tree_unflatten(leaves, structure)
-            with (
-                _inside(self.recorder, token),
-                _swapped(self.module, dict(zip(trained, copies, strict=True))),
-            ):
-                outputs.extend(flatten(forward(*inside_args, **inside_kwargs)))
-            return [leaf for leaf in outputs[0] if isinstance(leaf, Tensor)]
+            own, flags, whole = iter(inputs), iter(batched), iter(given)
+            args_, kwargs_ = map_tensors(
+                lambda x: (next(whole), next(own).unsqueeze(self.batch_dim))[1] if next(flags) else next(whole),
+                (args, kwargs),
+            )
+            with _inside(recorder, token), _swapped(self.module, dict(zip(trained, copies, strict=True))):
+                results.append(forward(*args_, **kwargs_))
+            return tensors(results[0])
 
-        inputs = [leaves[index].movedim(self.batch_dim, 0) for index in batched]
+        inputs = [x.movedim(self.batch_dim, 0) for x, has_batch in zip(given, batched, strict=True) if has_batch]
         try:
             stacked = torch.func.vmap(one_sample, randomness="different")(token, copies, inputs)
         except RuntimeError as error:
@@ -85,20 +86,18 @@ class Generic:
                 f"{sorted(self.parameters.values())} that no layer family serves, and vmap cannot run it: {error} "
                 f"{ONE_BY_ONE}"
             ) from error
-        results = iter([self._batch_again(x) for x in stacked])
-        found, out_structure = outputs
-        return tree_unflatten([next(results) if isinstance(x, Tensor) else x for x in found], out_structure)
+        whole = iter(stacked)
+        return map_tensors(lambda _: self._batch_again(next(whole)), results[0])
 
-    def _copies(self, p: nn.Parameter, name: str, token: Tensor) -> Tensor:
-        tap = Tap(self.recorder, Copies(), name)
-        return tap(token, p)
-
-    def _has_batch(self, index: int, leaf: Any, batch: int) -> bool:
-        if not isinstance(leaf, Tensor) or leaf.dim() <= self.batch_dim:
-            return False
-        if leaf.shape[self.batch_dim] != batch:
-            self._shared.add(index)
-        return index not in self._shared
+    def _has_batch(self, position: int, x: Tensor, batch: int) -> bool:
+        """Whether the ``position``-th tensor input has a batch dimension: the same in all calls."""
+        has_batch = x.dim() > self.batch_dim and x.shape[self.batch_dim] == batch
+        if batch > 1 and self._batched.setdefault((position, x.dim()), has_batch) != has_batch:
+            raise LayoutError(
+                f"an input of {type(self.module).__name__}, of shape {list(x.shape)}, has a batch dimension in some "
+                f"calls only"
+            )
+        return has_batch
 
     def _batch_again(self, x: Tensor) -> Tensor:
         """``[B, *one sample's output]`` as the module would have returned it for the batch."""
@@ -111,17 +110,6 @@ class Generic:
         if x.dim() > 1 + dim and x.shape[1 + dim] == 1:
             return x.squeeze(1 + dim).movedim(0, dim)
         return x.flatten(0, 1)
-
-
-def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """``tree_flatten`` that also looks into dataclasses (their class is made known to torch's pytrees)."""
-    leaves, structure = tree_flatten(tree)
-    unknown = {type(leaf) for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)}
-    if not unknown:
-        return leaves, structure
-    for cls in unknown:
-        register_dataclass(cls)
-    return flatten(tree)
 
 
 @contextmanager

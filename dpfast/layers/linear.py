@@ -27,6 +27,7 @@ class Linear(Layer):
     """``g_i = G_iᵀ A_i`` for the weight, ``Σ_t g_t`` for the bias."""
 
     types: ClassVar[tuple[Any, ...]] = (nn.Linear, RNNLinear)
+    least_dims = 2
 
     def run(self, module: nn.Linear, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, module.weight, module.bias, spec=Rows())

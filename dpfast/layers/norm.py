@@ -24,6 +24,7 @@ class LayerNorm(Layer):
     """``y = x̂ ∘ w + b`` over the last dimensions."""
 
     types: ClassVar[tuple[Any, ...]] = (nn.LayerNorm,)
+    least_dims = 2
 
     def run(self, module: nn.LayerNorm, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, module.weight, module.bias, spec=(module.normalized_shape, module.eps))
@@ -59,6 +60,7 @@ class RMSNorm(Layer):
     """``y = x̂ ∘ w`` with ``x̂ = x / √(mean x² + ε)``."""
 
     types: ClassVar[tuple[Any, ...]] = (nn.RMSNorm,)
+    least_dims = 2
 
     def run(self, module: nn.RMSNorm, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, module.weight, spec=(module.normalized_shape, module.eps))
@@ -131,6 +133,9 @@ class GroupNorm(Layer):
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
         rows, channels, positions = self._sizes(x)
+        if x.numel() == 0:
+            yield from ((i, Instantiated(G.new_zeros(call.batch, channels))) for i in needed)
+            return
         # x̂ = (x - mean) · rstd, both constant over a group: Σ g∘x̂ = (Σ g∘x - mean · Σ g) · rstd, as in PyTorch.
         wide = compute_dtype(G.dtype)
         x, G = (side.reshape(rows * channels, 1, positions).to(wide) for side in (x, G))
@@ -147,6 +152,7 @@ class InstanceNorm1d(GroupNorm):
     """A group norm with a group for every channel."""
 
     types: ClassVar[tuple[Any, ...]] = (nn.InstanceNorm1d,)
+    inherits = ("_check_input_dim", "_apply_instance_norm")
     least_dims = 3
 
     def refusal(self, module: Any) -> str | None:

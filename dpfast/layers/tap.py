@@ -19,7 +19,8 @@ from dpfast.layers.forms import Form, Instantiated
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
 
-_OUTSIDE = -1  # torch's id of "no backward pass is running in this thread"
+OUTSIDE = -1  # torch's id of "no backward pass is running in this thread"
+Layout = tuple[str, int, str]  # a layer, its input's number of dimensions, and what its rows are taken for
 
 
 def running_backward() -> int:
@@ -28,7 +29,7 @@ def running_backward() -> int:
 
 
 class LayoutError(RuntimeError):
-    """A layer was called with an input of which it cannot be told what belongs to which sample."""
+    """It cannot be told what belongs to which sample."""
 
 
 class Recorder:
@@ -40,18 +41,26 @@ class Recorder:
 
     def __init__(self, names: Mapping[nn.Parameter, str]):
         self.names = dict(names)
-        self.batch_sizes: list[int] = []  # candidates, from the inputs of the model's forward; [B] once it is known
+        # Set by the model's forward:
+        self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
+        self.needs_model = False  # layers may run inside of the model's forward only
+        self.inside = False  # and this is inside
         self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
         self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
-        self.new_layouts: set[Any] = set()  # layouts seen in this forward that no verification has confirmed
         self.paused = False  # layers run their own forward, untapped
-        self.evaluating = False  # the model's last forward was in eval(): its gradients are not for training
-        self.evaluated = False  # and some reached a parameter since the last backward that was
-        self.observer: Callable[[dict[nn.Parameter, list[Form]]], None] | None = None  # takes the forms, no close
-        self._verified: set[Any] = set()
-        self._bypassed: set[nn.Parameter] = set()
+        self.evaluating = False  # the last forward was in eval(): its gradients are not for training
+        self.evaluated = False  # and some reached a parameter since the last step
+        # Which layouts have been seen to keep the samples apart:
+        self.verifies = False
+        self.verified: set[Layout] = set()
+        self.new_layouts: set[Layout] = set()
+        # The backward pass that is being recorded:
+        self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
         self._forms: dict[nn.Parameter, list[Form]] = {}
+        self._untrusted: list[tuple[Layout, Form]] = []
+        self._bypassed: set[nn.Parameter] = set()
         self._pass: int | None = None
+        self._pass_batch: int | None = None
 
     def close(self) -> None:
         """What is to happen at the end of the backward pass."""
@@ -59,13 +68,25 @@ class Recorder:
 
     @property
     def batch_size(self) -> int | None:
-        """The physical batch size, where the model's inputs leave no doubt about it."""
+        """The physical batch size of the last forward, where the model's inputs leave no doubt about it."""
         return self.batch_sizes[0] if len(self.batch_sizes) == 1 else None
 
     def take(self) -> dict[nn.Parameter, list[Form]]:
         """The recorded forms; the recorder is empty afterwards."""
-        forms, self._forms, self._pass = self._forms, {}, None
+        forms, self._forms = self._forms, {}
+        self._untrusted, self._bypassed = [], set()
+        self._pass = self._pass_batch = None
         return forms
+
+    def suspend(self) -> tuple[Any, ...]:
+        """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
+        state = (self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch)
+        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = {}, [], set(), None, None
+        return state
+
+    def resume(self, state: tuple[Any, ...]) -> None:
+        """Go on with a pass that was put aside."""
+        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = state
 
     def start_forward(self) -> None:
         """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
@@ -73,34 +94,48 @@ class Recorder:
         A reentrant checkpoint runs its layers' backward in an inner pass. Its forward is recomputed in the outer
         one, which is thus opened (and closed) here, once for all inner passes.
         """
-        if running_backward() != _OUTSIDE:
+        if running_backward() != OUTSIDE:
             self.open()
         elif self._pass is not None:
             self.take()
 
-    def open(self) -> None:
-        """Have :meth:`close` called when the running backward pass ends."""
+    def open(self, batch: int | None = None) -> None:
+        """Have :meth:`close` called when the running backward pass ends; ``batch`` is its forward's batch size."""
         if self._pass is None:
             self._pass = running_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if batch is not None:
+            self._pass_batch = batch
 
     def _finish(self) -> None:
         if self._pass is None:
             return
         for p in self._bypassed:  # autograd has put their unclipped gradient there
             p.grad = None
-        self._bypassed.clear()
         if self.observer is not None:
-            self.observer(self.take())
-        else:
-            self.close()
+            self.take()
+            return
+        if mixed := sorted({layout[0] for layout, form in self._untrusted if bool(form.touched().any())}):
+            self.take()
+            raise LayoutError(
+                f"layers {mixed} got gradients, but no check has shown that these keep the samples apart: call the "
+                f"model itself, not one of its methods or submodules, and let the loss depend on them through what its "
+                f"forward returns"
+            )
+        self.close()
 
-    def record(self, parameter: nn.Parameter, form: Form, forward_pass: int = _OUTSIDE) -> None:
-        """Keep one use's form. ``forward_pass`` is the backward pass that its forward ran in (a recomputation)."""
-        if forward_pass == _OUTSIDE and self._pass not in (None, running_backward()):
+    def record(self, parameter: nn.Parameter, form: Form, call: Call | None = None) -> None:
+        """Keep one use's form."""
+        if self.observer is not None:
+            self.open()
+            self.observer(call.tap.name if call else self.names[parameter], form)
+            return
+        if call and call.forward_pass == OUTSIDE and self._pass not in (None, running_backward()):
             self.take()  # left by a pass that failed half-way
         self.open()
         self._forms.setdefault(parameter, []).append(form)
+        if call and call.layout and call.batch > 1 and self.verifies and call.layout not in self.verified:
+            self._untrusted.append((call.layout, form))
 
     def record_whole(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """An ordinary gradient that reached ``parameter``: some use of it bypassed every tapped layer.
@@ -111,45 +146,42 @@ class Recorder:
         if self.evaluating and self._pass is None:
             self.evaluated = True
             return
-        if self.batch_size not in (0, 1):
+        if self._pass_batch not in (0, 1):
             raise RuntimeError(
                 f"parameter {self.names[parameter]!r} got a gradient outside of its own module's forward (as in "
                 f"F.linear(x, model.embedding.weight)), where per-sample gradients cannot be taken. Call the module "
                 f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
                 f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
             )
-        self.open()
         self._bypassed.add(parameter)
-        if self.batch_size == 1:
-            self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)), running_backward())
+        if self._pass_batch == 1:
+            self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)))
 
-    def confirm_layouts(self) -> None:
-        """The layouts of this forward are as they were taken to be."""
-        self._verified |= self.new_layouts
-        self.new_layouts = set()
-
-    def resolve_rows(self, tap: Tap, rows: int, ndim: int) -> int:
-        """The batch size, for a layer called with ``rows`` along its batch dimension.
+    def resolve_rows(self, tap: Tap, rows: int, ndim: int) -> tuple[int, Layout | None]:
+        """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.
 
         Raises:
             LayoutError: if the rows cannot be attributed to samples.
         """
+        if self.needs_model and not self.inside and running_backward() == OUTSIDE:
+            raise LayoutError(
+                f"layer {tap.name!r} was called outside of the private model's forward, where the samples of a batch "
+                f"are not known: call the model itself"
+            )
         if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
             self.batch_sizes = [rows]
-        batch = self.batch_size
+        batch = rows if self.batch_size is None else self.batch_size
         if batch == 0:
-            return 0
-        if batch is None:
-            batch = rows
-        if rows == batch or (batch and rows % batch == 0):
+            return 0, None
+        if rows == batch or rows % batch == 0:
             layout = (tap.name, ndim, "per sample" if rows == batch else "samples first")
         elif rows == 1:
             layout = (tap.name, ndim, "shared")
         else:
             raise LayoutError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
-        if layout not in self._verified:
+        if layout not in self.verified:
             self.new_layouts.add(layout)
-        return batch
+        return batch, layout
 
 
 @dataclass
@@ -167,24 +199,25 @@ class Tap:
         recorder.start_forward()
         if recorder.token is not None:
             return LayerOp.apply(Call(self, spec), recorder.token, x, *params)
-        if x.dim() < max(self.layer.least_dims, 1):
+        if x.dim() < self.layer.least_dims:
             raise LayoutError(
-                f"layer {self.name!r} was called with an input of shape {list(x.shape)}, no batch dimension"
+                f"layer {self.name!r} got an input of shape {list(x.shape)}, which has no batch dimension"
             )
         if recorder.row_order is not None:
             return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
-        dim = self.batch_dim if x.dim() > self.batch_dim else 0
+        dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
         x = x.movedim(dim, 0)
-        batch = recorder.resolve_rows(self, x.shape[0], x.dim())
+        batch, layout = recorder.resolve_rows(self, x.shape[0], x.dim())
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
             x = x.expand(batch, *x.shape[1:])
-        return LayerOp.apply(Call(self, spec, batch), None, x, *params).movedim(0, dim)
+        return LayerOp.apply(Call(self, spec, batch, layout), None, x, *params).movedim(0, dim)
 
     def _on_packed_rows(self, x: Tensor, order: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """``x [b, d]``: row r is of sample ``order[r]``; the op sees all samples in their order, else zeros."""
+        batch, layout = self.recorder.resolve_rows(self, len(order), x.dim())
         index = order[: len(x)]
         rows = x.new_zeros(len(order), *x.shape[1:]).index_copy(0, index, x)
-        return LayerOp.apply(Call(self, spec, len(order)), None, rows, *params).index_select(0, index)
+        return LayerOp.apply(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index)
 
 
 @dataclass
@@ -194,6 +227,7 @@ class Call:
     tap: Tap
     spec: Any
     batch: int = 0
+    layout: Layout | None = None
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
 
@@ -237,7 +271,7 @@ class LayerOp(torch.autograd.Function):
             recorder.open()
         elif needed:
             for index, form in layer.forms(call, needed, G, x, *params):
-                recorder.record(ctx.params[index], form, call.forward_pass)
+                recorder.record(ctx.params[index], form, call)
         gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None
         return (None, None, gx, *(None for _ in params))
 

@@ -114,7 +114,7 @@ class FusedDPOptimizer(DPOptimizer):
                 continue
             if getattr(p, "summed_grad", None) is None:
                 p.summed_grad = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
-            add_noise_(p.summed_grad, self.noise_multiplier * sensitivity, self.generator)
+            add_noise_(p.summed_grad, self.noise_multiplier * sensitivity, self.generator, self.secure_mode)
 
     def scale_grad(self) -> None:
         """Move the noisy sums to ``p.grad``, divided under ``loss_reduction="mean"``."""
@@ -162,7 +162,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""
-        return [p for group in self.param_groups for p in group["params"]]
+        return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
 
 
 def check_noise_multiplier(value: Any) -> None:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dpfast.reference.reductions import row_squares
 from dpfast.reference.rounding import compute_dtype, unit_roundoff, with_safety
 
 
@@ -26,9 +27,10 @@ def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     reach = torch.zeros(len(keys), dtype=torch.float64, device=G.device)
     reach.index_add_(0, segment, torch.linalg.vector_norm(rows, dim=1).double())
     slip = unit_roundoff(dtype) * (sizes - 1) * reach
-    norms = torch.linalg.vector_norm(sums, dim=1).double()
-    squared = zeros.index_add(0, owner, norms.square())
-    return with_safety(squared, zeros.index_add(0, owner, slip * (2 * norms + slip)), dtype)
+    squares = row_squares(sums)
+    squared = zeros.index_add(0, owner, squares)
+    slack = zeros.index_add(0, owner, slip * (2 * squares.sqrt() + slip))
+    return with_safety(squared, slack, dtype, squares=T * rows.shape[1])
 
 
 def embedding_grad_samples(ids: Tensor, G: Tensor, rows: int) -> Tensor:

@@ -18,7 +18,12 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(compute_dtype(dtype)).eps / 2
 
 
-def with_safety(squared: Tensor, bound: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(squared, bound + SAFETY_UNITS · u · squared)``, both float64 and never negative."""
+def smallest(dtype: torch.dtype) -> float:
+    """The most that a product may lose to underflow, where subnormal numbers are flushed to zero too."""
+    return torch.finfo(compute_dtype(dtype)).tiny
+
+
+def with_safety(squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squares: int = 0) -> tuple[Tensor, Tensor]:
+    """``(squared, bound + SAFETY_UNITS · u · squared + underflow of so many squares)``, float64, never negative."""
     squared = squared.double().clamp_min(0)
-    return squared, SAFETY_UNITS * unit_roundoff(dtype) * squared + bound
+    return squared, SAFETY_UNITS * unit_roundoff(dtype) * squared + bound + squares * smallest(dtype)

@@ -16,7 +16,7 @@ import dpfast
 from tests.helpers import F64, engine_of, follow, make_private, mse, run_fused, sse, sums_of
 from tests.oracle import Verdict
 
-LR = 0.05
+LR = 0.005
 
 
 def net() -> nn.Module:

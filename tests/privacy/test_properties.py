@@ -112,6 +112,8 @@ def networks(draw):
     for name, p in model.named_parameters():
         if draw(st.integers(0, 9)) == 0 and "head" not in name:
             p.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):  # the head may be tied to a frozen table
+        model.requires_grad_(True)
     B, T = draw(st.integers(1, 5)), draw(st.integers(3, 6))
     x = torch.randint(7, (B, T)) if words else torch.randn(B, T, 3, dtype=F64)
     sizes = 10.0 ** torch.randint(-3, 4, (B, 1, 1))  # samples of very different weight
@@ -151,7 +153,7 @@ def test_agreement_with_the_oracle(network, dtype):
     assert_exact(model, (x,), y.to(dtype), mse)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(networks(), st.lists(st.integers(0, 4), min_size=2, max_size=4))
 def test_steps_of_any_batch_size(network, sizes):
     """One private model through batches of 0 to 4 samples: each as exact as the first."""
