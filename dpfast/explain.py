@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.forwards import Forward, observed
+from dpfast.forwards import Forward
 from dpfast.grad_sample import FusedHooks, FusedModule
 from dpfast.layers.forms import Form
+from dpfast.separation import observed
 from dpfast.trees import tensors
 
 _COLUMNS = ("layer", "T", "d", "p", "way", "extra flops", "extra bytes")

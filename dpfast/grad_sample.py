@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
-from dpfast.forwards import Forward, GenericForward, LayerForward, ModelForward, UnservedForward
+from dpfast.forwards import Forward, GenericForward, LayerForward, UnservedForward
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
+from dpfast.model_forward import ModelForward
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:

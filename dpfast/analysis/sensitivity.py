@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dpfast.clipping import Clipping, check_threshold
 from dpfast.explain import call, pristine_copy
-from dpfast.forwards import normalises_over_batch
 from dpfast.grad_sample import FusedHooks, FusedModule
 from dpfast.layers.tap import LayoutError
+from dpfast.model_forward import normalises_over_batch
 from dpfast.trees import map_tensors, tensors
 
 MOST_LEFT_OUT = 32  # samples left out in turn; spread over a larger batch

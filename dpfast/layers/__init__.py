@@ -51,7 +51,7 @@ def family(module: nn.Module) -> Layer | None:
         return None
     layer = _BY_TYPE[base]
     forward = vars(module).get("forward")
-    if forward is not None and type(forward).__module__ != "dpfast.forwards":
+    if forward is not None and not type(forward).__module__.startswith("dpfast."):
         return None
     for name in ("forward", *layer.inherits):
         if getattr(bases[0], name) is not getattr(base, name) or (name != "forward" and name in vars(module)):

@@ -1,0 +1,180 @@
+"""What stands in for the whole model's ``forward``."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.forwards import Forward, trains
+from dpfast.layers.generic import ONE_BY_ONE, Generic
+from dpfast.layers.tap import LayoutError, Recorder
+from dpfast.separation import aside, same, setting, untouched_buffers, why_mixed
+from dpfast.trees import packed_sequences, tensors
+
+logger = logging.getLogger(__name__)
+
+
+class ModelForward(Forward):
+    """The model's entry: learns the batch size, and makes sure that every gradient belongs to one sample.
+
+    No layer is trusted in a layout (its input's number of dimensions, and what its rows are taken for) before a check
+    has shown that it keeps the samples apart there: see :mod:`dpfast.separation`. A model that fails, or in which a
+    layer's rows cannot be the samples', is run sample by sample under vmap, if that computes the same; else it is
+    refused.
+    """
+
+    def __init__(
+        self, module: nn.Module, inner: Forward | None, by_sample: Generic, batch_dim: int, one_by_one: bool = False
+    ):
+        super().__init__(module)
+        self.inner = inner
+        self.by_sample = by_sample
+        self.recorder = by_sample.recorder
+        self.batch_dim = batch_dim
+        self.one_by_one = one_by_one
+        self.runs_by_sample = False
+        self._guards: dict[nn.Parameter, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_guards": {}}  # hooks stay with the parameters that they are on
+
+    def remove(self) -> None:
+        super().remove()
+        for guard in self._guards.values():
+            guard.remove()
+        self._guards = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.recorder
+        if recorder.paused or recorder.inside or recorder.token is not None or not trains(self.module):
+            return self._run(args, kwargs)
+        self._guard_parameters()
+        recorder.evaluating = not self.module.training and recorder.needs_model
+        if recorder.evaluating:
+            with setting(recorder, paused=True):
+                return self._run(args, kwargs)
+        if recorder.verifies:
+            self._refuse_batch_statistics()
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
+        one = self.one_by_one and 1 in sizes
+        if one:
+            recorder.batch_sizes = [1]
+        recorder.start_forward()
+        with setting(recorder, inside=True):
+            out = self._run_checked(args, kwargs)
+        if one and len(sizes) > 1 and any(1 not in x.shape[:2] for x in tensors(out)):
+            raise ValueError(
+                f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"
+            )
+        batch = recorder.batch_size
+        for x in tensors(out):
+            if x.requires_grad:  # the outermost backward comes by here before any checkpoint's inner one
+                x.register_hook(partial(_opens, recorder, batch))
+        return out
+
+    def _run_checked(self, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        recorder.new_layouts = set()
+        try:
+            out = self._run(args, kwargs)
+        except LayoutError as error:
+            self._switch_to_samples(str(error), args, kwargs)
+            return self._run(args, kwargs)
+        except RuntimeError as error:
+            if not any(rows == "shared" for _, _, rows in recorder.new_layouts):
+                raise
+            # Copies of what all samples share have a batch dimension, which the model's code may not expect.
+            self._switch_to_samples(f"inputs shared by all samples do not fit ({error})", args, kwargs)
+            return self._run(args, kwargs)
+        if recorder.verifies and not self.runs_by_sample and recorder.new_layouts and recorder.batch_size != 1:
+            if recorder.batch_size is None:
+                raise LayoutError(
+                    f"the batch size cannot be told from the inputs of {type(self.module).__name__} (sizes "
+                    f"{recorder.batch_sizes} along the batch dimension): pass tensors with the batch first"
+                )
+            with setting(recorder, new_layouts=set()), untouched_buffers(self.module):
+                why = why_mixed(self._run, args, kwargs, recorder, self.batch_dim)
+            if why:
+                self._switch_to_samples(why, args, kwargs)
+                return self._run(args, kwargs)
+        return out
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:
+            return self.by_sample(self.plain, *args, **kwargs)
+        return (self.inner or self.plain)(*args, **kwargs)
+
+    def _guard_parameters(self) -> None:
+        """Autograd must never reach a parameter past its tap: see :meth:`Recorder.record_whole`."""
+        for p in self.recorder.names:
+            if p.requires_grad and p not in self._guards:
+                self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))
+
+    def _refuse_batch_statistics(self) -> None:
+        for name, module in self.module.named_modules():
+            if normalises_over_batch(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) normalises every sample by the others in its batch: call eval() "
+                    f"on it, or replace it with opacus.validators.ModuleValidator.fix(model)"
+                )
+
+    def _switch_to_samples(self, why: str, args: Any, kwargs: Any) -> None:
+        """Run by sample from now on, provided that this computes the same function."""
+        recorder = self.recorder
+        if not recorder.verifies:
+            raise LayoutError(why)
+        hint = (
+            f"{why}, so it cannot be told which gradient is whose. Inputs that all samples share (position ids, "
+            f"masks) may have shape [1, ...]; layers must see the batch along one dimension"
+        )
+        if recorder.batch_size is None:
+            raise LayoutError(f"{hint}. {ONE_BY_ONE}")
+        try:
+            with aside(self.module):
+                with setting(recorder, paused=True):
+                    expected = tensors(self._run(args, kwargs))
+                self.runs_by_sample = True
+                found = tensors(self._run(args, kwargs))
+            self.runs_by_sample = same(expected, found)
+        except Exception as error:
+            self.runs_by_sample = False
+            raise LayoutError(
+                f"{hint}. Running the model sample by sample failed too ({error}). {ONE_BY_ONE}"
+            ) from error
+        if not self.runs_by_sample:
+            raise LayoutError(
+                f"{hint}. Run sample by sample, the model computes something else: its forward mixes samples (a mean "
+                f"over the batch), depends on the batch size, or draws random numbers. {ONE_BY_ONE}"
+            )
+        logger.warning("%s is run sample by sample from now on: %s", type(self.module).__name__, why)
+
+
+def normalises_over_batch(module: nn.Module) -> bool:
+    """Whether ``module``, as it stands, uses statistics of the batch."""
+    batch_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    instance_norm = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+    return batch_norm and not instance_norm and (module.training or module.running_mean is None)
+
+
+def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
+    """The sizes along the batch dimension of the inputs with most dimensions: which of them is the batch's?"""
+    if packed := packed_sequences((args, kwargs)):
+        return [int(packed[0].batch_sizes[0])]
+    given = [x for x in tensors((args, kwargs)) if x.dim()]
+    most = max((x.dim() for x in given), default=0)
+    sizes = [x.shape[batch_dim if x.dim() > max(batch_dim, 1) else 0] for x in given if x.dim() == most]
+    return list(dict.fromkeys(sizes))
+
+
+def _opens(recorder: Recorder, batch: int | None, gradient: Tensor) -> None:
+    recorder.open(batch)
+
+
+def _past_the_tap(recorder: Recorder, p: nn.Parameter, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        recorder.record_whole(p, gradient)

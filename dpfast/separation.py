@@ -1,0 +1,235 @@
+"""Does every layer keep the samples of a batch apart? Shown by running the model, not assumed.
+
+The model runs forward and backward on the batch, and again with one sample replaced by another one and given another
+output gradient: in every layer that sample's rows may change, and no other's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpfast.layers.forms import Form, sketch
+from dpfast.layers.tap import Recorder
+from dpfast.trees import map_tensors, tensors
+
+SAME = 1e-5  # relative: what a sample's rows may change by when only another sample does (rounding)
+
+
+def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorder, batch_dim: int) -> str:
+    """Why samples are not kept apart, or an empty string; layouts that were seen to be clean become verified.
+
+    Layers that the replaced sample does not reach are tried with a few others, and stay unverified if none does.
+    """
+    batch = recorder.batch_size or 0
+    if batch < 2:
+        return ""
+    check = _Check(run, recorder, batch, batch_dim)
+    with torch.random.fork_rng():
+        before = check.sketches((args, kwargs))
+        for sample in dict.fromkeys((batch - 1, 0, batch // 2, 1)):
+            if why := check.sample((args, kwargs), sample, before):
+                return why
+            if recorder.new_layouts <= recorder.verified:
+                break
+    return ""
+
+
+class _Check:
+    def __init__(self, run: Callable[..., Any], recorder: Recorder, batch: int, batch_dim: int):
+        self.run, self.recorder, self.batch, self.batch_dim = run, recorder, batch, batch_dim
+
+    def sample(self, inputs: Any, sample: int, before: dict[str, list[Tensor]]) -> str:
+        """Why ``sample`` is not kept apart from the others; ``before`` is what the unchanged batch gave."""
+
+        def changed(cotangent_of: int | None) -> dict[str, Tensor]:
+            after = self.sketches(replaced, cotangent_of)
+            return {name: _changed_rows(before[name], after[name]) for name in after if name in before}
+
+        replaced = _replace_sample(inputs, self.batch, self.batch_dim, sample)
+        with _OrderWatch(self.batch) as watch:
+            rows = changed(sample)
+        mixed = _strangers(rows, sample)
+        if mixed:  # a dimension of an output may merely have the batch's size: is it the inputs' doing?
+            rows = changed(None)
+            mixed -= {name for name in rows if bool(rows[name].any())} - _strangers(rows, sample)
+        if mixed:
+            return f"gradients of several samples meet in {', '.join(sorted(mixed))}"
+        if watch.sorts:
+            return "the model sorts along the batch dimension, which may change which sample a row belongs to"
+        reached = {name for name, where in rows.items() if bool(where.any())}
+        self.recorder.verified |= {layout for layout in self.recorder.new_layouts if layout[0] in reached}
+        return ""
+
+    def sketches(self, inputs: Any, cotangent_of: int | None = None) -> dict[str, list[Tensor]]:
+        """What a forward and backward records, by layer, in sketches ``[B, n]``.
+
+        Random numbers are the same in every call, but for the output gradient of sample ``cotangent_of``.
+        """
+        found: dict[str, list[Tensor]] = {}
+
+        def observe(name: str, form: Form) -> None:
+            found.setdefault(name, []).append(sketch(form))
+
+        args, kwargs = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
+        with observed(self.recorder, observe):
+            torch.manual_seed(self.batch)
+            outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
+            cotangents = []
+            for output in outputs:
+                cotangent, other = torch.randn_like(output), torch.randn_like(output)
+                has_batch = output.dim() > self.batch_dim and output.shape[self.batch_dim] == self.batch
+                if cotangent_of is not None and has_batch:
+                    cotangent.select(self.batch_dim, cotangent_of).copy_(other.select(self.batch_dim, cotangent_of))
+                cotangents.append(cotangent)
+            torch.autograd.backward(outputs, cotangents)
+        return found
+
+
+def _replace_sample(inputs: Any, batch: int, batch_dim: int, sample: int) -> Any:
+    """``inputs`` with ``sample`` replaced by the first one that differs from it.
+
+    One-dimensional integers stay: offsets and lengths have a meaning that another sample's would break.
+    """
+
+    def axis(x: Tensor) -> int | None:
+        if x.dim() < 2 and not x.is_floating_point():
+            return None
+        return next((d for d in (batch_dim, 0) if x.dim() > d and x.shape[d] == batch), None)
+
+    given = [(x.detach(), d) for x in tensors(inputs) if (d := axis(x)) is not None]
+    others = (k for k in range(batch) for x, d in given if not torch.equal(x.select(d, k), x.select(d, sample)))
+    other = next(others, None)
+
+    def replace(x: Tensor) -> Tensor:
+        d = axis(x)
+        if d is None or other is None:
+            return x
+        twin = x.detach().clone()
+        twin.select(d, sample).copy_(x.detach().select(d, other))
+        return twin.requires_grad_(x.requires_grad)
+
+    return map_tensors(replace, inputs)
+
+
+def _changed_rows(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """``[B]``: which samples' sketches differ by more than rounding."""
+    if [x.shape for x in before] != [x.shape for x in after]:
+        return torch.ones(after[0].shape[0], dtype=torch.bool, device=after[0].device)
+    differs = torch.zeros(after[0].shape[0], dtype=torch.bool, device=after[0].device)
+    for x, y in zip(before, after, strict=True):
+        scale = torch.maximum(x.abs(), y.abs()).amax(0, keepdim=True)
+        differs |= ((x - y).abs() > SAME * scale).any(1)
+    return differs
+
+
+def _strangers(changed: dict[str, Tensor], sample: int) -> set[str]:
+    """Layers in which other samples than ``sample`` changed."""
+    return {
+        name for name, rows in changed.items() if bool(rows.any()) and rows.nonzero().flatten().tolist() != [sample]
+    }
+
+
+def same(expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Equal up to rounding, in the mean square and everywhere."""
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        return False
+    for x, y in zip(expected, found, strict=True):
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                return False
+            continue
+        x, y = (side.detach().double().nan_to_num() for side in (x, y))
+        allowed = 64 * torch.finfo(expected[0].dtype).eps if expected[0].dtype.itemsize > 2 else 0.05
+        if float((x - y).norm()) > allowed * (float(x.norm()) + 1e-12):
+            return False
+    return True
+
+
+class _OrderWatch(TorchDispatchMode):
+    """Notices sorting along a dimension of the batch's size, but for that of PyTorch's own packed sequences."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch = batch
+        self.sorts = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.sort, torch.ops.aten.argsort, torch.ops.aten.topk):
+            x = args[0]
+            if x.dim() and x.shape[0] == self.batch and (x.dim() == 1) and not _inside_packing():
+                self.sorts = True
+        return func(*args, **(kwargs or {}))
+
+
+def _inside_packing() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.nn.utils.rnn.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@contextmanager
+def setting(recorder: Recorder, **values: Any) -> Iterator[None]:
+    """Attributes of ``recorder`` for the time within."""
+    before = {name: getattr(recorder, name) for name in values}
+    for name, value in values.items():
+        setattr(recorder, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(recorder, name, value)
+
+
+@contextmanager
+def aside(module: nn.Module) -> Iterator[None]:
+    """Forwards within have no dropout and leave no trace: in buffers, random state, or a checkpoint around them."""
+    dropping = (torch.nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+    dropped = [m for m in module.modules() if isinstance(m, dropping) and m.training]
+    for m in dropped:
+        m.training = False
+    try:
+        with untouched_buffers(module), torch.random.fork_rng(), _own_saved_tensors():
+            yield
+    finally:
+        for m in dropped:
+            m.training = True
+
+
+def _own_saved_tensors() -> Any:
+    """Keeps a checkpoint around the model from counting what is saved within."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+@contextmanager
+def untouched_buffers(module: nn.Module) -> Iterator[None]:
+    """Forwards within leave the model's buffers as they were."""
+    before = {buffer: buffer.detach().clone() for buffer in module.buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
+
+
+@contextmanager
+def observed(recorder: Recorder, observe: Any) -> Iterator[None]:
+    """The backward passes within show their forms to ``observe`` and change nothing, not even a pass around them."""
+    pass_around = recorder.suspend()
+    recorder.observer = observe
+    try:
+        with _own_saved_tensors():
+            yield
+    finally:
+        recorder.observer = None
+        recorder.resume(pass_around)
