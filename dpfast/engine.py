@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from dpfast.clipping import Clipping
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
-from dpfast.layers import refusal
+from dpfast.layers import exact_alone, refusal
 from dpfast.layers.generic import ONE_BY_ONE
 from dpfast.optim.optimizer import FusedDPOptimizer, check_noise_multiplier
 
@@ -295,7 +295,9 @@ def _problems(module: nn.Module, served_only: bool = True) -> list[str]:
         where = f"{name or 'the model'} ({type(child).__name__})"
         validator = ModuleValidator.VALIDATORS.get(type(child))
         if (reason := refusal(child)) is not None:
-            problems += [f"{where}: {reason}. {ONE_BY_ONE}"] if served_only else []
+            alone = exact_alone(child)
+            if served_only or not alone:
+                problems.append(f"{where}: {reason}. {ONE_BY_ONE if alone else ''}".strip())
         elif validator is not None and not isinstance(child, nn.MultiheadAttention):  # that one is served here
             advice = "opacus.validators.ModuleValidator.fix(model) replaces it"
             problems += [f"{where}: {error} {advice}" for error in validator(child)]

@@ -81,28 +81,35 @@ class ModelForward(Forward):
         recorder = self.recorder
         recorder.new_layouts = set()
         try:
-            out = self._run(args, kwargs)
+            if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
+                why = self._why_mixed(args, kwargs)
+            if recorder.verified or not why:
+                out = self._run(args, kwargs)
+                why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
         except LayoutError as error:
-            self._switch_to_samples(str(error), args, kwargs)
-            return self._run(args, kwargs)
+            why = str(error)
         except RuntimeError as error:
             if not any(rows == "shared" for _, _, rows in recorder.new_layouts):
                 raise
             # Copies of what all samples share have a batch dimension, which the model's code may not expect.
-            self._switch_to_samples(f"inputs shared by all samples do not fit ({error})", args, kwargs)
+            why = f"inputs shared by all samples do not fit ({error})"
+        if why:
+            self._switch_to_samples(why, args, kwargs)
             return self._run(args, kwargs)
-        if recorder.verifies and not self.runs_by_sample and recorder.new_layouts and recorder.batch_size != 1:
-            if recorder.batch_size is None:
-                raise LayoutError(
-                    f"the batch size cannot be told from the inputs of {type(self.module).__name__} (sizes "
-                    f"{recorder.batch_sizes} along the batch dimension): pass tensors with the batch first"
-                )
-            with setting(recorder, new_layouts=set()), untouched_buffers(self.module):
-                why = why_mixed(self._run, args, kwargs, recorder, self.batch_dim)
-            if why:
-                self._switch_to_samples(why, args, kwargs)
-                return self._run(args, kwargs)
         return out
+
+    def _why_mixed(self, args: Any, kwargs: Any) -> str:
+        """Why samples are not kept apart, or an empty string."""
+        recorder = self.recorder
+        if not recorder.verifies or self.runs_by_sample or recorder.batch_size in (0, 1):
+            return ""
+        if recorder.batch_size is None and len(recorder.batch_sizes) == 0:
+            raise LayoutError(
+                f"the batch size cannot be told from the inputs of {type(self.module).__name__}: pass tensors with the "
+                f"batch first"
+            )
+        with untouched_buffers(self.module):
+            return why_mixed(self._run, args, kwargs, recorder, self.batch_dim)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:

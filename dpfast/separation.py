@@ -27,12 +27,14 @@ def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorde
 
     Layers that the replaced sample does not reach are tried with a few others, and stay unverified if none does.
     """
-    batch = recorder.batch_size or 0
-    if batch < 2:
-        return ""
-    check = _Check(run, recorder, batch, batch_dim)
+    check = _Check(run, recorder, batch_dim)
     with torch.random.fork_rng():
-        before = check.sketches((args, kwargs))
+        before = check.sketches((args, kwargs))  # the layers' rows may tell which of several sizes is the batch's
+        batch = recorder.batch_size
+        if batch is None:
+            return f"the batch size may be any of {recorder.batch_sizes}"
+        if batch < 2:
+            return ""
         for sample in dict.fromkeys((batch - 1, 0, batch // 2, 1)):
             if why := check.sample((args, kwargs), sample, before):
                 return why
@@ -42,8 +44,12 @@ def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorde
 
 
 class _Check:
-    def __init__(self, run: Callable[..., Any], recorder: Recorder, batch: int, batch_dim: int):
-        self.run, self.recorder, self.batch, self.batch_dim = run, recorder, batch, batch_dim
+    def __init__(self, run: Callable[..., Any], recorder: Recorder, batch_dim: int):
+        self.run, self.recorder, self.batch_dim = run, recorder, batch_dim
+
+    @property
+    def batch(self) -> int:
+        return self.recorder.batch_size or 0
 
     def sample(self, inputs: Any, sample: int, before: dict[str, list[Tensor]]) -> str:
         """Why ``sample`` is not kept apart from the others; ``before`` is what the unchanged batch gave."""
@@ -79,7 +85,7 @@ class _Check:
 
         args, kwargs = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
         with observed(self.recorder, observe):
-            torch.manual_seed(self.batch)
+            torch.manual_seed(0)
             outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             cotangents = []
             for output in outputs:

@@ -74,4 +74,10 @@ def refusal(module: nn.Module) -> str | None:
     return layer.refusal(module) if layer is not None else None
 
 
-__all__ = ["FAMILIES", "Layer", "family", "refusal"]
+def exact_alone(module: nn.Module) -> bool:
+    """Whether ``module``, refused or not, is exact at a physical batch of one."""
+    layer = family(module)
+    return layer is None or layer.exact_alone(module)
+
+
+__all__ = ["FAMILIES", "Layer", "exact_alone", "family", "refusal"]

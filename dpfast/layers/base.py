@@ -30,6 +30,10 @@ class Layer:
         """Why this very module cannot be trained privately, and what to do; None if it can."""
         return None
 
+    def exact_alone(self, module: Any) -> bool:
+        """Whether a refused module is exact at a physical batch of one."""
+        return True
+
     def run(self, module: Any, tap: Tap, *args: Any, **kwargs: Any) -> Any:
         """``module.forward``, its op going through ``tap``."""
         raise NotImplementedError

@@ -41,6 +41,9 @@ class Embedding(Layer):
                 return f"{option}={getattr(module, option)!r} {why}; set it to {value!r}"
         return None
 
+    def exact_alone(self, module: Any) -> bool:
+        return module.max_norm is None and not module.sparse
+
     def run(self, module: nn.Embedding, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, module.weight, spec=module.padding_idx)
 

@@ -261,10 +261,13 @@ def sketch(form: Form) -> Tensor:
         sides = [form.A, form.G]
     else:
         sides = [side.unflatten(0, (form.batch, -1)) for side in (form.x, form.G)]
-    rows = [
-        side.reshape(form.batch, math.prod(side.shape[1:])).double().nan_to_num(0.0, 1e300, -1e300) for side in sides
-    ]
-    return torch.stack([value for row in rows for value in (row.sum(1), row.abs().sum(1), row.square().sum(1))], 1)
+    numbers = []
+    for side in sides:
+        row = side.reshape(form.batch, math.prod(side.shape[1:]))
+        row = row if row.is_floating_point() else row.double()
+        sizes = (torch.linalg.vector_norm(row, order, dim=1).double() for order in (1, 2))
+        numbers += [row.sum(1, dtype=torch.float64), *sizes]
+    return torch.stack(numbers, 1).nan_to_num(0.0, 1e300, -1e300)
 
 
 def _any_nonzero(values: Tensor) -> Tensor:

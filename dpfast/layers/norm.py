@@ -160,6 +160,9 @@ class InstanceNorm1d(GroupNorm):
             return "track_running_stats=True keeps statistics of the data that are not private; set it to False"
         return None
 
+    def exact_alone(self, module: Any) -> bool:
+        return False
+
     def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:
         module._check_input_dim(input)
         return tap(input, module.weight, module.bias, spec=(module.num_features, module.eps))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpfast.reference.matmul import ghost_squared_norm, one_position_squared_norm
+from dpfast.reference.matmul import ghost_squared_norm, grad_samples, one_position_squared_norm
 from dpfast.reference.rounding import compute_dtype
 
 # Patches are unfolded for so many bytes' worth of samples at a time: near the cache, and no more memory than that.
 PATCH_BYTES = 8 << 20
+# Multiplications in one sample's weight gradient, below which a call for each sample costs more than patches do.
+SMALL = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ def convolution_weight_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry: 
 
 
 def convolution_grad_samples(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int) -> Tensor:
-    """Per-sample gradients ``[B, *weight.shape]``: the weight gradient of one sample at a time."""
+    """Per-sample gradients ``[B, *weight.shape]``: the weight gradient of one sample at a time, or of patches."""
+    groups, positions, d, p = convolution_sizes(x, G, weight, geometry)
+    if groups * positions * d * p * (len(x) // batch) < SMALL:
+        parts = [grad_samples(*sides) for sides in _unfolded(x, G, weight, geometry, batch)]
+        return torch.cat(parts).view(batch, *weight.shape)
     out = torch.empty(batch, *weight.shape, dtype=compute_dtype(G.dtype), device=G.device)
     for sample, (x_i, G_i) in enumerate(zip(x.chunk(batch), G.chunk(batch), strict=True)):
         out[sample] = convolution_weight_gradient(x_i, G_i, weight, geometry)
@@ -64,7 +70,17 @@ def convolution_grad_samples(x: Tensor, G: Tensor, weight: Tensor, geometry: Geo
 def convolution_squared_norm(
     x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Ghost norms over patches, a few samples at a time.
+    """Ghost norms over patches, a few samples at a time."""
+    parts = [
+        (one_position_squared_norm if A.shape[2] == 1 else ghost_squared_norm)(A, B)
+        for A, B in _unfolded(x, G, weight, geometry, batch)
+    ]
+    squares, bounds = zip(*parts, strict=True)
+    return torch.cat(squares), torch.cat(bounds)
+
+
+def _unfolded(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """``A [b, g, T, d]`` and ``G [b, g, T, p]`` of the linear layer over patches, b samples at a time.
 
     A transposed convolution is the adjoint of a convolution with the same weight, so there the backprops are unfolded
     and the input gives the rows.
@@ -73,14 +89,11 @@ def convolution_squared_norm(
     unfolded, rows = (G, x) if geometry.transposed else (x, G)
     per_sample = len(x) // batch
     samples = max(1, PATCH_BYTES // max(1, groups * positions * d * per_sample * unfolded.element_size()))
-    parts = []
     for chunk in (slice(i, i + samples * per_sample) for i in range(0, len(x), samples * per_sample)):
         A = patches(unfolded[chunk], tuple(weight.shape[2:]), geometry)[:, :, :positions]
         B = rows[chunk].flatten(2).unflatten(1, (groups, p)).transpose(2, 3)
-        sides = [side.unflatten(0, (-1, per_sample)).transpose(1, 2).flatten(2, 3) for side in (A, B)]
-        parts.append((one_position_squared_norm if sides[0].shape[2] == 1 else ghost_squared_norm)(*sides))
-    squares, bounds = zip(*parts, strict=True)
-    return torch.cat(squares), torch.cat(bounds)
+        A, B = (side.unflatten(0, (-1, per_sample)).transpose(1, 2).flatten(2, 3) for side in (A, B))
+        yield A, B
 
 
 def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
