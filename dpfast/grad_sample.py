@@ -83,7 +83,7 @@ class FusedHooks(AbstractGradSampleHooks):
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
-        by_sample = Generic(root, loose, self.book, batch_dim)
+        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=True)
         model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)

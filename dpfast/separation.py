@@ -67,8 +67,8 @@ class _Check:
             mixed -= {name for name in rows if bool(rows[name].any())} - _strangers(rows, sample)
         if mixed:
             return f"gradients of several samples meet in {', '.join(sorted(mixed))}"
-        if watch.sorts:
-            return "the model sorts along the batch dimension, which may change which sample a row belongs to"
+        if watch.orders:
+            return "the model orders or picks samples by their data, which may change which sample a row belongs to"
         reached = {name for name, where in rows.items() if bool(where.any())}
         self.recorder.verified |= {layout for layout in self.recorder.new_layouts if layout[0] in reached}
         return ""
@@ -159,18 +159,33 @@ def same(expected: list[Tensor], found: list[Tensor]) -> bool:
 
 
 class _OrderWatch(TorchDispatchMode):
-    """Notices sorting along a dimension of the batch's size, but for that of PyTorch's own packed sequences."""
+    """Notices what orders or picks samples by their data, but for PyTorch's own packed sequences.
+
+    Such a model may keep the samples in place in one batch and not in the next, which no check of one batch shows.
+    """
+
+    ORDERING = (
+        torch.ops.aten.sort,
+        torch.ops.aten.argsort,
+        torch.ops.aten.topk,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten._unique2,
+    )
 
     def __init__(self, batch: int):
         super().__init__()
         self.batch = batch
-        self.sorts = False
+        self.orders = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.sort, torch.ops.aten.argsort, torch.ops.aten.topk):
-            x = args[0]
-            if x.dim() and x.shape[0] == self.batch and (x.dim() == 1) and not _inside_packing():
-                self.sorts = True
+        looked_at: list[Any] = []
+        if func.overloadpacket in self.ORDERING:
+            looked_at = [args[0]]
+        elif func.overloadpacket is torch.ops.aten.index:
+            looked_at = [x for x in args[1][:1] if x is not None and x.dtype == torch.bool]
+        if any(x.dim() == 1 and x.shape[0] == self.batch for x in looked_at) and not _inside_packing():
+            self.orders = True
         return func(*args, **(kwargs or {}))
 
 
@@ -213,7 +228,7 @@ def aside(module: nn.Module) -> Iterator[None]:
 
 def _own_saved_tensors() -> Any:
     """Keeps a checkpoint around the model from counting what is saved within."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
 
 
 @contextmanager

@@ -40,11 +40,19 @@ class Copies(Layer):
 class Generic:
     """Runs ``module`` under vmap, with copies of ``parameters`` (found anywhere below it) for every sample."""
 
-    def __init__(self, module: nn.Module, parameters: Mapping[nn.Parameter, str], recorder: Recorder, batch_dim: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[nn.Parameter, str],
+        recorder: Recorder,
+        batch_dim: int,
+        whole_model: bool = False,
+    ):
         self.module = module
         self.parameters = dict(parameters)
         self.recorder = recorder
         self.batch_dim = batch_dim
+        self.whole_model = whole_model
         self._batched: dict[tuple[int, int], bool] = {}  # which tensor inputs, of how many dimensions, have a batch
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +71,8 @@ class Generic:
         token = torch.zeros(batch, device=next(self.module.parameters()).device)
         trained = {p: name for p, name in self.parameters.items() if p.requires_grad}
         copies = [Tap(recorder, Copies(), name)(token, p) for p, name in trained.items()]
+        if self.whole_model:  # its inputs' samples are the model's: nothing to verify
+            recorder.verified |= {layout for layout in recorder.new_layouts if layout[0] in trained.values()}
         results: list[Any] = []
 
         def one_sample(token: Tensor, copies: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:

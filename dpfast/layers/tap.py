@@ -157,17 +157,20 @@ class Recorder:
         if self._pass_batch == 1:
             self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)))
 
+    def check_inside(self, tap: Tap) -> None:
+        """Layers are called inside of the model's forward, or when a checkpoint computes it again."""
+        if self.needs_model and not self.inside and running_backward() == OUTSIDE:
+            raise LayoutError(
+                f"layer {tap.name!r} was called outside of the private model's forward, where the samples of a batch "
+                f"are not known: call the model itself"
+            )
+
     def resolve_rows(self, tap: Tap, rows: int, ndim: int) -> tuple[int, Layout | None]:
         """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.
 
         Raises:
             LayoutError: if the rows cannot be attributed to samples.
         """
-        if self.needs_model and not self.inside and running_backward() == OUTSIDE:
-            raise LayoutError(
-                f"layer {tap.name!r} was called outside of the private model's forward, where the samples of a batch "
-                f"are not known: call the model itself"
-            )
         if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
             self.batch_sizes = [rows]
         batch = rows if self.batch_size is None else self.batch_size
@@ -199,6 +202,9 @@ class Tap:
         recorder.start_forward()
         if recorder.token is not None:
             return LayerOp.apply(Call(self, spec), recorder.token, x, *params)
+        recorder.check_inside(self)
+        if recorder.batch_size == 0:
+            return LayerOp.apply(Call(self, spec), None, x, *params)
         if x.dim() < self.layer.least_dims:
             raise LayoutError(
                 f"layer {self.name!r} got an input of shape {list(x.shape)}, which has no batch dimension"

@@ -30,7 +30,7 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)``, no per-sample gradient formed.
 
     The sum can cancel, so its rounding is bounded from ``Σ_{t,s} |a_t·a_s|·|g_t·g_s|``. Dot products of length n
-    are taken to err by ``√n + n/64`` units (a random walk, Higham and Mary 2019, and the drift of equal terms in
+    are taken to err by ``√n + n/32`` units (a random walk, Higham and Mary 2019, and the drift of equal terms in
     vector lanes), not by the worst case n. What underflows is bounded from the diagonals, ``|a_t·a_s| ≤ ‖a_t‖·‖a_s‖``.
     """
     dtype = compute_dtype(G.dtype)
@@ -48,7 +48,7 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         products[:, :, GHOST_TILE:].mul_(2)
         signed += products.sum((1, 2)).double()
         absolute += products.abs_().sum((1, 2)).double()
-    units = math.sqrt(d) + math.sqrt(p) + (d + p) / 64 + 8
+    units = math.sqrt(d) + math.sqrt(p) + (d + p) / 32 + 8
     bound = units * unit_roundoff(dtype) * absolute + lost * (d * lengths_g**2 + p * lengths_a**2 + T**2)
     return with_safety(signed.view(B, groups).sum(1), bound.view(B, groups).sum(1), dtype)
 

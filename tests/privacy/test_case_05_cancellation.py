@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dpfast
 from tests.helpers import F32, F64, SLACK, run_fused
 from tests.oracle import Verdict
 
 C = 0.05
-T = 512
 
 
 def weighted(output: Tensor, target: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def weighted(output: Tensor, target: Tensor) -> Tensor:
     return (output * target).sum()
 
 
-def cancelling(B: int, d: int, p: int, true_norm: float = 0.193) -> tuple[Tensor, Tensor]:
+def cancelling(B: int, d: int, p: int, T: int = 512, true_norm: float = 0.193) -> tuple[Tensor, Tensor]:
     """Backprops that alternate against activations that hardly change, up to a scale that they share.
 
     What is left of T products has a norm of ``true_norm``: less than the rounding of a ghost norm's T² terms.
@@ -51,12 +51,28 @@ def assert_within(model: nn.Module, inputs: tuple, target: Tensor, bound: float 
         assert total <= bound * SLACK + rounding, f"sample {i}: {total / bound} C"
 
 
-@pytest.mark.parametrize(("d", "p"), [(4, 4), (64, 48), (700, 650)])
-def test_linear(d, p):
-    a, g = cancelling(6, d, p)
+@pytest.mark.parametrize(("T", "d", "p"), [(512, 4, 4), (512, 64, 48), (512, 700, 650)])
+def test_linear(T, d, p):
+    a, g = cancelling(6, d, p, T)
     naive = float32_ghost(a, g)
     assert (naive < 0.193 / 2).any(), f"these inputs would not fool a plain ghost norm: {naive.tolist()}"
     assert_within(nn.Linear(d, p, bias=False), (a,), g)
+
+
+@pytest.mark.parametrize("T", [16, 64])
+def test_where_the_plan_takes_the_ghost_norm(T):
+    """Few positions and a wide layer: nothing else is as cheap, so it is the ghost norm that must not cancel."""
+    model = nn.Linear(1000, 900, bias=False)
+    a, g = cancelling(6, 1000, 900, T)
+    naive = float32_ghost(a, g)
+    assert (naive < 0.193 / 2).any(), f"these inputs would not fool a plain ghost norm: {naive.tolist()}"
+    assert "ghost" in dpfast.explain(model, a)
+    assert_within(model, (a,), g)
+    sums = run_fused(model, ((a,), g), weighted, C, loss_reduction="sum").sums["weight"].double().flatten()
+    each = torch.einsum("btp,btd->bpd", g.double(), a.double()).flatten(1)
+    factors = torch.linalg.lstsq(each.T, sums).solution  # nearly orthogonal: read each factor off the sum
+    rounding = Verdict(model, (a,), g, weighted, C).sum_tolerances()["weight"]
+    assert (factors * each.norm(dim=1) <= C * SLACK + rounding).all(), (factors * each.norm(dim=1) / C).tolist()
 
 
 def test_a_batch_of_them():
