@@ -59,9 +59,9 @@ class FusedHooks(AbstractGradSampleHooks):
         self.book = Book(parameter_names(m), clipping or Clipping.flat(1.0), loss_reduction)
         self.book.verifies = self.book.needs_model = True
         self._forwards: list[Forward] = []
-        self._attach(0 if batch_first else 1, max_physical_batch_size)
+        self._attach(0 if batch_first else 1, loss_reduction, max_physical_batch_size)
 
-    def _attach(self, batch_dim: int, max_physical_batch_size: int | None) -> None:
+    def _attach(self, batch_dim: int, loss_reduction: str, max_physical_batch_size: int | None) -> None:
         root = self._module
         batch_dims = _batch_dims(root, batch_dim)
         served, loose = _split_parameters(root)
@@ -83,7 +83,7 @@ class FusedHooks(AbstractGradSampleHooks):
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
-        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=True)
+        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction)
         model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)

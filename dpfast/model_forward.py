@@ -67,7 +67,7 @@ class ModelForward(Forward):
         recorder.start_forward()
         with setting(recorder, inside=True):
             out = self._run_checked(args, kwargs)
-        if one and len(sizes) > 1 and any(1 not in x.shape[:2] for x in tensors(out)):
+        if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
             raise ValueError(
                 f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"
             )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from opacus.layers import dp_rnn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,12 +56,12 @@ class _Check:
         """Why ``sample`` is not kept apart from the others; ``before`` is what the unchanged batch gave."""
 
         def changed(cotangent_of: int | None) -> dict[str, Tensor]:
-            after = self.sketches(replaced, cotangent_of)
+            after = self.sketches(replaced, cotangent_of, watch)
             return {name: _changed_rows(before[name], after[name]) for name in after if name in before}
 
         replaced = _replace_sample(inputs, self.batch, self.batch_dim, sample)
-        with _OrderWatch(self.batch) as watch:
-            rows = changed(sample)
+        watch = _OrderWatch(self.batch)
+        rows = changed(sample)
         mixed = _strangers(rows, sample)
         if mixed:  # a dimension of an output may merely have the batch's size: is it the inputs' doing?
             rows = changed(None)
@@ -68,12 +69,14 @@ class _Check:
         if mixed:
             return f"gradients of several samples meet in {', '.join(sorted(mixed))}"
         if watch.orders:
-            return "the model orders or picks samples by their data, which may change which sample a row belongs to"
+            return "the model orders or picks samples, or rows of them, which may change which sample a row belongs to"
         reached = {name for name, where in rows.items() if bool(where.any())}
         self.recorder.verified |= {layout for layout in self.recorder.new_layouts if layout[0] in reached}
         return ""
 
-    def sketches(self, inputs: Any, cotangent_of: int | None = None) -> dict[str, list[Tensor]]:
+    def sketches(
+        self, inputs: Any, cotangent_of: int | None = None, watch: _OrderWatch | None = None
+    ) -> dict[str, list[Tensor]]:
         """What a forward and backward records, by layer, in sketches ``[B, n]``.
 
         Random numbers are the same in every call, but for the output gradient of sample ``cotangent_of``.
@@ -86,7 +89,8 @@ class _Check:
         args, kwargs = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
         with observed(self.recorder, observe):
             torch.manual_seed(0)
-            outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
+            with watch or nullcontext():
+                outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             cotangents = []
             for output in outputs:
                 cotangent, other = torch.randn_like(output), torch.randn_like(output)
@@ -159,19 +163,13 @@ def same(expected: list[Tensor], found: list[Tensor]) -> bool:
 
 
 class _OrderWatch(TorchDispatchMode):
-    """Notices what orders or picks samples by their data, but for PyTorch's own packed sequences.
+    """Notices what orders or picks samples, or rows of them, but for PyTorch's own packed sequences.
 
     Such a model may keep the samples in place in one batch and not in the next, which no check of one batch shows.
     """
 
-    ORDERING = (
-        torch.ops.aten.sort,
-        torch.ops.aten.argsort,
-        torch.ops.aten.topk,
-        torch.ops.aten.nonzero,
-        torch.ops.aten.masked_select,
-        torch.ops.aten._unique2,
-    )
+    SORTING = (torch.ops.aten.sort, torch.ops.aten.argsort, torch.ops.aten.topk)
+    PICKING = (torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2)
 
     def __init__(self, batch: int):
         super().__init__()
@@ -179,20 +177,35 @@ class _OrderWatch(TorchDispatchMode):
         self.orders = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        looked_at: list[Any] = []
-        if func.overloadpacket in self.ORDERING:
-            looked_at = [args[0]]
-        elif func.overloadpacket is torch.ops.aten.index:
-            looked_at = [x for x in args[1][:1] if x is not None and x.dtype == torch.bool]
-        if any(x.dim() == 1 and x.shape[0] == self.batch for x in looked_at) and not _inside_packing():
+        if self._orders(func.overloadpacket, args) and not _inside_packing():
             self.orders = True
         return func(*args, **(kwargs or {}))
+
+    def _orders(self, op: Any, args: Any) -> bool:
+        def of_batch(x: Any) -> bool:
+            return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == self.batch
+
+        def has_rows(x: Any) -> bool:
+            return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] > 0 and x.shape[0] % self.batch == 0
+
+        if op in self.SORTING:
+            return of_batch(args[0]) and args[0].dim() == 1
+        if op in self.PICKING:
+            return has_rows(args[0])
+        if op is torch.ops.aten.index_select:
+            return args[1] == 0 and of_batch(args[0]) and of_batch(args[2])
+        if op is torch.ops.aten.index:
+            indices = [x for x in args[1] if x is not None]
+            if any(x.dtype == torch.bool and has_rows(x) for x in indices):
+                return True
+            return len(args[1]) == len(indices) == 1 and of_batch(args[0]) and of_batch(indices[0])
+        return False
 
 
 def _inside_packing() -> bool:
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename == torch.nn.utils.rnn.__file__:
+        if frame.f_code.co_filename in (torch.nn.utils.rnn.__file__, dp_rnn.__file__):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -38,7 +38,10 @@ class Copies(Layer):
 
 
 class Generic:
-    """Runs ``module`` under vmap, with copies of ``parameters`` (found anywhere below it) for every sample."""
+    """Runs ``module`` under vmap, with copies of ``parameters`` (found anywhere below it) for every sample.
+
+    ``whole_model`` is how the whole model reduces a loss that it returns over the batch; None for a part of it.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class Generic:
         parameters: Mapping[nn.Parameter, str],
         recorder: Recorder,
         batch_dim: int,
-        whole_model: bool = False,
+        whole_model: str | None = None,
     ):
         self.module = module
         self.parameters = dict(parameters)
@@ -71,7 +74,7 @@ class Generic:
         token = torch.zeros(batch, device=next(self.module.parameters()).device)
         trained = {p: name for p, name in self.parameters.items() if p.requires_grad}
         copies = [Tap(recorder, Copies(), name)(token, p) for p, name in trained.items()]
-        if self.whole_model:  # its inputs' samples are the model's: nothing to verify
+        if self.whole_model is not None:  # its inputs' samples are the model's: nothing to verify
             recorder.verified |= {layout for layout in recorder.new_layouts if layout[0] in trained.values()}
         results: list[Any] = []
 
@@ -112,10 +115,9 @@ class Generic:
     def _batch_again(self, x: Tensor) -> Tensor:
         """``[B, *one sample's output]`` as the module would have returned it for the batch."""
         if x.dim() == 1:
-            raise ValueError(
-                "a model that has to run sample by sample returned a scalar, which stands for the whole batch: "
-                "return per-sample outputs or logits and compute the loss outside of the model"
-            )
+            if self.whole_model is None:
+                raise LayoutError(f"{type(self.module).__name__} returned a scalar, which stands for the whole batch")
+            return x.mean() if self.whole_model == "mean" else x.sum()  # a loss; compared with the model's own
         dim = self.batch_dim
         if x.dim() > 1 + dim and x.shape[1 + dim] == 1:
             return x.squeeze(1 + dim).movedim(0, dim)
