@@ -198,7 +198,8 @@ class _OrderWatch(TorchDispatchMode):
             indices = [x for x in args[1] if x is not None]
             if any(x.dtype == torch.bool and has_rows(x) for x in indices):
                 return True
-            return len(args[1]) == len(indices) == 1 and of_batch(args[0]) and of_batch(indices[0])
+            one = len(args[1]) == len(indices) == 1
+            return one and of_batch(args[0]) and args[0].dim() > 1 and of_batch(indices[0]) and indices[0].dim() == 1
         return False
 
 

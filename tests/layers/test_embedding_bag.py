@@ -20,7 +20,6 @@ class Bags(nn.Module):
     def forward(self, ids, counts, weights):
         if self.weighted == "learnt":
             weights = self.weigh(weights.unsqueeze(-1)).squeeze(-1)
-        keep = torch.arange(ids.shape[1]) < counts.unsqueeze(1)
         if not self.flat:
             bags = self.bag(ids, per_sample_weights=None if self.weighted == "no" else weights)
         else:
@@ -28,7 +27,12 @@ class Bags(nn.Module):
             offsets = ends - counts
             if self.bag.include_last_offset:
                 offsets = torch.cat([ends.new_zeros(1), ends])
-            bags = self.bag(ids[keep], offsets, None if self.weighted == "no" else weights[keep])
+            # row by row: a mask over the batch picks rows by the data, which no check of one batch can trust
+            flat, weighed = (
+                torch.cat([row[:n] for row, n in zip(x, counts.tolist(), strict=True)] or [x[:0, 0]])
+                for x in (ids, weights)
+            )
+            bags = self.bag(flat, offsets, None if self.weighted == "no" else weighed)
         return self.out(torch.tanh(bags))
 
 
