@@ -12,7 +12,7 @@ from torch import nn
 from dpfast.layers import Layer
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import LayoutError, Recorder, Tap
-from dpfast.separation import aside, same, setting
+from dpfast.separation import aside, same
 from dpfast.trees import tensors
 
 
@@ -87,7 +87,7 @@ class GenericForward(Forward):
         """The module must compute the same sample by sample as on the batch."""
         recorder = self.generic.recorder
         with aside(self.module):
-            with setting(recorder, paused=True):
+            with recorder.setting(paused=True):
                 expected = tensors(self.plain(*args, **kwargs))
             found = tensors(self.generic(self.plain, *args, **kwargs))
         if not same(expected, found):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpfast.forwards import Forward, trains
 from dpfast.layers.generic import ONE_BY_ONE, Generic
 from dpfast.layers.tap import LayoutError, Recorder
-from dpfast.separation import aside, same, setting, untouched_buffers, why_mixed
+from dpfast.separation import aside, same, untouched_buffers, why_mixed
 from dpfast.trees import packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class ModelForward(Forward):
         self._guard_parameters()
         recorder.evaluating = not self.module.training and recorder.needs_model
         if recorder.evaluating:
-            with setting(recorder, paused=True):
+            with recorder.setting(paused=True):
                 return self._run(args, kwargs)
         if recorder.verifies:
             self._refuse_batch_statistics()
@@ -65,7 +65,7 @@ class ModelForward(Forward):
         if one:
             recorder.batch_sizes = [1]
         recorder.start_forward()
-        with setting(recorder, inside=True):
+        with recorder.setting(inside=True):
             out = self._run_checked(args, kwargs)
         if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
             raise ValueError(
@@ -143,7 +143,7 @@ class ModelForward(Forward):
             raise LayoutError(f"{hint}. {ONE_BY_ONE}")
         try:
             with aside(self.module):
-                with setting(recorder, paused=True):
+                with recorder.setting(paused=True):
                     expected = tensors(self._run(args, kwargs))
                 self.runs_by_sample = True
                 found = tensors(self._run(args, kwargs))

@@ -79,12 +79,13 @@ class Generic:
         results: list[Any] = []
 
         def one_sample(token: Tensor, copies: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-            own, flags, whole = iter(inputs), iter(batched), iter(given)
-            args_, kwargs_ = map_tensors(
-                lambda x: (next(whole), next(own).unsqueeze(self.batch_dim))[1] if next(flags) else next(whole),
-                (args, kwargs),
-            )
-            with _inside(recorder, token), _swapped(self.module, dict(zip(trained, copies, strict=True))):
+            own, flags = iter(inputs), iter(batched)
+
+            def one(x: Tensor) -> Tensor:
+                return next(own).unsqueeze(self.batch_dim) if next(flags) else x
+
+            args_, kwargs_ = map_tensors(one, (args, kwargs))
+            with recorder.setting(token=token), _swapped(self.module, dict(zip(trained, copies, strict=True))):
                 results.append(forward(*args_, **kwargs_))
             return tensors(results[0])
 
@@ -122,15 +123,6 @@ class Generic:
         if x.dim() > 1 + dim and x.shape[1 + dim] == 1:
             return x.squeeze(1 + dim).movedim(0, dim)
         return x.flatten(0, 1)
-
-
-@contextmanager
-def _inside(recorder: Recorder, token: Tensor) -> Iterator[None]:
-    recorder.token = token
-    try:
-        yield
-    finally:
-        recorder.token = None
 
 
 @contextmanager

@@ -3,8 +3,6 @@ sorted order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dpfast.layers.base import Layer
-from dpfast.layers.tap import Recorder, Tap
+from dpfast.layers.tap import Tap
 
 # Their kernels fuse all time steps; nothing inside them can be tapped, and vmap has no rule for them.
 UNSERVED = {nn.LSTM: DPLSTM, nn.GRU: DPGRU, nn.RNN: DPRNN}
@@ -31,14 +29,5 @@ class Recurrent(Layer):
         order = input.sorted_indices
         if order is None:
             order = torch.arange(int(input.batch_sizes[0]), device=input.data.device)
-        with _row_order(tap.recorder, order):
+        with tap.recorder.setting(row_order=order):
             return forward(module, input, *args, **kwargs)
-
-
-@contextmanager
-def _row_order(recorder: Recorder, order: Tensor) -> Iterator[None]:
-    recorder.row_order = order
-    try:
-        yield
-    finally:
-        recorder.row_order = None

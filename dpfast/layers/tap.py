@@ -6,7 +6,8 @@ the per-sample gradients go to the :class:`Recorder` instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,16 @@ class Recorder:
         self._bypassed: set[nn.Parameter] = set()
         self._pass: int | None = None
         self._pass_batch: int | None = None
+
+    @contextmanager
+    def setting(self, **values: Any) -> Iterator[None]:
+        """Attributes of the recorder for the time within."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def close(self) -> None:
         """What is to happen at the end of the backward pass."""
