@@ -13,7 +13,10 @@ READY := $(VENV)/.ready
 NO_LINT :=
 endif
 
-.PHONY: demo test bench lint clean
+# Whatever decides what the native libraries are: an edit builds them again.
+NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
+
+.PHONY: demo test bench lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -33,8 +36,17 @@ else
 	$(RUN) -m mypy dpfast
 endif
 
+# The tests of native ops, on a CPU library that stops at bad addresses and undefined behaviour. Exceptions that cross
+# from the library into Python's process need libstdc++ there from the start.
+sanitize: CXX := g++
+sanitize: $(READY)
+	CXX=$(CXX) $(RUN) -m dpfast.native cpu build/sanitize --sanitize
+	LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$l.so; done | xargs)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPFAST_LIBRARY_CPU=$(CURDIR)/build/sanitize/libdpfast_cpu.so \
+	$(RUN) -m pytest -q --capture=sys tests/ops tests/native -m "not compiles"
+
 # torch first and pinned: the build without isolation needs it there.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip
 	$(RUN) -m pip install -q -c constraints.txt torch setuptools

@@ -38,6 +38,7 @@ class Book(Recorder):
 
     def __init__(self, names: Mapping[nn.Parameter, str], clipping: Clipping, loss_reduction: str = "mean"):
         super().__init__(names)
+        self.index = {p: k for k, p in enumerate(names)}  # in the noise stream
         self.clipping = clipping
         self.loss_reduction = loss_reduction
         self.tracked: set[nn.Parameter] | None = None  # None: all; else those of the optimizer
@@ -78,10 +79,11 @@ class Book(Recorder):
             size = self._common_batch(uses)
             scale = size if self.loss_reduction == "mean" else 1
             combined = {p: combine(uses.pop(p)) for p in list(uses)}
-            norms, certified = self._norms(combined)
-            self.per_sample_gradient_norms = (norms.sum(0).sqrt() * scale).to(compute_dtype(next(iter(combined)).dtype))
-            factors = self.clipping.factors(certified.sqrt() * scale)
-            kept = self._finite_samples(certified)
+            squared, bounds = self._norms(combined)
+            norms = squared.sum(0).sqrt() * scale
+            self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(combined)).dtype))
+            factors, nonfinite = self.clipping.factors(squared, bounds, scale)
+            kept = self._finite_samples(squared + bounds, int(nonfinite)) if int(nonfinite) else None
             for p in list(combined):
                 forms = combined.pop(p)
                 weights = (factors[self.clipping.group_of(p)] * scale).to(p.device)
@@ -92,16 +94,16 @@ class Book(Recorder):
                     self._accumulate(p, form.clipped_sum(weights))
 
     def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
-        """Squared norms ``[groups, B]`` as computed, and with the bound on their error added."""
+        """Squared norms ``[groups, B]`` and the bounds on their errors."""
         first, forms = next(iter(combined.items()))
         shape = (len(self.clipping.thresholds), forms[0].batch)
-        norms = torch.zeros(shape, dtype=torch.float64, device=first.device)
-        certified = torch.zeros_like(norms)
+        squares = torch.zeros(shape, dtype=torch.float64, device=first.device)
+        bounds = torch.zeros_like(squares)
         for p, forms in combined.items():
             squared, bound = squared_norm(forms)
-            norms[self.clipping.group_of(p)] += squared.to(first.device)
-            certified[self.clipping.group_of(p)] += (squared + bound).to(first.device)
-        return norms, certified
+            squares[self.clipping.group_of(p)] += squared.to(first.device)
+            bounds[self.clipping.group_of(p)] += bound.to(first.device)
+        return squares, bounds
 
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
         sizes = {form.batch: self.names[p] for p, forms in uses.items() for form in forms}
@@ -112,21 +114,18 @@ class Book(Recorder):
             )
         return next(iter(sizes))
 
-    def _finite_samples(self, certified: Tensor) -> Tensor | None:
-        """Indices of the samples that count, or None if all do."""
-        finite = certified.isfinite().all(0)
-        if bool(finite.all()):
-            return None
-        self.nonfinite_samples += int((~finite).sum())
+    def _finite_samples(self, certified: Tensor, nonfinite: int) -> Tensor:
+        """Indices of the samples that count."""
+        self.nonfinite_samples += nonfinite
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{int((~finite).sum())} of {len(finite)} samples have a gradient norm that is NaN or infinite: each "
+                f"{nonfinite} of {certified.shape[1]} samples have a gradient norm that is NaN or infinite: each "
                 f"contributes exact zeros. Warned once; see nonfinite_samples for the count",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return finite.nonzero().squeeze(1)
+        return certified.isfinite().all(0).nonzero().squeeze(1)
 
     @staticmethod
     def _accumulate(p: nn.Parameter, clipped: Tensor) -> None:

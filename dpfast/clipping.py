@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpfast import ops
+
 
 def check_threshold(name: str, value: Any) -> float:
     """``value`` as a float, if it is a usable clipping norm."""
@@ -18,25 +20,6 @@ def check_threshold(name: str, value: Any) -> float:
             f"{name}={value!r}: give a positive finite number, the L2 norm to clip per-sample gradients to"
         )
     return number
-
-
-def abadi_factors(norms: Tensor, thresholds: Tensor) -> Tensor:
-    """Abadi et al. (2016): ``min(1, C/n)``, shapes ``norms [groups, B]``, ``thresholds [groups]``.
-
-    Sensitivity ``C`` per group. A sample with a norm that is not finite gets factor 0 in every group.
-
-    ====  =====================
-    n     factor
-    ====  =====================
-    0     1 (times a zero gradient)
-    ≤ C   1
-    inf   0
-    NaN   0
-    ====  =====================
-    """
-    C = thresholds.view(-1, 1).expand_as(norms)
-    factors = torch.where(norms > C, C / norms, torch.ones_like(norms))
-    return torch.where(norms.isfinite().all(0), factors, torch.zeros_like(factors))
 
 
 class Clipping:
@@ -120,6 +103,20 @@ class Clipping:
             )
         return self._group_of[parameter]
 
-    def factors(self, norms: Tensor) -> Tensor:
-        """Clipping factors ``[groups, B]`` for certified norms ``[groups, B]`` (float64)."""
-        return abadi_factors(norms, torch.tensor(self.thresholds, dtype=norms.dtype, device=norms.device))
+    def factors(self, squared: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Factors ``min(1, C/n)`` (Abadi et al., 2016), ``[groups, B]``, and how many samples are not finite.
+
+        n is ``√(squared + bound) · scale``, so that ``factor · n ≤ C`` whatever the rounding of the norm; a sample with
+        a norm that is not finite in any group gets factor 0 in all.
+
+        ====  =====================
+        n     factor
+        ====  =====================
+        0     1 (times a zero gradient)
+        ≤ C   1
+        inf   0
+        NaN   0
+        ====  =====================
+        """
+        thresholds = torch.tensor(self.thresholds, dtype=squared.dtype, device=squared.device)
+        return ops.clip_factors(squared, bounds, thresholds, ops.ClippingFunction.ABADI, 0.0, scale)

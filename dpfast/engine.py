@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -24,9 +26,10 @@ from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
 from dpfast.layers import exact_alone, refusal
 from dpfast.layers.generic import ONE_BY_ONE
-from dpfast.optim.optimizer import FusedDPOptimizer, check_noise_multiplier
+from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 
 FUSED = "fused"
+NOISE_STATE = "noise_state_dict"  # in a checkpoint
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -42,6 +45,21 @@ class PrivacyEngine(opacus.PrivacyEngine):
         >>> model, optimizer, loader = engine.make_private(
         ...     module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0)
     """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False):
+        """As in Opacus, but for ``secure_mode=True``, which needs no further package in the fused mode.
+
+        The noise is then ChaCha20's, keyed by the operating system, and guarded against attacks on floating-point
+        noise: see :class:`dpfast.noise.NoiseStream`. Batches are drawn by torchcsprng if it is installed, else by
+        torch's Mersenne Twister with its whole state from the operating system.
+        """
+        with warnings.catch_warnings():
+            if secure_mode:
+                warnings.filterwarnings("ignore", "Secure RNG turned off")
+            super().__init__(accountant=accountant)
+        self.secure_mode = secure_mode
+        if secure_mode:
+            self.secure_rng = _system_generator()
 
     def is_compatible(
         self,
@@ -86,6 +104,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         wrap_model: bool = True,
         rand_on_empty: bool = False,
         max_physical_batch_size: int | None = None,
+        low_precision: str = "nearest",
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
@@ -101,6 +120,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
                 sample at a time, through ``BatchMemoryManager(max_physical_batch_size=1)``, which is exact for any
                 model.
+            noise_generator: where the key of the noise is drawn from (once); ``torch.manual_seed`` repeats a run
+                without it. Refused in secure mode, whose keys come from the operating system.
+            low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
+                ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
@@ -114,6 +137,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 raise ValueError(
                     f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
                     f"pass module.to_standard_module()"
+                )
+            if self.secure_mode and importlib.util.find_spec("torchcsprng") is None:
+                raise ImportError(
+                    f"secure_mode=True with grad_sample_mode={grad_sample_mode!r}: Opacus' modes need the package "
+                    f"torchcsprng; the fused mode has secure noise of its own"
                 )
             ModuleValidator.validate(module, strict=True)
             return super().make_private(
@@ -145,14 +173,15 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
         check_noise_multiplier(noise_multiplier)
+        wrapped = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
+        check_low_precision(low_precision, wrapped)
         if loss_reduction == "mean" and any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
             warnings.warn(
                 "loss_reduction='mean' with 16-bit parameters: dividing the loss by the batch size rounds every "
                 "gradient, coarsely and differently for each batch size; loss_reduction='sum' keeps samples apart",
                 stacklevel=2,
             )
-        if isinstance(optimizer, DPOptimizer):
-            optimizer = optimizer.original_optimizer
+        optimizer = wrapped
         model = module._module if isinstance(module, FusedModule) else module
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
         self._check_model(module, max_physical_batch_size)
@@ -179,8 +208,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             book=hooks.book,
             expected_batch_size=expected_batch_size,
             loss_reduction=loss_reduction,
-            generator=self.secure_rng if self.secure_mode else noise_generator,
+            generator=noise_generator,
             secure_mode=self.secure_mode,
+            low_precision=low_precision,
         )
         private_optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader)))
         if per_sample is None:
@@ -222,6 +252,26 @@ class PrivacyEngine(opacus.PrivacyEngine):
             **search,
         )
         return self.make_private(noise_multiplier=noise_multiplier, **common)
+
+    def save_checkpoint(
+        self, *, path: Any, optimizer: DPOptimizer | None = None, checkpoint_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """As in Opacus; the fused mode's checkpoint also holds the state of the noise (key and step).
+
+        A run that goes on from it is bit-equal to one that was not interrupted (in secure mode up to the noise, whose
+        keys are never kept). Whoever has it can take the fast mode's noise off: publish the model, not the checkpoint.
+        """
+        checkpoint = dict(checkpoint_dict or {})
+        if isinstance(optimizer, FusedDPOptimizer):
+            checkpoint[NOISE_STATE] = optimizer.noise.state_dict()
+        super().save_checkpoint(path=path, optimizer=optimizer, checkpoint_dict=checkpoint, **kwargs)
+
+    def load_checkpoint(self, *, optimizer: DPOptimizer | None = None, **kwargs: Any) -> dict[str, Any]:
+        """As in Opacus, with the state of the noise where the checkpoint has one."""
+        checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
+        if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
+            optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))
+        return checkpoint
 
     def _thresholds(self, model: nn.Module, optimizer: optim.Optimizer, clipping: str, max_grad_norm: Any) -> Clipping:
         names = parameter_names(model)
@@ -279,6 +329,19 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction=loss_reduction,
             max_physical_batch_size=max_physical_batch_size,
         )
+
+
+def _system_generator() -> Any:
+    """A generator for sampling batches that no seed repeats."""
+    if importlib.util.find_spec("torchcsprng") is not None:
+        return importlib.import_module("torchcsprng").create_random_device_generator("/dev/urandom")
+    generator = torch.Generator()
+    state = generator.get_state()
+    # manual_seed takes 32 bits; the twister has 624 words, each in 8 bytes after a header of 24.
+    words = torch.tensor([secrets.randbits(32) for _ in range(624)], dtype=torch.int64)
+    state[24 : 24 + 8 * 624] = words.view(torch.uint8)
+    generator.set_state(state)
+    return generator
 
 
 def _problems(module: nn.Module, served_only: bool = True) -> list[str]:

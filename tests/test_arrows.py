@@ -18,7 +18,7 @@ import dpfast
 
 ROOT = Path(dpfast.__file__).parent
 LEVELS = [
-    {"reference"},
+    {"reference", "native"},
     {"ops", "planner"},
     {"layers"},
     {"bookkeeping"},

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dpfast.layers.forms import Form
+from dpfast import ops
+from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.tap import Call, Tap
-from dpfast.ops import compute_dtype
 
 
 class Layer:
@@ -59,6 +59,7 @@ def by_sample(x: Tensor, batch: int, feature_dims: int = 1) -> Tensor:
     return x.reshape(batch, math.prod(x.shape[:split]) // batch, *x.shape[split:])
 
 
-def sum_positions(samples: Tensor) -> Tensor:
+def sum_positions(G: Tensor) -> Instantiated:
     """``Σ_t`` of ``[B, T, *]`` in float32, float64 for float64."""
-    return samples.sum(1, dtype=compute_dtype(samples.dtype))
+    samples, squares = ops.sum_positions(G)
+    return Instantiated(samples, squares=squares)

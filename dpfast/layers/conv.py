@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfast.layers.base import Layer, by_sample, sum_positions
-from dpfast.layers.forms import Convolved, Form, Instantiated
+from dpfast.layers.forms import Convolved, Form
 from dpfast.layers.tap import Call, Tap
 from dpfast.ops import Geometry, compute_dtype
 
@@ -39,7 +39,7 @@ class _Convolution(Layer):
             yield 0, Convolved(x, G, params[0].detach(), call.spec, call.batch).cheapest()
         if 1 in needed:
             per_row = G.flatten(2).sum(2, dtype=compute_dtype(G.dtype))
-            yield 1, Instantiated(sum_positions(by_sample(per_row, call.batch)))
+            yield 1, sum_positions(by_sample(per_row, call.batch))
 
 
 class _Conv(_Convolution):

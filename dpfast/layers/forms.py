@@ -21,10 +21,11 @@ from dpfast import ops, planner
 
 @dataclass
 class Instantiated:
-    """Per-sample gradients written out: ``[B, *parameter.shape]``."""
+    """Per-sample gradients written out: ``[B, *parameter.shape]``; with squared norms where their op has made them."""
 
     samples: Tensor
     planned: planner.Plan | None = None
+    squares: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -35,6 +36,8 @@ class Instantiated:
         return self.planned or planner.small(self.batch, self.samples[:1].numel(), self.samples.element_size())
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
+        if self.squares is not None:
+            return ops.certified(self.squares, self.samples)
         return ops.squared_norm(self.samples)
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
@@ -116,10 +119,7 @@ class EmbeddingRows:
         return ops.embedding_squared_norm(self.ids, self.G)
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
-        dtype = ops.compute_dtype(self.G.dtype)
-        scaled = self.G.to(dtype) * factors.to(dtype).view(-1, 1, 1)
-        table = torch.zeros(self.rows, self.G.shape[-1], dtype=dtype, device=self.G.device)
-        return table.index_add_(0, self.ids.reshape(-1), scaled.flatten(0, 1))
+        return ops.embedding_sum(self.ids, self.G, factors, self.rows)
 
     def select(self, index: Tensor) -> EmbeddingRows:
         return EmbeddingRows(self.ids[index], self.G[index], self.rows)

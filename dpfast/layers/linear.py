@@ -50,4 +50,11 @@ class Linear(Layer):
             yield 0, Factored(A.unsqueeze(1), G.unsqueeze(1), len(weight), call.spec.weight.start).cheapest()
         if 1 in needed:
             before = call.spec.bias.start
-            yield 1, Instantiated(F.pad(sum_positions(G), (before, len(bias) - before - G.shape[-1])))
+            rest = len(bias) - before - G.shape[-1]
+            summed = sum_positions(G)  # zeros around it leave its norm as it is
+            yield (
+                1,
+                Instantiated(F.pad(summed.samples, (before, rest)), squares=summed.squares)
+                if before or rest
+                else summed,
+            )

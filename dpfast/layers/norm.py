@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dpfast import ops
 from dpfast.layers.base import Layer, by_sample, sum_positions
 from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.tap import Call, Tap
@@ -18,6 +19,22 @@ from dpfast.ops import compute_dtype
 def _as(x: Tensor, *params: Any) -> Tensor:
     """``x`` in the parameters' dtype: under autocast it may be narrower."""
     return next((x.to(p.dtype) for p in params if p is not None), x)
+
+
+def _normalised_forms(
+    call: Call, needed: Sequence[int], G: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
+) -> Iterator[tuple[int, Form]]:
+    """Weight (0) and bias (1) of a layer that normalises its last dimensions, from one pass over G and x."""
+    shape = call.spec[0]
+    if 0 not in needed:
+        yield 1, sum_positions(by_sample(G, call.batch, len(shape)))
+        return
+    sides = (by_sample(side, call.batch, len(shape)).flatten(2) for side in (G, x))
+    statistics = (None if side is None else side.reshape(call.batch, -1) for side in (mean, rstd))
+    weight, weight_squares, bias, bias_squares = ops.normalised_sums(*sides, *statistics)
+    for i, samples, squares in ((0, weight, weight_squares), (1, bias, bias_squares)):
+        if i in needed:
+            yield i, Instantiated(samples.view(call.batch, *shape), squares=squares)
 
 
 class LayerNorm(Layer):
@@ -47,13 +64,8 @@ class LayerNorm(Layer):
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
-        dims = len(call.spec[0])
-        if 0 in needed:
-            mean, rstd = call.saved
-            normalised = (_as(x, *params) - mean) * rstd
-            yield 0, Instantiated(sum_positions(by_sample(G * normalised, call.batch, dims)))
-        if 1 in needed:
-            yield 1, Instantiated(sum_positions(by_sample(G, call.batch, dims)))
+        mean, rstd = call.saved
+        yield from _normalised_forms(call, needed, G, _as(x, *params), mean, rstd)
 
 
 class RMSNorm(Layer):
@@ -85,8 +97,9 @@ class RMSNorm(Layer):
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
-        normalised, _, dims = self._normalised(call, _as(x, *params))
-        yield 0, Instantiated(sum_positions(by_sample(G * normalised, call.batch, len(dims))))
+        x = _as(x, *params)
+        _, rstd, _ = self._normalised(call, x)
+        yield from _normalised_forms(call, needed, G, x, None, rstd)
 
 
 class GroupNorm(Layer):
@@ -143,9 +156,9 @@ class GroupNorm(Layer):
         if 0 in needed:
             mean, rstd = (part.repeat_interleave(channels // call.spec[0], 1) for part in call.saved)
             weighted = (torch.bmm(G, x.transpose(1, 2)).view(rows, channels) - mean * plain) * rstd
-            yield 0, Instantiated(sum_positions(by_sample(weighted, call.batch)))
+            yield 0, sum_positions(by_sample(weighted, call.batch))
         if 1 in needed:
-            yield 1, Instantiated(sum_positions(by_sample(plain, call.batch)))
+            yield 1, sum_positions(by_sample(plain, call.batch))
 
 
 class InstanceNorm1d(GroupNorm):

@@ -1,9 +1,22 @@
 """Each op once. Callers import from here and never from a backend.
 
-The only backend so far is the plain-PyTorch reference; a chooser between it and compiled kernels belongs in
-this package, so that no caller changes.
+Where an op has a compiled version, its file here checks the arguments and :mod:`dpfast.ops.backends` chooses; the other
+ops are the plain-PyTorch reference's.
 """
 
+from dpfast.ops.backends import backends, is_native
+from dpfast.ops.clipping import ClippingFunction, clip_factors
+from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
+from dpfast.ops.reductions import (
+    certified,
+    embedding_squared_norm,
+    embedding_sum,
+    normalised_sums,
+    one_position_squared_norm,
+    squared_norm,
+    sum_positions,
+)
+from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
 from dpfast.reference import (
     Geometry,
     clipped_weight_gradient,
@@ -14,18 +27,24 @@ from dpfast.reference import (
     convolution_weight_gradient,
     embedding_cross_term,
     embedding_grad_samples,
-    embedding_squared_norm,
     embedding_times_grad_samples,
     factored_times_grad_samples,
     ghost_squared_norm,
     grad_samples,
-    one_position_squared_norm,
-    squared_norm,
     weighted_sum,
 )
 
 __all__ = [
+    "KEY_WORDS",
+    "PARAMETER_DTYPES",
+    "SGD",
+    "Adam",
+    "ClippingFunction",
     "Geometry",
+    "Noise",
+    "backends",
+    "certified",
+    "clip_factors",
     "clipped_weight_gradient",
     "compute_dtype",
     "convolution_grad_samples",
@@ -35,11 +54,17 @@ __all__ = [
     "embedding_cross_term",
     "embedding_grad_samples",
     "embedding_squared_norm",
+    "embedding_sum",
     "embedding_times_grad_samples",
     "factored_times_grad_samples",
     "ghost_squared_norm",
     "grad_samples",
+    "is_native",
+    "noisy_grad_",
+    "noisy_step_",
+    "normalised_sums",
     "one_position_squared_norm",
     "squared_norm",
+    "sum_positions",
     "weighted_sum",
 ]

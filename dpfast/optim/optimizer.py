@@ -10,18 +10,21 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
+from dpfast import ops
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
-from dpfast.noise import add_noise_
-from dpfast.ops import compute_dtype
+from dpfast.noise import NoiseStream
+from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 
 
 class FusedDPOptimizer(DPOptimizer):
-    """Adds noise once to the clipped sums of a logical batch, divides, and lets the wrapped optimizer step.
+    """Adds noise once to the clipped sums of a logical batch, divides, and steps as the wrapped optimizer does.
 
     ``p.grad = (summed_grad + noise_multiplier · sensitivity · z) / expected_batch_size`` for every trainable
     parameter, also for those that the batch did not reach, and for an empty batch. Sum, noise and division are
-    float32 (float64 for float64 parameters); only the result is rounded to the parameter's dtype.
+    float32 (float64 for float64 parameters); only the result is rounded to the parameter's dtype. Where the wrapped
+    optimizer is torch's SGD, Adam or AdamW and the compiled library is there, its update is made in the same pass,
+    from the float32 gradient; its ``state`` and ``state_dict`` are torch's own.
 
     Privacy: the noise is scaled by the largest sensitivity that was in force when any part of the logical batch was
     clipped, so a clip scheduler that steps between backward and step cannot leave it too small.
@@ -33,7 +36,10 @@ class FusedDPOptimizer(DPOptimizer):
         book: where backward passes are summed up.
         expected_batch_size: divisor under ``loss_reduction="mean"``.
         loss_reduction: ``"mean"`` or ``"sum"``.
-        generator: source of the noise; torch's global one if None.
+        generator: where the noise's key is drawn from; torch's global generator if None.
+        secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.NoiseStream`.
+        low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
+            rounding, or through a float32 ``"master"`` copy in the optimizer's state.
     """
 
     def __init__(
@@ -47,8 +53,12 @@ class FusedDPOptimizer(DPOptimizer):
         loss_reduction: str = "mean",
         generator: torch.Generator | None = None,
         secure_mode: bool = False,
+        low_precision: str = "nearest",
     ):
         check_noise_multiplier(noise_multiplier)
+        check_low_precision(low_precision, optimizer)
+        self.noise = NoiseStream(generator, secure_mode)
+        self.low_precision = low_precision
         self.clipping = clipping
         self.book = book
         self._stepped = False  # and not cleared since
@@ -106,28 +116,66 @@ class FusedDPOptimizer(DPOptimizer):
         """Nothing is left to do: the book has clipped and summed at the end of every backward."""
 
     def add_noise(self) -> None:
-        """Add noise to every trainable parameter's ``summed_grad``, once."""
-        sensitivity = self.book.sensitivity or self.clipping.sensitivity
-        check_noise_multiplier(self.noise_multiplier)
+        """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
+        summed, noise = self._take_sums()
+        grads = {
+            p: total.view(p.shape) if p.dtype == total.dtype else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            for p, total in summed.items()
+        }
+        ops.noisy_grad_(list(summed.values()), list(grads.values()), [self.book.index[p] for p in summed], noise)
         for p in self._all_parameters():
-            if not p.requires_grad:
-                continue
-            if getattr(p, "summed_grad", None) is None:
-                p.summed_grad = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
-            add_noise_(p.summed_grad, self.noise_multiplier * sensitivity, self.generator, self.secure_mode)
+            p.grad = grads.get(p)
 
     def scale_grad(self) -> None:
-        """Move the noisy sums to ``p.grad``, divided under ``loss_reduction="mean"``."""
+        """Nothing is left to do: :meth:`add_noise` divides in the same pass."""
+
+    def _take_sums(self) -> tuple[dict[Any, torch.Tensor], ops.Noise]:
+        """The clipped sums of the logical batch, and the noise that they get."""
+        check_noise_multiplier(self.noise_multiplier)
         divisor = 1.0
         if self.loss_reduction == "mean":
             assert self.expected_batch_size is not None
             divisor = self.expected_batch_size * self.accumulated_iterations
-        for p in self._all_parameters():
-            p.grad = p.summed_grad.div_(divisor).to(p.dtype) if p.requires_grad else None
+        trained = [p for p in self._all_parameters() if p.requires_grad]
+        sensitivity = self.book.sensitivity or self.clipping.sensitivity
+        elements = sum(p.numel() for p in trained)
+        noise = self.noise.next(self.noise_multiplier, sensitivity, elements, 1 / divisor)
+        summed = {}
+        for p in trained:
+            total = getattr(p, "summed_grad", None)
+            if total is None:
+                total = torch.zeros(p.shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
+            summed[p] = total.contiguous()
             p.summed_grad = None
+        return summed, noise
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale, and account; False if this call only ends a physical batch."""
+        if not self._begin_step():
+            return False
+        self.add_noise()
+        self.scale_grad()
+        self._account()
+        return True
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Noise, scale, account and update; only the end of a physical batch where a step is skipped."""
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        if why_not_fused(self.original_optimizer) is not None:
+            check_low_precision(self.low_precision, self.original_optimizer)
+            return self.original_optimizer.step() if self.pre_step() else None
+        if self._begin_step():
+            summed, noise = self._take_sums()
+            key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
+            self._account()
+            with torch.no_grad():
+                noisy_step(self.original_optimizer, summed, self.book.index, noise, self.low_precision, key)
+        return None
+
+    def _begin_step(self) -> bool:
+        """Whether this call of step ends a logical batch."""
         if self._stepped:
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
@@ -139,17 +187,22 @@ class FusedDPOptimizer(DPOptimizer):
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
-        if self._check_skip_next_step():
-            self._is_last_step_skipped = True
-            return False
-        self.add_noise()
-        self.scale_grad()
+        self._is_last_step_skipped = self._check_skip_next_step()
+        return not self._is_last_step_skipped
+
+    def _account(self) -> None:
         if self.step_hook:
             self.step_hook(self)
         self.book.start_logical_batch()
         self._stepped = True
-        self._is_last_step_skipped = False
-        return True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The wrapped optimizer's; float32 master copies stay float32 (torch would round them to the parameter)."""
+        super().load_state_dict(state_dict)
+        for k, p in enumerate(self._all_parameters()):
+            master = state_dict["state"].get(k, {}).get(MASTER)
+            if master is not None:
+                self.original_optimizer.state[p][MASTER] = master.detach().clone().to(p.device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; the sums of earlier physical batches of an unfinished logical batch stay."""
@@ -169,3 +222,11 @@ def check_noise_multiplier(value: Any) -> None:
     """Refuse what is no standard deviation."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"noise_multiplier={value!r}: give a finite number that is not negative")
+
+
+def check_low_precision(value: Any, optimizer: Optimizer) -> None:
+    """Refuse a way to update 16-bit parameters that is unknown, or that ``optimizer``'s own step does not have."""
+    if value not in LOW_PRECISION:
+        raise ValueError(f"low_precision={value!r}: use one of {', '.join(map(repr, LOW_PRECISION))}")
+    if value != "nearest" and (reason := why_not_fused(optimizer)) is not None:
+        raise ValueError(f"low_precision={value!r} needs the update in the noise's pass, but {reason}; use 'nearest'")

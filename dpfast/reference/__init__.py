@@ -26,7 +26,7 @@ from dpfast.reference.matmul import (
     grad_samples,
     one_position_squared_norm,
 )
-from dpfast.reference.reductions import squared_norm, weighted_sum
+from dpfast.reference.reductions import normalised_sums, squared_norm, sum_positions, weighted_sum
 from dpfast.reference.rounding import compute_dtype
 
 __all__ = [
@@ -44,7 +44,9 @@ __all__ = [
     "factored_times_grad_samples",
     "ghost_squared_norm",
     "grad_samples",
+    "normalised_sums",
     "one_position_squared_norm",
     "squared_norm",
+    "sum_positions",
     "weighted_sum",
 ]

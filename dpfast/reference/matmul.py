@@ -7,8 +7,9 @@ from torch import Tensor
 
 from dpfast.reference.rounding import compute_dtype, smallest, unit_roundoff, with_safety
 
-# Rows of the Gram matrices made at a time: only tiles s >= t are formed, off-diagonal ones counted twice.
-GHOST_TILE = 128
+# Gram matrices are made in strips of so many rows, of which only the part s >= t is formed and counted twice off the
+# diagonal: at most four strips (a tenth more work than the triangle has), none thinner than matrix products like.
+STRIPS, THINNEST = 4, 64
 
 
 def grad_samples(A: Tensor, G: Tensor) -> Tensor:
@@ -39,13 +40,14 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     A, G = A.to(dtype).reshape(B * groups, T, d), G.to(dtype).reshape(B * groups, T, p)
     signed, absolute, lengths_a, lengths_g = torch.zeros(4, B * groups, dtype=torch.float64, device=A.device)
     lost = smallest(dtype)
-    for t in range(0, T, GHOST_TILE):
-        rows = slice(t, t + GHOST_TILE)
+    strip = max(THINNEST, -(-T // STRIPS))
+    for t in range(0, T, strip):
+        rows = slice(t, t + strip)
         products, other = (torch.bmm(side[:, rows], side[:, t:].transpose(1, 2)) for side in (A, G))
         lengths_a += (products.diagonal(dim1=1, dim2=2).double() + d * lost).sqrt().sum(1)
         lengths_g += (other.diagonal(dim1=1, dim2=2).double() + p * lost).sqrt().sum(1)
         products.mul_(other)
-        products[:, :, GHOST_TILE:].mul_(2)
+        products[:, :, strip:].mul_(2)
         signed += products.sum((1, 2)).double()
         absolute += products.abs_().sum((1, 2)).double()
     units = math.sqrt(d) + math.sqrt(p) + (d + p) / 32 + 8
@@ -54,13 +56,15 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
-    """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; rows of G are scaled in float32, before any rounding."""
+    """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; the smaller side is scaled, in float32, before any rounding."""
     dtype = compute_dtype(G.dtype)
     groups = A.shape[1]
-    scaled = G.to(dtype) * factors.to(dtype).view(-1, 1, 1, 1)
+    sides = [G.to(dtype), A.to(dtype)]
+    smaller = int(A.shape[-1] < G.shape[-1])
+    sides[smaller] = sides[smaller] * factors.to(dtype).view(-1, 1, 1, 1)
     if groups == 1:
-        return scaled.flatten(0, 2).t() @ A.to(dtype).flatten(0, 2)
-    by_group = [side.transpose(0, 1).flatten(1, 2) for side in (scaled, A.to(dtype))]
+        return sides[0].flatten(0, 2).t() @ sides[1].flatten(0, 2)
+    by_group = [side.transpose(0, 1).flatten(1, 2) for side in sides]
     return torch.bmm(by_group[0].transpose(1, 2), by_group[1]).flatten(0, 1)
 
 

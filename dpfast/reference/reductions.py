@@ -1,6 +1,7 @@
-"""Ops on per-sample gradients that are written out, ``[B, *shape]``."""
+"""Ops on per-sample gradients that are written out, ``[B, *shape]``, or that are sums over positions."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,46 @@ def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
     dtype = compute_dtype(samples.dtype)
     rows = _rows(samples.to(dtype))
     return (factors.to(dtype) @ rows).view(samples.shape[1:])
+
+
+def squared_norms(samples: Sequence[Tensor]) -> Tensor:
+    """``‖g_i‖²`` of several tensors ``[B, *]``: ``[len(samples), B]``, float64 (squares of float32 are exact)."""
+    return torch.stack([_squares(_rows(tensor)) for tensor in samples])
+
+
+def weighted_sums(samples: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """``Σ_i factor_i · g_i`` of several tensors ``[B, *]``, flat; ``factors`` ``[B]`` or ``[len(samples), B]``.
+
+    A sample whose factor is 0 is left out, not multiplied: its NaN or inf is nowhere in the sum.
+    """
+    sums = []
+    for tensor, row in zip(samples, factors.expand(len(samples), -1), strict=True):
+        kept = row.nonzero().squeeze(1)
+        sums.append(weighted_sum(_rows(tensor)[kept], row[kept]))
+    return sums
+
+
+def sum_positions(G: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ_t g_t`` of ``[B, T, d]``: ``[B, d]`` in float32 (float64 for float64), and their squared norms ``[B]``."""
+    samples = G.sum(1, dtype=compute_dtype(G.dtype))
+    return samples, _squares(samples)
+
+
+def normalised_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``Σ_t g_t ∘ (x_t - mean_t) · rstd_t`` and ``Σ_t g_t``, ``[B, d]``, each with its squared norms ``[B]``.
+
+    ``G`` and ``x`` ``[B, T, d]``, ``mean`` and ``rstd`` ``[B, T]``; an empty ``mean`` is 0 (RMSNorm).
+    """
+    dtype = compute_dtype(G.dtype)
+    x, mean, rstd = (side.to(dtype) for side in (x, mean, rstd))
+    centred = x - mean.unsqueeze(2) if mean.numel() else x
+    weight = (G.to(dtype) * (centred * rstd.unsqueeze(2))).sum(1)
+    return weight, _squares(weight), *sum_positions(G)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norm of each row, float64."""
+    return rows.double().square().sum(1)
 
 
 def _rows(samples: Tensor) -> Tensor:

@@ -171,6 +171,7 @@ def test_checkpoint(form, tmp_path):
         "optimizer_state_dict",
         "noise_scheduler_state_dict",
         "grad_clip_scheduler_state_dict",
+        "noise_state_dict",
     }
     if form == "buffer":
         target.seek(0)

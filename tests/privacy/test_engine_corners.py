@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dpfast
-from tests.helpers import F64, engine_of, loader_of, make_private, run_fused, sums_of
+from tests.helpers import F64, make_private, run_fused, sums_of
 from tests.oracle import Verdict
 from tests.privacy.judging import TIGHT, Private, examine, plainly
 from tests.privacy.test_layouts import Positions, TwoViews
@@ -30,41 +30,6 @@ def step(model, optimizer, batch) -> dict[str, torch.Tensor]:
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     optimizer.step()
     return {name.removeprefix("_module."): p.grad for name, p in model.named_parameters()}
-
-
-def test_secure_mode_draws_as_opacus_does(monkeypatch):
-    """The same draws from the same generator as Opacus' hooks mode, so the same gradients where none is clipped."""
-    model, batch, runs = net(), data(), {}
-    real = torch.normal
-    for mode in ("hooks", "fused"):
-        engine = engine_of()
-        engine.secure_mode, engine.secure_rng = True, torch.Generator().manual_seed(3)
-        twin = copy.deepcopy(model)
-        wrapped, optimizer, _ = make_private(
-            twin,
-            data_loader=loader_of(B, shuffle=True),
-            engine=engine,
-            noise_multiplier=1.0,
-            max_grad_norm=1e3,
-            grad_sample_mode=mode,
-            criterion=None,
-        )[:3]
-        drawn = []
-
-        def spy(*args, drawn=drawn, engine=engine, **kw):
-            assert kw.get("generator") is engine.secure_rng, "noise from another generator"
-            drawn.append(tuple(kw.get("size") or args[2]))
-            return real(*args, **kw)
-
-        monkeypatch.setattr(torch, "normal", spy)
-        runs[mode] = (step(wrapped, optimizer, batch), drawn)
-        monkeypatch.setattr(torch, "normal", real)
-    (want, theirs), (got, ours) = runs["hooks"], runs["fused"]
-    assert ours == theirs
-    for p in model.parameters():
-        assert ours.count(tuple(p.shape)) >= 4, "a sum of four draws for each parameter"
-    for name in want:
-        torch.testing.assert_close(got[name], want[name])
 
 
 def test_a_list_of_norms_with_frozen_parameters():

@@ -1,0 +1,12 @@
+#include "vector.h"
+
+#define DPFAST_TEXT(x) DPFAST_TEXT_(x)
+#define DPFAST_TEXT_(x) #x
+
+namespace dpfast::DPFAST_ISA {
+
+extern const Kernels table;
+const Kernels table{DPFAST_TEXT(DPFAST_ISA), standard_normal, noisy_grad, noisy_sgd, noisy_adam,
+                    squares, sum_rows, sum_normalised};
+
+}  // namespace dpfast::DPFAST_ISA

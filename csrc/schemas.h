@@ -1,0 +1,43 @@
+// Every op once: its name and schema. The CPU and the CUDA library implement them; dpfast/ops/native.py calls them, and
+// has the checks that name an argument.
+#pragma once
+
+namespace dpfast {
+
+// noise: int[] key (8 words of 32 bits), int step, float std, float grid, float scale
+#define DPFAST_NOISE "int[] key, int step, float std, float grid, float scale"
+// parameters: one number a tensor, its index in the noise stream; offsets: where in the parameter the tensor starts
+#define DPFAST_PLACES "int[] parameters, int[] offsets"
+#define DPFAST_ROUNDING "int rounding, int[] rounding_key"
+
+inline constexpr const char* kSchemas[] = {
+    "standard_normal(Tensor(a!) out, int[] key, int step, int parameter, int offset, float grid) -> ()",
+    "noisy_grad_(Tensor[] summed, Tensor(a!)[] grads, " DPFAST_PLACES ", " DPFAST_NOISE ") -> ()",
+    "noisy_sgd_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] momenta, "
+    "Tensor(d!)[] masters, " DPFAST_PLACES ", " DPFAST_NOISE ", float lr, float momentum, float dampening, "
+    "float weight_decay, bool nesterov, bool maximize, bool first, " DPFAST_ROUNDING ") -> ()",
+    "noisy_adam_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] means, Tensor(d!)[] squares, "
+    "Tensor(e!)[] largest, Tensor(f!)[] masters, " DPFAST_PLACES ", " DPFAST_NOISE ", float lr, float beta1, "
+    "float beta2, float eps, float weight_decay, float t, bool decoupled, bool maximize, " DPFAST_ROUNDING ") -> ()",
+    // squared norms and bounds [groups, B] float64, thresholds [groups] float64 → factors [groups, B] float64 and how
+    // many samples are not finite, int64 []
+    "clip_factors(Tensor squared, Tensor bounds, Tensor thresholds, int function, float shape, float scale) "
+    "-> (Tensor factors, Tensor nonfinite)",
+    // samples [B, *] each → squared norms [len(samples), B] float64
+    "squared_norms(Tensor[] samples) -> Tensor",
+    // samples [B, *] each, factors [B] float32 or [len(samples), B] → Σ_i factor_i g_i, flat [numel / B] each, float32;
+    // a sample whose factor is 0 is left out, not multiplied
+    "weighted_sums(Tensor[] samples, Tensor factors) -> Tensor[]",
+    // G [B, T, d] → Σ_t g_t [B, d] float32 and its squared norms [B] float64
+    "sum_positions(Tensor G) -> (Tensor samples, Tensor squared)",
+    // G, x [B, T, d], mean, rstd [B, T] → Σ_t g_t ∘ x̂_t and Σ_t g_t [B, d] float32, each with squared norms [B]
+    // (RMSNorm has no mean: an empty tensor)
+    "normalised_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) "
+    "-> (Tensor weight, Tensor weight_squared, Tensor bias, Tensor bias_squared)",
+    // ids [B, T] int64, G [B, T, d] → squared norms and bounds [B] float64, from segments of equal ids
+    "embedding_squared_norm(Tensor ids, Tensor G) -> (Tensor squared, Tensor bound)",
+    // ids [B, T], G [B, T, d], factors [B] float32 → Σ_i factor_i · g_i as [rows, d] float32, in a fixed order
+    "embedding_sum(Tensor ids, Tensor G, Tensor factors, int rows) -> Tensor",
+};
+
+}  // namespace dpfast

@@ -1,0 +1,121 @@
+"""The command line: ``python -m dpfast doctor`` says what dpfast runs on here, and why not on more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import dpfast
+from dpfast import native
+from dpfast.native import build, cache
+
+NATIVE = "native"  # the backend's name in dpfast.ops.backends()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status. Without one, print the help."""
+    parser = argparse.ArgumentParser("dpfast", description=dpfast.__doc__)
+    commands = parser.add_subparsers(dest="command")
+    doctor = commands.add_parser("doctor", help="versions, devices, native libraries, and the backend of each op")
+    doctor.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no native backend")
+    asked = parser.parse_args(arguments)
+    if asked.command is None:
+        parser.print_help()
+        return 0
+    return report(asked.strict)
+
+
+def report(strict: bool) -> int:
+    """Print what ``doctor`` finds: native libraries are loaded for it, and built if a first use would build them.
+
+    Returns:
+        1 if ``strict`` and an op on a device that is here has another backend than the native library, else 0.
+    """
+    libraries = native.status()
+    from dpfast.ops import backends
+
+    rows = backends()
+    section("versions", versions())
+    section("devices", devices())
+    section("native libraries", [*map(library_row, libraries), ("cache", "in", cache_folder())])
+    section("ops", rows)
+    fallen = [(op, device) for op, device, backend, _ in rows if backend != NATIVE]
+    if fallen:
+        print(f"{len(fallen)} of {len(rows)} ops have no native backend")
+    return 1 if strict and fallen else 0
+
+
+def section(title: str, rows: Iterable[Sequence[str]]) -> None:
+    """Print ``rows`` as columns, each as wide as its longest entry."""
+    print(title)
+    table = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  " + "  ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    yield "dpfast", f"{dpfast.__version__} in {Path(dpfast.__file__).parent}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    for name in ("triton", "opacus"):
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{cpu_model()}, {torch.get_num_threads()} threads, {instruction_set()}"
+    if not torch.cuda.is_available():
+        yield "cuda", "none" if torch.version.cuda else "none: this torch is built without CUDA"
+        return
+    for index in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(errors="replace").splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The best instruction set of this processor that there are kernels for, and the one in use."""
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "scalar")
+    if native.why_not("cpu"):
+        return f"has {best}, used by no library"
+    asked = os.environ.get("DPFAST_CPU_ISA")
+    return f"has {best}, uses {native.instruction_set()}" + (f" (DPFAST_CPU_ISA={asked})" if asked else "")
+
+
+def library_row(library: native.Library) -> tuple[str, str, str]:
+    if library.reason is not None:
+        return library.device, "none", library.reason
+    kinds = library.about.get("isas" if library.device == "cpu" else "arches", "?")
+    by = library.about.get("nvcc" if library.device == "cuda" else "compiler", "an unknown compiler")
+    since = ".".join(map(str, build.TARGET))
+    about = f"for {kinds}, by {by} with torch {library.about.get('torch', '?')}'s headers (serves {since} and newer)"
+    return library.device, library.origin, f"{library.path} {about}"
+
+
+def cache_folder() -> str:
+    try:
+        return str(cache.folder())
+    except build.BuildError as error:
+        return f"no folder: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

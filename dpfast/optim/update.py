@@ -1,0 +1,136 @@
+"""Whether and how the wrapped optimizer's own update is made in the pass that adds the noise."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from dpfast import ops
+
+LOW_PRECISION = ("nearest", "stochastic", "master")
+MASTER = "master_param"  # in the optimizer's state, beside torch's own
+
+
+def why_not_fused(optimizer: Optimizer) -> str | None:
+    """Why torch's own step must run after the noise; None if noise and update can be one pass."""
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        return f"{type(optimizer).__name__} has no fused update"
+    patched = vars(optimizer).get("step")
+    if patched is not None and not getattr(patched, "_wrapped_by_lr_sched", False):
+        return "its step method was replaced"
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return "it has step hooks"
+    op = "noisy_sgd_" if type(optimizer) is SGD else "noisy_adam_"
+    for group in optimizer.param_groups:
+        if group.get("capturable") or group.get("differentiable"):
+            return "capturable and differentiable keep torch's own step"
+        numbers = [group["lr"], group["weight_decay"], *group.get("betas", ())]
+        if any(isinstance(number, Tensor) for number in numbers):
+            return "a hyperparameter is a tensor"
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            if p.dtype not in ops.PARAMETER_DTYPES or not p.is_contiguous():
+                return f"a parameter is {p.dtype if p.is_contiguous() else 'not contiguous'}"
+            if not ops.is_native(op, p.device):
+                return f"no compiled library for {p.device.type}"
+            if p.device.type != "cpu" and group.get("fused"):
+                return "fused=True keeps its step counter on the device"
+            moments = (value for name, value in optimizer.state.get(p, {}).items() if name not in ("step", MASTER))
+            if any(isinstance(m, Tensor) and (m.dtype != p.dtype or not m.is_contiguous()) for m in moments):
+                return "optimizer state of another dtype or layout"
+    return None
+
+
+def noisy_step(
+    optimizer: Optimizer,
+    summed: Mapping[Any, Tensor],
+    index: Mapping[Any, int],
+    noise: ops.Noise,
+    low_precision: str = "nearest",
+    rounding_key: tuple[int, int] = (0, 0),
+) -> None:
+    """Noise, scale and update in one pass; ``p.grad`` then holds the noisy gradient. Needs :func:`why_not_fused` None.
+
+    Args:
+        summed: float32 clipped sums of the parameters to update.
+        index: each parameter's index in the noise stream.
+        low_precision: how 16-bit parameters take an update: ``"nearest"``, ``"stochastic"`` rounding, or through a
+            float32 ``"master"`` copy, which is kept in the optimizer's state.
+    """
+    for group in optimizer.param_groups:
+        rounds: dict[tuple[Any, torch.dtype], list[Any]] = defaultdict(list)
+        for p in group["params"]:
+            if p in summed:
+                rounds[_rule(optimizer, group, p), p.dtype].append(p)
+        for (rule, dtype), params in rounds.items():
+            narrow = dtype != torch.float32
+            grads = [torch.empty_like(p) if narrow else summed[p].view(p.shape) for p in params]
+            masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
+            ops.noisy_step_(
+                rule,
+                params,
+                [summed[p] for p in params],
+                grads,
+                _states(optimizer, group, params),
+                masters,
+                [index[p] for p in params],
+                noise,
+                "stochastic" if narrow and low_precision == "stochastic" else "nearest",
+                rounding_key,
+            )
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+    if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _rule(optimizer: Optimizer, group: Mapping[str, Any], p: Any) -> ops.SGD | ops.Adam:
+    """The group's hyperparameters, with this parameter's place in its history; its state is made as torch makes it."""
+    state = optimizer.state[p]
+    if isinstance(optimizer, SGD):
+        first = state.get("momentum_buffer") is None
+        if group["momentum"] != 0 and first:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return ops.SGD(**{name: group[name] for name in names}, first=first)
+    if len(state) == 0 or set(state) == {MASTER}:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        if group["amsgrad"]:
+            state["max_exp_avg_sq"] = torch.zeros_like(p)
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    return ops.Adam(
+        group["lr"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        t=float(state["step"]),
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+    )
+
+
+def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]) -> list[list[Tensor]]:
+    if isinstance(optimizer, SGD):
+        names = ["momentum_buffer"] if group["momentum"] != 0 else []
+        return [[optimizer.state[p][name] for p in params] for name in names] or [[]]
+    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    states = [[optimizer.state[p][name] for p in params] for name in names]
+    return states if group["amsgrad"] else [*states, []]
+
+
+def _master(optimizer: Optimizer, p: Any) -> Tensor:
+    state = optimizer.state[p]
+    if MASTER not in state:
+        state[MASTER] = p.detach().float()
+    return state[MASTER]
