@@ -1,4 +1,4 @@
-// torch.ops.dpfast: the schemas. Defined by whichever library is loaded first; the other then finds them there.
+// torch.ops.dpfast: the schemas. Compiled into the CPU library alone; the CUDA library needs that one.
 #include <torch/csrc/stable/library.h>
 
 #include "schemas.h"

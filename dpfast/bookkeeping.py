@@ -8,7 +8,8 @@ norms into clipping factors, adds ``Σ_i factor_i · g_i`` to each parameter's `
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from dpfast.clipping import Clipping
 from dpfast.layers.forms import Form, combine, squared_norm
 from dpfast.layers.tap import Recorder
 from dpfast.ops import compute_dtype
+
+# A smaller factor (or its product with a backprop) may be subnormal, and then rounds by more than bounds allow.
+LEAST_FACTOR = 2.0**-64
 
 
 class Book(Recorder):
@@ -42,11 +46,15 @@ class Book(Recorder):
         self.clipping = clipping
         self.loss_reduction = loss_reduction
         self.tracked: set[nn.Parameter] | None = None  # None: all; else those of the optimizer
+        self.optimizer: Callable[[], Any] | None = None  # a weak reference to it
         self.accumulation_allowed = True
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
         self.nonfinite_samples = 0
         self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "optimizer": None}
 
     def start_logical_batch(self) -> None:
         """Nothing is summed: a step has used it, or ``zero_grad`` has dropped it."""
@@ -69,6 +77,18 @@ class Book(Recorder):
                 "Poisson sampling is not compatible with grad accumulation: a second backward came before "
                 "optimizer.step(). Step after every backward, or use BatchMemoryManager for large batches"
             )
+        try:
+            self._sum_up(uses, batch)
+        except BaseException:
+            self._drop()  # a part of the sums may be there: retried, a sample would count twice
+            raise
+
+    def _drop(self) -> None:
+        for p in self.tracked if self.tracked is not None else self.names:
+            p.summed_grad = None  # type: ignore[attr-defined]
+        self.start_logical_batch()
+
+    def _sum_up(self, uses: dict[nn.Parameter, list[Form]], batch: int | None) -> None:
         self._backwards += 1
         self.sensitivity = max(self.sensitivity, self.clipping.sensitivity)
         if not uses:
@@ -82,11 +102,11 @@ class Book(Recorder):
             squared, bounds = self._norms(combined)
             norms = squared.sum(0).sqrt() * scale
             self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(combined)).dtype))
-            factors, nonfinite = self.clipping.factors(squared, bounds, scale)
-            kept = self._finite_samples(squared + bounds, int(nonfinite)) if int(nonfinite) else None
+            factors, _ = self.clipping.factors(squared, bounds, scale)
+            kept = self._kept_samples(factors)
             for p in list(combined):
                 forms = combined.pop(p)
-                weights = (factors[self.clipping.group_of(p)] * scale).to(p.device)
+                weights = _towards_zero(factors[self.clipping.group_of(p)] * scale, compute_dtype(p.dtype)).to(p.device)
                 if kept is not None:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
                     index = kept.to(p.device)
                     forms, weights = [form.select(index) for form in forms], weights[index]
@@ -114,20 +134,30 @@ class Book(Recorder):
             )
         return next(iter(sizes))
 
-    def _finite_samples(self, certified: Tensor, nonfinite: int) -> Tensor:
-        """Indices of the samples that count."""
-        self.nonfinite_samples += nonfinite
+    def _kept_samples(self, factors: Tensor) -> Tensor | None:
+        """Indices of the samples that count, or None if all do: those with a factor that can be multiplied exactly."""
+        dropped = (factors < LEAST_FACTOR).any(0)
+        count = int(dropped.sum())
+        if count == 0:
+            return None
+        self.nonfinite_samples += count
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{nonfinite} of {certified.shape[1]} samples have a gradient norm that is NaN or infinite: each "
-                f"contributes exact zeros. Warned once; see nonfinite_samples for the count",
+                f"{count} of {len(dropped)} samples have a gradient norm that is NaN, infinite or over 2⁶⁴ times the "
+                f"norm to clip to: each contributes exact zeros. Warned once; see nonfinite_samples for the count",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return certified.isfinite().all(0).nonzero().squeeze(1)
+        return (~dropped).nonzero().squeeze(1)
 
     @staticmethod
     def _accumulate(p: nn.Parameter, clipped: Tensor) -> None:
         clipped = clipped.reshape(p.shape)
         p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]
+
+
+def _towards_zero(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 weights in ``dtype``, none of them larger than it was."""
+    rounded = weights.to(dtype)
+    return torch.where(rounded.double() > weights, rounded.nextafter(torch.zeros_like(rounded)), rounded)

@@ -26,6 +26,7 @@ from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
 from dpfast.layers import exact_alone, refusal
 from dpfast.layers.generic import ONE_BY_ONE
+from dpfast.noise import check_state
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 
 FUSED = "fused"
@@ -212,7 +213,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             secure_mode=self.secure_mode,
             low_precision=low_precision,
         )
-        private_optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader)))
+        private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader))
+        private_optimizer.attach_step_hook(private_optimizer.accounting)
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
@@ -267,7 +269,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
         super().save_checkpoint(path=path, optimizer=optimizer, checkpoint_dict=checkpoint, **kwargs)
 
     def load_checkpoint(self, *, optimizer: DPOptimizer | None = None, **kwargs: Any) -> dict[str, Any]:
-        """As in Opacus, with the state of the noise where the checkpoint has one."""
+        """As in Opacus, with the state of the noise where there is one; refused whole if that is malformed."""
+        path = kwargs["path"]
+        place = path.tell() if hasattr(path, "tell") else None
+        noise = torch.load(path, map_location="meta", weights_only=False).get(NOISE_STATE)  # "meta" reads no weights
+        if place is not None:
+            path.seek(place)
+        if noise is not None and isinstance(optimizer, FusedDPOptimizer):
+            check_state(noise)
         checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
         if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
             optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,9 @@ class NoiseStream:
     adds up four draws, which makes the attack costly, not impossible.) A draw is itself a sum of three: a float32
     Gaussian, and two uniform 16-bit numbers that fill its low bits. Limits: it is a Gaussian to float32 accuracy, made
     of 96 random bits for two elements, and it ends between 8.2 and 9.5 standard deviations; the time that a step takes
-    is not guarded.
+    is not guarded; and the sums' own distance is the sensitivity up to the rounding of adding up many samples.
+
+    The fast mode adds floats: its (ε, δ) is that of real arithmetic, as in Opacus without ``secure_mode``.
 
     Args:
         generator: where the fast mode draws its key from.
@@ -65,6 +68,8 @@ class NoiseStream:
         if std > 0 and self.secure:
             grid = math.ldexp(1.0, math.frexp(std)[1] - 1 - GRID_BITS)
             std = noise_multiplier * (sensitivity + math.sqrt(elements) * grid)
+        elif std > 0:
+            std = rounded_up(std)
         noise = Noise(key, self.step, std, grid, scale)
         self.step += 1
         return noise
@@ -90,7 +95,9 @@ class NoiseStream:
     def state_dict(self) -> dict[str, Any]:
         """Key and step of the fast mode, for a run that goes on bit for bit; of the secure mode only the step.
 
-        Whoever holds the key can take the noise of the fast mode off: publish the model, never the checkpoint.
+        Whoever holds the key can take the noise of the fast mode off: publish the model, never the checkpoint. Two runs
+        that go on from one state add the same noise to different sums, which lays their difference bare: call
+        :meth:`renew` in all of them but one.
         """
         state: dict[str, Any] = {"secure": self.secure, "step": self.step, "rounding_key": self._rounding_key}
         return state if self.secure else state | {"key": self.key}
@@ -98,16 +105,47 @@ class NoiseStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; a key of another mode is not taken over.
 
+        A stream that has used the key past that step already takes a new key, and says so: the same noise on other
+        batches would lay bare what it hides.
+
         Raises:
             ValueError: the state is not one of a noise stream; nothing is changed.
         """
-        key, step, rounding = state.get("key"), state.get("step"), state.get("rounding_key")
-        words = [] if key is None else list(key)
-        if not isinstance(step, int) or not 0 <= step <= 1 << 32:
-            raise ValueError(f"noise state: step={step!r} is no step counter; is the checkpoint from another library?")
-        if key is not None and (len(words) != KEY_WORDS or not all(0 <= word < 1 << 32 for word in words)):
-            raise ValueError(f"noise state: the key must be {KEY_WORDS} words of 32 bits, not {key!r}")
-        self.step = step
+        key, step, rounding = check_state(state)
+        loaded = None if self.secure or state.get("secure") else key
+        if loaded is not None and loaded == self.key and step < self.step:
+            warnings.warn(
+                f"noise state of step {step}, and this optimizer is at step {self.step} of the same key: a new key is "
+                f"drawn, as the same noise on other batches would not hide them",
+                stacklevel=2,
+            )
+            loaded = None
+        self.step, self.key = step, loaded
         self._rounding_key = None if rounding is None else (rounding[0], rounding[1])
-        if not self.secure:
-            self.key = tuple(words) if words and not state.get("secure") else None
+
+    def renew(self) -> None:
+        """Draw a new key at the next step, from where keys are drawn."""
+        self.key = None
+
+
+def check_state(state: Any) -> tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]:
+    """Key, step and rounding key of a noise state, or a ValueError that says what is wrong with it."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"noise state: a mapping was expected, not {type(state).__name__}")
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= 1 << 32:
+        raise ValueError(f"noise state: step={step!r} is no step counter; is the checkpoint from another library?")
+    words = []
+    for name, length in (("key", KEY_WORDS), ("rounding_key", 2)):
+        value = state.get(name)
+        fits = isinstance(value, (tuple, list)) and len(value) == length
+        if value is not None and not (fits and all(type(word) is int and 0 <= word < 1 << 32 for word in value)):
+            raise ValueError(f"noise state: {name} must be {length} words of 32 bits")  # not shown: it is a secret
+        words.append(None if value is None else tuple(value))
+    return words[0], step, words[1]
+
+
+def rounded_up(value: float) -> float:
+    """``value`` as a float32 that is not smaller: noise is never less than asked for."""
+    nearest = torch.tensor(value, dtype=torch.float32)
+    return (nearest if nearest.double() >= value else nearest.nextafter(torch.tensor(torch.inf))).item()

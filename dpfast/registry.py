@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from opacus.layers.dp_rnn import RNNLinear
+from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from dpfast.layers import FAMILIES, family
@@ -15,6 +16,7 @@ from dpfast.layers.attention import AppendedRow, MultiheadAttention, OpacusAtten
 from dpfast.layers.forms import Form, squared_norm
 from dpfast.layers.rnn import Recurrent
 from dpfast.layers.tap import Recorder, Tap
+from dpfast.optim import hooks
 
 # Opacus serves these through their submodules, or has the batch in another place.
 _NOT_REGISTERED = (MultiheadAttention, AppendedRow, OpacusAttention, Recurrent)
@@ -62,11 +64,13 @@ def register() -> None:
 
     Stock ``grad_sample_mode="ghost"`` then takes norms of all these layers without per-sample gradients in memory
     for the whole model, and stock ``"hooks"`` is exact for the cases where Opacus' own samplers are not (padding
-    modes, repeated indices in bags). The registries are global. Calling it twice changes nothing.
+    modes, repeated indices in bags), and clips on the compiled ops, each per-sample gradient read once for its norm and
+    once for the sum (:mod:`dpfast.optim.hooks`). The registries are global. Calling it twice changes nothing.
     """
     global _replaced
     if _replaced is not None:
         return
+    DPOptimizer.clip_and_accumulate = hooks.clip_and_accumulate
     _replaced = [dict(registry) for registry in _REGISTRIES]
     for layer in FAMILIES:
         if isinstance(layer, _NOT_REGISTERED):
@@ -83,6 +87,7 @@ def unregister() -> None:
     global _replaced
     if _replaced is None:
         return
+    DPOptimizer.clip_and_accumulate = hooks.stock
     for registry, before in zip(_REGISTRIES, _replaced, strict=True):
         registry.clear()
         registry.update(before)

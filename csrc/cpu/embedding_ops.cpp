@@ -119,6 +119,8 @@ Tensor embedding_sum(Tensor ids, Tensor G, Tensor factors, int64_t rows) {
   Tensor out = make({rows, d}, sum_type(type), G);
   const int64_t size = int64_t(out.element_size()), n = start[rows] + rows;
   char* const table = static_cast<char*>(out.data_ptr());
+  const char* const backprops = static_cast<const char*>(G.data_ptr());
+  const int64_t row_bytes = d * int64_t(G.element_size());
   // Threads take equal shares of rows and places together: row v counts from start[v] + v.
   const auto row_at = [&](int64_t share) {
     int64_t low = 0, high = rows;
@@ -136,7 +138,12 @@ Tensor embedding_sum(Tensor ids, Tensor G, Tensor factors, int64_t rows) {
       std::fill_n(table + begin * d * size, (v - begin) * d * size, char(0));
       if (v == end) break;
       const int64_t m = start[v + 1] - start[v];
-      const Rows row{type, G.data_ptr(), d, m, places.data() + start[v], weights.data() + start[v]};
+      const Rows row{type, backprops, d, m, places.data() + start[v], weights.data() + start[v]};
+      // Rows of G are wanted in an order that the hardware cannot foresee.
+      constexpr int64_t ahead = 8, line = 64;
+      for (int64_t k = start[v] + ahead; k < std::min(start[v + 1] + ahead, start[rows]); ++k)
+        for (int64_t byte = 0; byte < std::min(row_bytes, 8 * line); byte += line)
+          __builtin_prefetch(backprops + places[k] * row_bytes + byte);
       kernels().sum_rows(table + v * d * size, row, 0, d);
       ++v;
     }

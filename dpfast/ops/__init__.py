@@ -15,6 +15,7 @@ from dpfast.ops.reductions import (
     one_position_squared_norm,
     squared_norm,
     sum_positions,
+    weighted_sum,
 )
 from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
 from dpfast.reference import (
@@ -31,7 +32,6 @@ from dpfast.reference import (
     factored_times_grad_samples,
     ghost_squared_norm,
     grad_samples,
-    weighted_sum,
 )
 
 __all__ = [

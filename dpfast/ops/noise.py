@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpfast.ops.backends import is_native
 from dpfast.reference import noisy_grad as reference
+from dpfast.reference.noise import low_bits
 
 KEY_WORDS = 8
 # ChaCha20 counts its blocks, of 8 elements each, with 32 bits.
@@ -35,7 +36,7 @@ class Noise:
         ValueError, OverflowError: with the argument's name.
     """
 
-    key: tuple[int, ...]
+    key: tuple[int, ...] = field(repr=False)
     step: int
     std: float
     grid: float = 0.0
@@ -43,11 +44,13 @@ class Noise:
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_WORDS or not all(isinstance(w, int) and 0 <= w < 1 << 32 for w in self.key):
-            raise ValueError(f"key: give {KEY_WORDS} words of 32 bits, not {len(self.key)} numbers {self.key!r}")
+            raise ValueError(f"key: give {KEY_WORDS} words of 32 bits, not {len(self.key)}")  # never shown: a secret
         if not 0 <= self.step < 1 << 32:
             raise OverflowError(f"step={self.step}: the noise counts steps with 32 bits; start over with a new key")
         if not 0 <= self.std < math.inf:
             raise ValueError(f"std={self.std!r}: a standard deviation is a finite number that is not negative")
+        if self.std and not 2**-100 < self.std < 2**100:
+            raise ValueError(f"std={self.std!r}: noise is float32, its standard deviation must lie in 2⁻¹⁰⁰ to 2¹⁰⁰")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale!r}: give a finite number")
         if self.grid and not (
@@ -55,7 +58,10 @@ class Noise:
             and 2.0**16 <= self.std / self.grid <= 2.0**26
             and 2**-80 < self.grid < 2**80
         ):
-            raise ValueError(f"grid={self.grid!r} with std={self.std!r}: give a power of two, 2⁻²⁶ to 2⁻¹⁶ of std")
+            raise ValueError(
+                f"grid={self.grid!r} with std={self.std!r}: secure noise needs a power of two, 2⁻²⁶ to 2⁻¹⁶ of std, in "
+                f"2⁻⁸⁰ to 2⁸⁰"
+            )
 
 
 def noisy_grad_(
@@ -67,7 +73,8 @@ def noisy_grad_(
 ) -> None:
     """``grad = (summed + std · z) · scale`` for every tensor, each read once and written once.
 
-    Arithmetic is float32 (float64 for float64); only the result is rounded, to the dtype of ``grad``. An element that
+    Arithmetic is float32 (float64 for float64, whose z has 32 more random bits); only the result is rounded, to the
+    dtype of ``grad``. An element that
     is NaN or infinite stays alone. z of an element depends on key, step, the parameter's index and the element's index
     alone: not on how many tensors there are, on threads, on shards or on the backend.
 
@@ -82,12 +89,15 @@ def noisy_grad_(
     """
     offsets = [0] * len(summed) if offsets is None else list(offsets)
     check_places(summed, parameters, offsets)
+    if len(grads) != len(summed):
+        raise ValueError(f"grads has {len(grads)} tensors for {len(summed)} sums: give one each")
     for k, (sum_, grad) in enumerate(zip(summed, grads, strict=True)):
         check_tensor(f"summed[{k}]", sum_, sum_, (torch.float32, torch.float64))
         wide = sum_.dtype == torch.float64
         allowed = (torch.float64,) if wide else (torch.float32, torch.bfloat16, torch.float16)
         check_tensor(f"grads[{k}]", grad, sum_, allowed)
     check_overlap({"summed": summed, "grads": grads})
+    summed = [_with_low_bits(*each, noise) for each in zip(summed, parameters, offsets, strict=True)]
     for device, mine in by_device(summed).items():
         picked: list[list[Any]] = [[items[k] for k in mine] for items in (summed, grads, parameters, offsets)]
         if is_native("noisy_grad_", device):
@@ -98,6 +108,15 @@ def noisy_grad_(
                 reference.noisy_grad_(
                     sum_, grad, parameter, offset, noise.key, noise.step, noise.std, noise.grid, noise.scale
                 )
+
+
+def _with_low_bits(summed: Tensor, parameter: int, offset: int, noise: Noise) -> Tensor:
+    """A float64 sum with noise where a float32 z has none: otherwise its low bits would come out as they are."""
+    if summed.dtype != torch.float64 or noise.grid or not noise.std or not summed.numel():
+        return summed
+    end = offset + summed.numel()
+    low = low_bits(noise.key, noise.step, parameter, offset, end, device=summed.device)
+    return summed + noise.std * low.view(summed.shape)
 
 
 def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:

@@ -20,6 +20,14 @@ def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:
     return certified(squared, samples)
 
 
+def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
+    """``Σ_i factor_i · g_i`` of ``samples [B, *]``, float32 (float64 for float64); factor 0 leaves a sample out."""
+    if not is_native("weighted_sums", samples.device):
+        return reference.weighted_sum(samples, factors)
+    factors = factors.to(compute_dtype(samples.dtype)).contiguous()
+    return torch.ops.dpfast.weighted_sums([samples.contiguous()], factors)[0].view(samples.shape[1:])
+
+
 def certified(squared: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norms of ``samples [B, *]``, as an op gave them, with the bound on their rounding."""
     return with_safety(squared, 0.0, samples.dtype, squares=math.prod(samples.shape[1:]))

@@ -76,7 +76,7 @@ def noisy_step_(
     check_places(params, parameters, [0] * len(params))
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: use one of {ROUNDINGS}")
-    lists = {"params": params, "summed": summed, "grads": grads}
+    lists = {"summed": summed, "params": params, "grads": grads}
     lists |= {f"states[{s}]": state for s, state in enumerate(states) if len(state)}
     lists |= {"masters": masters} if len(masters) else {}
     for name, items in lists.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -57,11 +58,19 @@ class FusedDPOptimizer(DPOptimizer):
     ):
         check_noise_multiplier(noise_multiplier)
         check_low_precision(low_precision, optimizer)
+        other = book.optimizer() if book.optimizer is not None else None
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
+        if other is not None and not set(other._all_parameters()) <= mine:
+            raise ValueError(
+                "optimizer: another private optimizer of this model has parameters that this one has not, and would be "
+                "left with noise alone; use one optimizer with param groups"
+            )
         self.noise = NoiseStream(generator, secure_mode)
         self.low_precision = low_precision
         self.clipping = clipping
         self.book = book
         self._stepped = False  # and not cleared since
+        self.accounting: Callable[[DPOptimizer], None] | None = None  # a step hook that needs no gradients
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -72,6 +81,7 @@ class FusedDPOptimizer(DPOptimizer):
             secure_mode=secure_mode,
         )
         book.clipping = clipping
+        book.optimizer = weakref.ref(self)
         book.tracked = set(self._all_parameters())
 
     @property
@@ -163,7 +173,7 @@ class FusedDPOptimizer(DPOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        if why_not_fused(self.original_optimizer) is not None:
+        if self.step_hook is not self.accounting or why_not_fused(self.original_optimizer) is not None:
             check_low_precision(self.low_precision, self.original_optimizer)
             return self.original_optimizer.step() if self.pre_step() else None
         if self._begin_step():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from dpfast import ops
@@ -21,8 +22,7 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
     """Why torch's own step must run after the noise; None if noise and update can be one pass."""
     if type(optimizer) not in (SGD, Adam, AdamW):
         return f"{type(optimizer).__name__} has no fused update"
-    patched = vars(optimizer).get("step")
-    if patched is not None and not getattr(patched, "_wrapped_by_lr_sched", False):
+    if _step_replaced(optimizer):
         return "its step method was replaced"
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
@@ -46,7 +46,23 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
             moments = (value for name, value in optimizer.state.get(p, {}).items() if name not in ("step", MASTER))
             if any(isinstance(m, Tensor) and (m.dtype != p.dtype or not m.is_contiguous()) for m in moments):
                 return "optimizer state of another dtype or layout"
+    if _share_memory([p for group in optimizer.param_groups for p in group["params"]]):
+        return "parameters share memory"
     return None
+
+
+def _step_replaced(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has a step method of its own, be it beneath what a scheduler has wrapped around it."""
+    step: Any = optimizer.step
+    # By where the wrapper is defined: its attributes go over to whatever is wrapped around it.
+    while getattr(step, "__globals__", None) is vars(lr_scheduler):
+        step = step.__wrapped__
+    return getattr(step, "__func__", step) is not type(optimizer).step
+
+
+def _share_memory(params: Sequence[Tensor]) -> bool:
+    spans = sorted((str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes) for p in params if p.numel())
+    return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(spans))
 
 
 def noisy_step(
@@ -74,18 +90,21 @@ def noisy_step(
             narrow = dtype != torch.float32
             grads = [torch.empty_like(p) if narrow else summed[p].view(p.shape) for p in params]
             masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
+            all_states = _states(optimizer, group, params)
             ops.noisy_step_(
                 rule,
                 params,
                 [summed[p] for p in params],
                 grads,
-                _states(optimizer, group, params),
+                all_states,
                 masters,
                 [index[p] for p in params],
                 noise,
                 "stochastic" if narrow and low_precision == "stochastic" else "nearest",
                 rounding_key,
             )
+            changed = [*params, *masters, *(state for states in all_states for state in states)]
+            torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
     if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
@@ -94,13 +113,15 @@ def noisy_step(
 
 def _rule(optimizer: Optimizer, group: Mapping[str, Any], p: Any) -> ops.SGD | ops.Adam:
     """The group's hyperparameters, with this parameter's place in its history; its state is made as torch makes it."""
-    state = optimizer.state[p]
+    # as torch does, SGD makes no state without momentum
+    state = optimizer.state[p] if group.get("momentum", 1) != 0 else {}
     if isinstance(optimizer, SGD):
         first = state.get("momentum_buffer") is None
         if group["momentum"] != 0 and first:
             state["momentum_buffer"] = torch.zeros_like(p)
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return ops.SGD(**{name: group[name] for name in names}, first=first)
+    state = optimizer.state[p]
     if len(state) == 0 or set(state) == {MASTER}:
         state["step"] = torch.tensor(0.0, dtype=torch.float32, device=p.device if group["fused"] else "cpu")
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
@@ -131,6 +152,6 @@ def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any
 
 def _master(optimizer: Optimizer, p: Any) -> Tensor:
     state = optimizer.state[p]
-    if MASTER not in state:
+    if MASTER not in state or state[MASTER].dtype != torch.float32:  # torch's load_state_dict rounds it
         state[MASTER] = p.detach().float()
     return state[MASTER]

@@ -55,6 +55,23 @@ def standard_normal(
     return out
 
 
+def low_bits(
+    key: Sequence[int], step: int, parameter: int, start: int, stop: int, device: torch.device | str | None = None
+) -> Tensor:
+    """What a float64 z has below the float32 z of :func:`standard_normal`: uniform in ±2⁻²¹, in steps of 2⁻⁵².
+
+    Element e has word e % 4 of the Philox block of (quad's lower 32 bits, its upper 32 bits + 2³¹, parameter, step).
+    """
+    _check(key, 2, step, parameter, start, stop, 1 << 62)
+    out = torch.empty(stop - start, dtype=torch.float64, device=device)
+    for low, high in _pieces(start, stop):
+        quad = torch.arange(low // 4, -(-high // 4), device=device)
+        words = _philox(quad & MASK, (quad >> 32) | (1 << 31), parameter, step, key[0], key[1])
+        signed = torch.stack(words, dim=-1).view(-1)[low % 4 : low % 4 + high - low].to(torch.int32)
+        out[low - start : high - start] = signed.double() * 2.0**-52
+    return out
+
+
 def secure_integers(
     key: Sequence[int],
     step: int,

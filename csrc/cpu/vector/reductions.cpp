@@ -123,35 +123,45 @@ DPFAST_FN void sum_block(const Terms& terms, Out* const* out, int64_t count, int
   Sum sums[N][VECTORS];
   f64 totals[N][VECTORS];
   const int64_t vectors = (n + W - 1) / W;
-  // Where n is no multiple of W, the last W columns overlap with those before: the same results twice.
-  const auto column = [n](int64_t v) { return std::max<int64_t>(0, std::min(v * W, n - W)); };
-  const auto add = [&](const auto& group, bool first) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      Sum s[N];
-      group.sum(column(v), s);
-      for (int i = 0; i < N; ++i) sums[i][v] = first ? s[i] : sums[i][v] + s[i];
+  const auto finish = [&](int i, int64_t v, auto result) {
+    if (n >= W) {
+      // Where n is no multiple of W, the last W columns overlap with those before: the same results twice.
+      store(out[i] + std::min(v * W, n - W), result);
+    } else {
+      Out padded[W];
+      store(padded, result);
+      memcpy(out[i], padded, n * sizeof(Out));
     }
   };
-  const auto add_rows = [&](int64_t begin, int64_t end) {
-    int64_t k = begin;
-    for (; k + ROWS <= end; k += ROWS) add(terms.template group<ROWS>(k), k == begin);
-    for (; k < end; ++k) add(terms.template group<1>(k), k == begin);
+  const auto add = [&](auto rows, int64_t k, bool first, bool last) {
+    const auto group = terms.template group<rows>(k);
+    for (int64_t v = 0; v < vectors; ++v) {
+      Sum s[N];
+      group.sum(std::max<int64_t>(0, std::min(v * W, n - W)), s);
+      for (int i = 0; i < N; ++i) {
+        if (!first) s[i] = sums[i][v] + s[i];
+        last ? finish(i, v, s[i]) : void(sums[i][v] = s[i]);
+      }
+    }
   };
-  const auto finish = [&](const auto& result) {
-    for (int i = 0; i < N; ++i)
-      for (int64_t v = 0; v < vectors; ++v)
-        if (n >= W) {
-          store(out[i] + column(v), result[i][v]);
-        } else {
-          Out padded[W];
-          store(padded, result[i][v]);
-          memcpy(out[i], padded, n * sizeof(Out));
-        }
+  // Rows [begin, end) into sums, or into the result if these are all.
+  const auto add_rows = [&](int64_t begin, int64_t end) {
+    const bool all = end - begin == count;
+    int64_t k = begin;
+    const auto next = [&](auto rows) {
+      add(rows, k, k == begin, all && k + rows == end);
+      k += rows;
+    };
+    while (k + ROWS <= end) next(std::integral_constant<int, ROWS>{});
+    if (ROWS > 4 && k + 4 <= end) next(std::integral_constant<int, 4>{});
+    if (k + 2 <= end) next(std::integral_constant<int, 2>{});
+    if (k < end) next(std::integral_constant<int, 1>{});
   };
   if (count == 0)
-    for (int i = 0; i < N; ++i) std::fill_n(sums[i], vectors, Sum{});
+    for (int i = 0; i < N; ++i)
+      for (int64_t v = 0; v < vectors; ++v) finish(i, v, Sum{});
   add_rows(0, std::min(count, FLUSH));
-  if (count <= FLUSH) return finish(sums);
+  if (count <= FLUSH) return;
   for (int i = 0; i < N; ++i)
     for (int64_t v = 0; v < vectors; ++v) totals[i][v] = to_double(sums[i][v]);
   for (int64_t k = FLUSH; k < count; k += FLUSH) {
@@ -159,7 +169,8 @@ DPFAST_FN void sum_block(const Terms& terms, Out* const* out, int64_t count, int
     for (int i = 0; i < N; ++i)
       for (int64_t v = 0; v < vectors; ++v) totals[i][v] = totals[i][v] + to_double(sums[i][v]);
   }
-  finish(totals);
+  for (int i = 0; i < N; ++i)
+    for (int64_t v = 0; v < vectors; ++v) finish(i, v, totals[i][v]);
 }
 
 // The sums of columns [begin, end), in blocks: Terms<T, whole>{arguments, first column, columns}.

@@ -31,9 +31,11 @@
 
 #if defined(__CUDACC__)
 #define DPFAST_UNROLL _Pragma("unroll")
+#define DPFAST_LOOP _Pragma("unroll 1")
 #define DPFAST_NO_UNROLL _Pragma("unroll 1")
 #else
 #define DPFAST_UNROLL _Pragma("GCC unroll 16")
+#define DPFAST_LOOP _Pragma("GCC unroll 1")
 #define DPFAST_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 

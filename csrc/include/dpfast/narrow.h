@@ -81,7 +81,7 @@ DPFAST_FN void write(f16* p, f32 x, u32 random) {
   const u32 bits = bits_as<u32>(x), sign = bits & 0x80000000u;
   const f32 size = bits_as<f32>(bits & 0x7FFFFFFFu);
   const u32 normal = ((bits & 0x7FFFFFFFu) + (random >> 19)) & 0xFFFFE000u;
-  const f32 steps = fma(size, splat(0x1p24f), to_float(random >> 8) * splat(0x1p-24f));
+  const f32 steps = fma(size, splat(0x1p24f), to_float(random >> 18) * splat(0x1p-14f));
   const u32 subnormal = bits_as<u32>(to_float(truncate(steps)) * splat(0x1p-24f));
   const u32 rounded = select(size < splat(0x1p-14f), subnormal, normal);
   const mask exact = size >= splat(65504.0f);  // the largest, infinity, NaN: nothing to choose from

@@ -1,0 +1,76 @@
+"""``python -m dpfast doctor``, read as a user or a script would."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpfast import native, ops
+from dpfast.__main__ import main
+from dpfast.native import build
+from tests.native.small import ROOT, python
+
+LIBRARIES = [
+    native.Library(
+        "cpu", None, Path("/somewhere/libdpfast_cpu.so"), "cached", {"isas": "scalar", "compiler": "g++ 12"}
+    ),
+    native.Library("cuda", "the card is too old. To have them: buy another"),
+]
+ROWS = [
+    ("standard_normal", "cpu", "native", "compiled library"),
+    ("noisy_grad_", "cuda", "reference", "the card is too old"),
+]
+
+
+def sections(text: str) -> dict[str, list[list[str]]]:
+    """``{title: rows}``, a row split into its columns."""
+    out: dict[str, list[list[str]]] = {}
+    for title, rows in re.findall(r"^(\S.*)\n((?:  .*\n)*)", text, re.MULTILINE):
+        out[title] = [re.split(r"\s{2,}", row.strip()) for row in rows.splitlines()]
+    return out
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: LIBRARIES)
+    monkeypatch.setattr(native, "why_not", lambda device: None if device == "cpu" else LIBRARIES[1].reason)
+    monkeypatch.setattr(native, "instruction_set", lambda: "scalar")
+    monkeypatch.setattr(ops, "backends", lambda: ROWS)
+
+
+def test_what_is_here_and_what_is_used(here, capsys, monkeypatch):
+    monkeypatch.setenv("DPFAST_CACHE_DIR", "/kept/here")
+    monkeypatch.setenv("DPFAST_CPU_ISA", "scalar")
+    assert main(["doctor"]) == 0
+    found = sections(capsys.readouterr().out)
+    assert {"dpfast", "torch", "triton", "opacus", "python"} == {name for name, _ in found["versions"]}
+    assert re.search(r"uses scalar \(DPFAST_CPU_ISA=scalar\)", dict(found["devices"])["cpu"])
+    cpu, cuda, cache = found["native libraries"]
+    assert cpu[:2] == ["cpu", "cached"] and "libdpfast_cpu.so for scalar, by g++ 12" in cpu[2]
+    assert cuda == ["cuda", "none", LIBRARIES[1].reason] and cache == ["cache", "in", "/kept/here"]
+    assert found["ops"] == [list(row) for row in ROWS]
+
+
+def test_strict_fails_where_an_op_falls_back(here, capsys, monkeypatch):
+    assert main(["doctor", "--strict"]) == 1
+    assert "1 of 2 ops have no native backend" in capsys.readouterr().out
+    monkeypatch.setattr(ops, "backends", lambda: ROWS[:1])
+    assert main(["doctor", "--strict"]) == 0
+    assert "no native backend" not in capsys.readouterr().out
+
+
+def test_alone_it_prints_the_help(capsys):
+    assert main([]) == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_the_command(tmp_path):
+    """In a process of its own, in earnest: plain PyTorch on request, every op on it with the reason."""
+    done = python(ROOT, "-W", "ignore", "-m", "dpfast", "doctor", "--strict", DPFAST_NATIVE="0")
+    assert done.returncode == 1, done.stderr
+    found = sections(done.stdout)
+    assert [row[1:] for row in found["native libraries"][:2]] == [["none", "DPFAST_NATIVE=0"]] * 2
+    assert len(found["ops"]) > 5
+    for _, _, backend, reason in found["ops"]:
+        assert backend != "native" and reason == "DPFAST_NATIVE=0"
+    assert not build.about(Path(build.__file__)), "no library, nothing to read"

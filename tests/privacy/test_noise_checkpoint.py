@@ -1,0 +1,211 @@
+"""``save_checkpoint`` and ``load_checkpoint``: a run goes on bit for bit; in the secure mode no key is ever kept."""
+
+import copy
+import io
+
+import opacus
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD, AdamW, RMSprop
+
+from dpfast.engine import NOISE_STATE
+from tests.helpers import engine_of, loader_of, make_private
+from tests.ops.noisy import BF16, F16, F32, F64, require, same
+
+B, D = 6, 5
+OPTIMIZERS = {
+    "sgd": lambda params: SGD(params, lr=0.1),
+    "sgd momentum": lambda params: SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda params: AdamW(params, lr=0.01, amsgrad=True),
+    "rmsprop": lambda params: RMSprop(params, lr=0.01),
+}
+
+
+class Run:
+    """A private run on batches that are its own."""
+
+    def __init__(self, name="sgd", dtype=F32, secure=False, engine=None, **kw):
+        self.engine = engine or engine_of(secure_mode=secure)
+        self.model = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+        kw = dict(optimizer=OPTIMIZERS[name](self.model.parameters()), noise_multiplier=1.0, loss_reduction="sum") | kw
+        loader = loader_of(B, shuffle=True)
+        self.wrapped, self.optimizer, _ = make_private(self.model, engine=self.engine, data_loader=loader, **kw)
+
+    def train(self, batches) -> "Run":
+        for x, y in batches:
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.wrapped(x.to(self.model[0].weight)).float(), y, reduction="sum").backward()
+            self.optimizer.step()
+        return self
+
+    def save(self, target=None, **kw):
+        target = io.BytesIO() if target is None else target
+        self.engine.save_checkpoint(path=target, module=self.wrapped, optimizer=self.optimizer, **kw)
+        if isinstance(target, io.BytesIO):
+            target.seek(0)
+        return target
+
+    def load(self, source) -> dict:
+        return self.engine.load_checkpoint(path=source, module=self.wrapped, optimizer=self.optimizer)
+
+    def values(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def noise(self):
+        """Gradients of an empty batch."""
+        self.optimizer.zero_grad()
+        self.optimizer.step()
+        return [p.grad.clone() for p in self.model.parameters()]
+
+
+def batches(n: int):
+    return [(torch.randn(B, D), torch.randint(3, (B,))) for _ in range(n)]
+
+
+def assert_same_runs(one: Run, other: Run) -> None:
+    assert same(one.values(), other.values())
+    ours, theirs = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
+    for k, state in ours["state"].items():
+        assert state.keys() == theirs["state"][k].keys()
+        assert same([*state.values()], [*theirs["state"][k].values()])
+    assert one.engine.accountant.history == other.engine.accountant.history
+    assert one.optimizer.noise.state_dict() == other.optimizer.noise.state_dict()
+
+
+KINDS = [
+    *((name, F32, "nearest") for name in OPTIMIZERS),
+    ("adamw", F64, "nearest"),
+    *((name, dtype, way) for name in ("sgd momentum", "adamw") for dtype, way in ((BF16, "master"), (F16, "master"))),
+    *((name, BF16, "stochastic") for name in ("sgd momentum", "adamw")),
+]
+
+
+@pytest.mark.parametrize("form", ["path", "buffer"])
+@pytest.mark.parametrize(("name", "dtype", "low_precision"), KINDS, ids=lambda k: str(k).removeprefix("torch."))
+def test_a_resumed_run_is_the_uninterrupted_one(name, dtype, low_precision, form, tmp_path):
+    """To the bit, over two interruptions, whatever was drawn in between."""
+    if low_precision != "nearest":
+        require("noisy_sgd_")
+    kw, data = dict(name=name, dtype=dtype, low_precision=low_precision), batches(6)
+    whole = Run(**kw)
+    start, state = copy.deepcopy(whole.model.state_dict()), torch.get_rng_state()
+    whole.train(data)
+    part = Run(**kw)
+    part.model.load_state_dict(start)
+    torch.set_rng_state(state)
+    for k in (0, 2):
+        part.train(data[k : k + 2])
+        kept = part.save(tmp_path / f"{k}.pt" if form == "path" else None)
+        part.train(batches(1))  # after the checkpoint was made
+        torch.manual_seed(k)
+        part = Run(**kw, noise_generator=torch.Generator().manual_seed(99) if k else None)
+        if k:
+            part.noise()  # has a key and a step of its own
+        rest = part.load(kept)
+        assert NOISE_STATE not in rest
+    part.train(data[4:])
+    assert_same_runs(part, whole)
+    assert part.optimizer.noise.step == 6
+
+
+def test_saving_changes_nothing():
+    """Neither the run nor the user's own dictionary; what is in it comes back."""
+    data, mine = batches(3), {"epoch": 3}
+    run = Run(noise_generator=torch.Generator().manual_seed(1))
+    twin = Run(noise_generator=torch.Generator().manual_seed(1))
+    twin.model.load_state_dict(run.model.state_dict())
+    kept = run.train(data[:1]).save(checkpoint_dict=mine)
+    assert mine == {"epoch": 3}
+    assert_same_runs(run.train(data[1:]), twin.train(data))
+    assert Run().load(kept)["epoch"] == 3
+
+
+def test_the_state_is_its_own():
+    """A state that was taken does not move with the stream, and can be saved without pickling code."""
+    run = Run().train(batches(2))
+    state = run.optimizer.noise.state_dict()
+    before = copy.deepcopy(state)
+    run.train(batches(2))
+    assert state == before and state["step"] == 2
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == state
+
+
+def test_secure_checkpoints_hold_no_key():
+    """Words of the key are nowhere in the file; a resumed run has its step, and noise that is fresh each time."""
+    run = Run(secure=True)
+    keys = []
+    real = run.optimizer.noise.next
+    run.optimizer.noise.next = lambda *args: keys.append(real(*args)) or keys[-1]
+    run.train(batches(3))
+    kept = run.save()
+    assert len(keys) == 3
+    found = list(numbers_in(torch.load(kept, weights_only=False)[NOISE_STATE]))
+    words = {word for noise in keys for word in noise.key}
+    assert len(words) == 24 and not words & set(found)
+    draws = []
+    for _ in range(2):
+        kept.seek(0)
+        other = Run(secure=True)
+        other.load(kept)
+        assert same(other.values(), run.values())
+        assert other.engine.accountant.history == run.engine.accountant.history
+        assert other.optimizer.noise.step == 3 and other.optimizer.noise.key is None
+        draws.append(other.noise())
+    draws.append(run.noise())
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not any(same(g, h) for g, h in zip(draws[a], draws[b], strict=True))
+
+
+def numbers_in(item):
+    if isinstance(item, dict):
+        item = item.values()
+    if isinstance(item, int):
+        yield item
+    elif isinstance(item, (list, tuple)) or type(item).__name__ == "dict_values":
+        for part in item:
+            yield from numbers_in(part)
+
+
+@pytest.mark.parametrize("to_secure", [True, False])
+def test_a_checkpoint_of_the_other_mode(to_secure):
+    """Everything but the key is taken over: a secure run never uses a kept key, a fast one draws its own."""
+    old = Run(secure=not to_secure).train(batches(2))
+    kept, new = old.save(), Run(secure=to_secure)
+    new.load(kept)
+    assert new.optimizer.noise.key is None and new.optimizer.noise.step == 2
+    assert new.optimizer.noise.secure == to_secure
+    assert same(new.values(), old.values())
+    assert not any(same(g, h) for g, h in zip(new.noise(), old.noise(), strict=True))
+    assert (new.optimizer.noise.state_dict().get("key") is None) == to_secure
+
+
+def test_checkpoints_without_noise_state():
+    """Of Opacus and of this library before it had one: all else comes back, the noise goes on as it is."""
+    run = Run().train(batches(2))
+    theirs = io.BytesIO()
+    opacus.PrivacyEngine.save_checkpoint(run.engine, path=theirs, module=run.wrapped, optimizer=run.optimizer)
+    theirs.seek(0)
+    assert NOISE_STATE not in torch.load(theirs, weights_only=False)
+    theirs.seek(0)
+    other = Run().train(batches(1))
+    before = other.optimizer.noise.state_dict()
+    other.load(theirs)
+    assert same(other.values(), run.values())
+    assert other.optimizer.noise.state_dict() == before
+    assert other.engine.accountant.history == run.engine.accountant.history
+    other.train(batches(1))
+
+
+def test_checkpoints_without_an_optimizer():
+    """As in Opacus: there is no noise to keep."""
+    run = Run().train(batches(1))
+    buffer = io.BytesIO()
+    run.engine.save_checkpoint(path=buffer, module=run.wrapped)
+    buffer.seek(0)
+    assert NOISE_STATE not in torch.load(buffer, weights_only=False)

@@ -1,0 +1,80 @@
+"""A state of the noise that is none is refused, by what is wrong with it, and nothing is changed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from dpfast.engine import NOISE_STATE
+from dpfast.noise import NoiseStream
+from tests.ops.noisy import same
+from tests.privacy.test_noise_checkpoint import Run, batches
+
+GOOD = {"secure": False, "step": 5, "rounding_key": (1, 2), "key": (1, 2, 0, 0, 0, 0, 0, 0)}
+MALFORMED = {
+    "empty": {},
+    "nothing": None,
+    "a list": [1, 2],
+    "no step": {k: v for k, v in GOOD.items() if k != "step"},
+    "a negative step": GOOD | {"step": -1},
+    "a step too many": GOOD | {"step": (1 << 32) + 1},
+    "a step in words": GOOD | {"step": "5"},
+    "a broken step": GOOD | {"step": 5.0},
+    "a short key": GOOD | {"key": (1, 2)},
+    "a long key": GOOD | {"key": (1,) * 9},
+    "a large word": GOOD | {"key": (1 << 32, *GOOD["key"][1:])},
+    "a negative word": GOOD | {"key": (-1, *GOOD["key"][1:])},
+    "a broken word": GOOD | {"key": (1.5, *GOOD["key"][1:])},
+    "a key in words": GOOD | {"key": "12345678"},
+    "a key that is a number": GOOD | {"key": 7},
+    "a short rounding key": GOOD | {"rounding_key": (1,)},
+    "no words to round": GOOD | {"rounding_key": ()},
+    "a large rounding word": GOOD | {"rounding_key": (1, 1 << 32)},
+    "a rounding key in words": GOOD | {"rounding_key": "ab"},
+}
+
+
+@pytest.mark.parametrize("bad", MALFORMED)
+@pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
+def test_a_malformed_state_is_refused(bad, secure):
+    """With a message that speaks of the noise, and the stream as it was."""
+    stream = NoiseStream(secure=secure)
+    stream.next(1.0, 1.0, 5, 1.0)
+    stream.rounding_key()
+    before, inside = stream.state_dict(), (stream.key, stream.step, stream._rounding_key)
+    with pytest.raises(ValueError, match="noise state"):
+        stream.load_state_dict(MALFORMED[bad])
+    assert stream.state_dict() == before and (stream.key, stream.step, stream._rounding_key) == inside
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
+def test_a_good_state_is_taken(secure):
+    """Lists, as JSON has them, too; a secure stream takes no key."""
+    for good in (GOOD, {k: list(v) if isinstance(v, tuple) else v for k, v in GOOD.items()}):
+        stream = NoiseStream(secure=secure)
+        stream.load_state_dict(good)
+        assert (stream.step, stream.rounding_key()) == (5, (1, 2))
+        assert stream.key == (None if secure else GOOD["key"])
+        assert (stream.next(1.0, 1.0, 5, 1.0).key == GOOD["key"]) != secure
+
+
+@pytest.mark.parametrize("bad", ["empty", "a short key", "a negative step"])
+def test_a_malformed_checkpoint_changes_nothing(bad):
+    """Not the model, the optimizer, the accountant nor the noise."""
+    run = Run("adamw").train(batches(1))
+    checkpoint = torch.load(run.save(), weights_only=False)
+    checkpoint[NOISE_STATE] = MALFORMED[bad]
+    broken = io.BytesIO()
+    torch.save(checkpoint, broken)
+    broken.seek(0)
+    other = Run("adamw").train(batches(2))
+    before = pickle.dumps(other.optimizer.state_dict()), other.values(), copy.deepcopy(other.engine.accountant.history)
+    noise = other.optimizer.noise.state_dict()
+    with pytest.raises(ValueError, match="noise state"):
+        other.load(broken)
+    assert other.optimizer.noise.state_dict() == noise
+    assert same(other.values(), before[1])
+    assert pickle.dumps(other.optimizer.state_dict()) == before[0]
+    assert other.engine.accountant.history == before[2]
