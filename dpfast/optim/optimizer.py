@@ -173,7 +173,10 @@ class FusedDPOptimizer(DPOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        if self.step_hook is not self.accounting or why_not_fused(self.original_optimizer) is not None:
+        # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
+        # that torch's own step does not have, the hook sees none.
+        for_hook = self.step_hook is not self.accounting and self.low_precision == "nearest"
+        if for_hook or why_not_fused(self.original_optimizer) is not None:
             check_low_precision(self.low_precision, self.original_optimizer)
             return self.original_optimizer.step() if self.pre_step() else None
         if self._begin_step():

@@ -119,3 +119,24 @@ def test_without_the_compiled_library(tmp_path, passes):
         assert equal.double().mean() > 0.95, "a step without a batch is noise alone"
         for p, q, first in zip(values, mine, start, strict=True):
             assert apart(p, q, first, p - first, torch.full_like(p, 0.1)) <= 16, name
+
+
+@pytest.mark.parametrize("way", ["stochastic", "master"])
+def test_a_step_hook_does_not_change_how_16_bits_are_updated(way, passes):
+    """The option holds, or is refused; it is never dropped without a word."""
+
+    def run_of():
+        torch.manual_seed(5)
+        return Run(net().bfloat16(), OPTIMIZERS["sgd"], low_precision=way, loss_reduction="sum")
+
+    plain, hooked = run_of(), run_of()
+    account = hooked.optimizer.step_hook
+    hooked.optimizer.attach_step_hook(lambda optimizer: account(optimizer))
+    plain.step()
+    try:
+        hooked.step()
+    except ValueError as refusal:
+        assert f"low_precision={way!r}" in str(refusal)
+    else:
+        assert same(hooked.values(), plain.values())
+        assert [len(s) for s in hooked.optimizer.state.values()] == [len(s) for s in plain.optimizer.state.values()]
