@@ -2,8 +2,7 @@
 // compared with the CPU library to the bit. It finds wrong indices, unwritten outputs, misaligned vectors and barriers
 // that not all threads reach; it cannot find races, and says nothing about speed.
 //
-// A CUDA thread is a fiber: it runs until a barrier or a warp operation, and goes on when all threads concerned are
-// there.
+// A CUDA thread is a fiber: it runs until a barrier or a warp operation, and goes on when all threads concerned are there.
 #pragma once
 
 #include <ucontext.h>
