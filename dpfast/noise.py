@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpfast.ops import KEY_WORDS, Noise
+from dpfast.reference.rounding import rounded_up
 
 # The secure mode works in whole steps of this many bits below the noise's standard deviation.
 GRID_BITS = 24
@@ -143,9 +144,3 @@ def check_state(state: Any) -> tuple[tuple[int, ...] | None, int, tuple[int, ...
             raise ValueError(f"noise state: {name} must be {length} words of 32 bits")  # not shown: it is a secret
         words.append(None if value is None else tuple(value))
     return words[0], step, words[1]
-
-
-def rounded_up(value: float) -> float:
-    """``value`` as a float32 that is not smaller: noise is never less than asked for."""
-    nearest = torch.tensor(value, dtype=torch.float32)
-    return (nearest if nearest.double() >= value else nearest.nextafter(torch.tensor(torch.inf))).item()

@@ -113,12 +113,13 @@ def noisy_step(
 
 def _rule(optimizer: Optimizer, group: Mapping[str, Any], p: Any) -> ops.SGD | ops.Adam:
     """The group's hyperparameters, with this parameter's place in its history; its state is made as torch makes it."""
-    # as torch does, SGD makes no state without momentum
-    state = optimizer.state[p] if group.get("momentum", 1) != 0 else {}
     if isinstance(optimizer, SGD):
-        first = state.get("momentum_buffer") is None
-        if group["momentum"] != 0 and first:
-            state["momentum_buffer"] = torch.zeros_like(p)
+        first = False
+        if group["momentum"] != 0:  # without it torch's SGD makes no state
+            state = optimizer.state[p]
+            first = state.get("momentum_buffer") is None
+            if first:
+                state["momentum_buffer"] = torch.zeros_like(p)
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return ops.SGD(**{name: group[name] for name in names}, first=first)
     state = optimizer.state[p]
@@ -142,12 +143,12 @@ def _rule(optimizer: Optimizer, group: Mapping[str, Any], p: Any) -> ops.SGD | o
 
 
 def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]) -> list[list[Tensor]]:
+    """A list for each state that the op takes, empty where the group does without it."""
     if isinstance(optimizer, SGD):
-        names = ["momentum_buffer"] if group["momentum"] != 0 else []
-        return [[optimizer.state[p][name] for p in params] for name in names] or [[]]
-    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-    states = [[optimizer.state[p][name] for p in params] for name in names]
-    return states if group["amsgrad"] else [*states, []]
+        used = {"momentum_buffer": group["momentum"] != 0}
+    else:
+        used = {"exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": group["amsgrad"]}
+    return [[optimizer.state[p][name] for p in params] if here else [] for name, here in used.items()]
 
 
 def _master(optimizer: Optimizer, p: Any) -> Tensor:

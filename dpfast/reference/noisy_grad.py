@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dpfast.reference.noise import secure_integers, standard_normal
+from dpfast.reference.rounding import rounded_up
 
 PIECE = 1 << 20
 
@@ -35,16 +36,10 @@ def noisy_grad_(
         if std == 0:
             noisy = x * (scale if wide else scale32)
         elif grid:
-            steps = (x.double() / grid).round() + secure_integers(*place, scale=_up(std / grid), device=x.device)
+            steps = (x.double() / grid).round() + secure_integers(*place, scale=rounded_up(std / grid), device=x.device)
             factor = grid * scale
             noisy = steps * factor if wide else steps.float() * torch.tensor(factor, dtype=torch.float32).item()
         else:
             z = standard_normal(*place, device=x.device).double()
             noisy = (x + std * z) * scale if wide else (x.double() + std32 * z).float() * scale32
         target[start:stop] = noisy
-
-
-def _up(value: float) -> float:
-    """``value`` as a float32 that is not smaller."""
-    nearest = torch.tensor(value, dtype=torch.float32)
-    return (nearest if nearest.double() >= value else nearest.nextafter(torch.tensor(torch.inf))).item()

@@ -27,3 +27,9 @@ def with_safety(squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squa
     """``(squared, bound + SAFETY_UNITS · u · squared + underflow of so many squares)``, float64, never negative."""
     squared = squared.double().clamp_min(0)
     return squared, SAFETY_UNITS * unit_roundoff(dtype) * squared + bound + squares * smallest(dtype)
+
+
+def rounded_up(value: float) -> float:
+    """``value`` as a float32 that is not smaller: noise is never less than asked for."""
+    nearest = torch.tensor(value, dtype=torch.float32)
+    return (nearest if nearest.double() >= value else nearest.nextafter(torch.tensor(torch.inf))).item()
