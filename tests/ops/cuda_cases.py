@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpfast import native
+from tests.ops.samples import draw
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16, F64)
@@ -50,11 +51,6 @@ def cpu() -> Any:
     if not native.available("cpu"):
         pytest.skip(f"nothing to compare with: {native.why_not('cpu')}")
     return torch.ops.dpfast
-
-
-def draw(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Numbers of very different sizes."""
-    return (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
 
 
 def assert_same(got: Any, want: Any) -> None:

@@ -7,7 +7,6 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dpfast import native
 from dpfast.reference.clipping import LARGEST_FACTOR, ClippingFunction, clip_factors
 from dpfast.reference.rounding import SAFETY_UNITS
 
@@ -17,10 +16,8 @@ BIG, TINY = 1.7976931348623157e308, 5e-324
 
 
 @pytest.fixture
-def op():
-    if not native.available("cpu"):
-        pytest.skip(f"no CPU library: {native.why_not('cpu')}")
-    return torch.ops.dpfast.clip_factors
+def op(ops):
+    return ops.clip_factors
 
 
 def doubles(*rows):

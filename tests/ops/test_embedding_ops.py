@@ -3,19 +3,12 @@
 import pytest
 import torch
 
-from dpfast import native, reference
+from dpfast import reference
 from dpfast.reference.rounding import compute_dtype, unit_roundoff
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]
 SHAPES = [(0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 1, 1), (4, 7, 5), (3, 64, 16), (2, 300, 33), (5, 40, 1100)]
-
-
-@pytest.fixture
-def ops():
-    if not native.available("cpu"):
-        pytest.skip(f"no CPU library: {native.why_not('cpu')}")
-    return torch.ops.dpfast
 
 
 def ids_of(kind, B, T):

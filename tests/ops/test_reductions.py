@@ -5,26 +5,16 @@ import math
 import pytest
 import torch
 
-from dpfast import native, reference
+from dpfast import reference
 from dpfast.reference import reductions
 from dpfast.reference.rounding import compute_dtype, unit_roundoff
+from tests.ops.samples import draw
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
 DTYPES = [F32, F64, BF16, F16]
 # What a sum over many rows may lose: 8 rows in registers, 16 of these in cache, and what surrounds them, in units.
 DEPTH = 28
-
-
-@pytest.fixture
-def ops():
-    if not native.available("cpu"):
-        pytest.skip(f"no CPU library: {native.why_not('cpu')}")
-    return torch.ops.dpfast
-
-
-def draw(dtype, *shape):
-    """Numbers of very different sizes."""
-    return (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
 
 
 def within(got, want, size, units):

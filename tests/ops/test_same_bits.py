@@ -9,20 +9,9 @@ import pytest
 import torch
 
 from dpfast import native
+from tests.ops.samples import draw
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def ops():
-    if not native.available("cpu"):
-        pytest.skip(f"no CPU library: {native.why_not('cpu')}")
-    return torch.ops.dpfast
-
-
-def draw(dtype, *shape):
-    """Numbers of very different sizes."""
-    return (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
 
 
 def everything(dtype):
