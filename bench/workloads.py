@@ -186,11 +186,11 @@ WORKLOADS: dict[str, Workload] = {
             build=_mlp,
             inputs=lambda n: torch.randn(n, 784),
             classes=10,
-            target_time=1.85,
+            target_time=1.15,
             target_memory=1.6,
         ),
-        _gpt("gpt128", 128, 16, target_time=1.3, target_memory=1.3),
-        _gpt("gpt512", 512, 4, target_time=1.25, target_memory=None),
+        _gpt("gpt128", 128, 16, target_time=1.15, target_memory=1.3),
+        _gpt("gpt512", 512, 4, target_time=1.15, target_memory=None),
         Workload(
             name="cnn",
             title="CNN of five 3x3 convolutions with GroupNorm (channels 64 64 128 128 256, "
@@ -199,7 +199,7 @@ WORKLOADS: dict[str, Workload] = {
             build=_cnn,
             inputs=lambda n: torch.randn(n, 3, 32, 32),
             classes=10,
-            target_time=1.6,
+            target_time=1.35,
         ),
     )
 }

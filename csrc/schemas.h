@@ -9,6 +9,8 @@ namespace dpfast {
 // parameters: one number a tensor, its index in the noise stream; offsets: where in the parameter the tensor starts
 #define DPFAST_PLACES "int[] parameters, int[] offsets"
 #define DPFAST_ROUNDING "int rounding, int[] rounding_key"
+#define DPFAST_CONVOLUTION \
+  "Tensor x, Tensor G, int batch, int groups, int[] kernel, int[] stride, int[] padding, int[] dilation"
 
 inline constexpr const char* kSchemas[] = {
     "standard_normal(Tensor(a!) out, int[] key, int step, int parameter, int offset, float grid) -> ()",
@@ -34,6 +36,14 @@ inline constexpr const char* kSchemas[] = {
     // (RMSNorm has no mean: an empty tensor)
     "normalised_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) "
     "-> (Tensor weight, Tensor weight_squared, Tensor bias, Tensor bias_squared)",
+    // G, x [R, C, T], mean, rstd [R, groups] → Σ_t g_t · x̂_t and Σ_t g_t [R, C] float32
+    "channel_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) -> (Tensor weight, Tensor bias)",
+    // x [rows, g·c, *], G [rows, g·p, *], three spatial dimensions each, rows of a sample side by side → per-sample
+    // gradients of a convolution's weight [batch, c·∏kernel, g·p] float32 and their squared norms [batch] float64
+    "convolution_grad_samples(" DPFAST_CONVOLUTION ") -> (Tensor samples, Tensor squared)",
+    // the same arguments → [4, batch, groups] float64: Σ_{t,s} (a_t·a_s)(g_t·g_s) over patches a and backprops g, the
+    // sum of absolute values, Σ_t ‖a_t‖ and Σ_t ‖g_t‖
+    "convolution_ghost(" DPFAST_CONVOLUTION ") -> Tensor",
     // ids [B, T] int64, G [B, T, d] → squared norms and bounds [B] float64, from segments of equal ids
     "embedding_squared_norm(Tensor ids, Tensor G) -> (Tensor squared, Tensor bound)",
     // ids [B, T], G [B, T, d], factors [B] float32 → Σ_i factor_i · g_i as [rows, d] float32, in a fixed order

@@ -58,6 +58,29 @@ struct Normalised {
   const double *mean, *rstd;  // null mean: all 0
 };
 
+// One channel of a row of a group normalisation: n positions of G and x, and the mean and rstd of its group.
+struct Channel {
+  Type type;
+  const void *G, *x;
+  int64_t n;
+  double mean, rstd;
+};
+
+// Σ_t patch_tᵀ G_t of one sample: element e of the patch at position t is x[elements[e] + places[t]]. G has `positions`
+// rows, `width` apart; `columns` of them count, up to patch_gradient_width(columns) are zeros. The result is
+// [size, columns], its rows `stride` apart.
+struct PatchGradient {
+  const float* x;
+  const int64_t* elements;
+  int64_t size;
+  const int64_t* places;
+  int64_t positions;
+  const float* G;
+  int64_t width, columns;
+  float* out;
+  int64_t stride;
+};
+
 struct Kernels {
   const char* name;
   void (*standard_normal)(float* out, const NoiseArguments&, uint32_t parameter, int64_t offset, int64_t n);
@@ -67,6 +90,9 @@ struct Kernels {
   double (*squares)(const void* x, Type, int64_t n);
   void (*sum_rows)(void* out, const Rows&, int64_t begin, int64_t end);  // columns
   void (*sum_normalised)(void* weight, void* bias, const Normalised&, int64_t begin, int64_t end);
+  void (*sum_channel)(double& weight, double& bias, const Channel&);
+  int64_t (*patch_gradient_width)(int64_t columns);
+  double (*patch_gradient)(const PatchGradient&);  // its squared norm
 };
 
 const Kernels& kernels();

@@ -174,6 +174,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_sums(Tensor G, Tensor x, T
   return {weight, weight_squared, bias, bias_squared};
 }
 
+// w_r,c = Σ_t G_r,c,t · (x_r,c,t - mean) · rstd of the channel's group, and b_r,c = Σ_t G_r,c,t
+std::tuple<Tensor, Tensor> channel_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) {
+  check_floats(G, "G");
+  check_floats(x, "x");
+  check_floats(mean, "mean");
+  check_floats(rstd, "rstd");
+  STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [R, C, T], not ", shape_of(G));
+  const int64_t R = G.size(0), C = G.size(1), T = G.size(2);
+  check_shape(x, "x", {R, C, T});
+  STD_TORCH_CHECK(x.scalar_type() == G.scalar_type(), "dpfast: x must have the dtype of G");
+  STD_TORCH_CHECK(mean.dim() == 2 && mean.size(0) == R && mean.size(1) > 0 && C % mean.size(1) == 0,
+                  "dpfast: mean must be [R, groups] with groups that divide C, not ", shape_of(mean));
+  const int64_t groups = mean.size(1);
+  check_shape(rstd, "rstd", {R, groups});
+  const Type type = type_of(G);
+  const std::vector<double> means = numbers(mean), rstds = numbers(rstd);
+  Tensor weight = make({R, C}, sum_type(type), G), bias = make({R, C}, sum_type(type), G);
+  const auto put = [](const Tensor& tensor, int64_t k, double value) {
+    if (tensor.scalar_type() == ScalarType::Double)
+      static_cast<double*>(tensor.data_ptr())[k] = value;
+    else
+      static_cast<float*>(tensor.data_ptr())[k] = float(value);
+  };
+  share(Integers(R * C, 2 * T), [&](size_t k) {
+    const int64_t statistic = int64_t(k) / (C / groups);  // channels of a group lie side by side
+    double w, b;
+    kernels().sum_channel(
+        w, b, {type, element(G, int64_t(k) * T), element(x, int64_t(k) * T), T, means[statistic], rstds[statistic]});
+    put(weight, int64_t(k), w);
+    put(bias, int64_t(k), b);
+  });
+  return {weight, bias};
+}
+
 }  // namespace
 }  // namespace dpfast
 
@@ -182,4 +216,5 @@ STABLE_TORCH_LIBRARY_IMPL(dpfast, CPU, library) {
   library.impl("weighted_sums", TORCH_BOX(&dpfast::weighted_sums));
   library.impl("sum_positions", TORCH_BOX(&dpfast::sum_positions));
   library.impl("normalised_sums", TORCH_BOX(&dpfast::normalised_sums));
+  library.impl("channel_sums", TORCH_BOX(&dpfast::channel_sums));
 }

@@ -161,8 +161,9 @@ class Convolved:
         return Convolved(x, G, self.weight, self.geometry, len(index))
 
     def instantiate(self) -> Instantiated:
-        samples = ops.convolution_grad_samples(self.x, self.G, self.weight, self.geometry, self.batch)
-        return Instantiated(samples, self.plan)
+        sides = (self.x, self.G, self.weight, self.geometry)
+        samples, squares = ops.convolution_grad_samples(*sides, self.batch)
+        return Instantiated(samples, self.plan, squares)
 
     def cheapest(self) -> Convolved | Instantiated:
         return self.instantiate() if self.plan.way == "instantiate" else self

@@ -13,7 +13,6 @@ from dpfast import ops
 from dpfast.layers.base import Layer, by_sample, sum_positions
 from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.tap import Call, Tap
-from dpfast.ops import compute_dtype
 
 
 def _as(x: Tensor, *params: Any) -> Tensor:
@@ -149,16 +148,11 @@ class GroupNorm(Layer):
         if x.numel() == 0:
             yield from ((i, Instantiated(G.new_zeros(call.batch, channels))) for i in needed)
             return
-        # x̂ = (x - mean) · rstd, both constant over a group: Σ g∘x̂ = (Σ g∘x - mean · Σ g) · rstd, as in PyTorch.
-        wide = compute_dtype(G.dtype)
-        x, G = (side.reshape(rows * channels, 1, positions).to(wide) for side in (x, G))
-        plain = G.sum((1, 2)).view(rows, channels)
-        if 0 in needed:
-            mean, rstd = (part.repeat_interleave(channels // call.spec[0], 1) for part in call.saved)
-            weighted = (torch.bmm(G, x.transpose(1, 2)).view(rows, channels) - mean * plain) * rstd
-            yield 0, sum_positions(by_sample(weighted, call.batch))
-        if 1 in needed:
-            yield 1, sum_positions(by_sample(plain, call.batch))
+        sides = (side.reshape(rows, channels, positions) for side in (G, _as(x, *params)))
+        statistics = (part.reshape(rows, call.spec[0]) for part in call.saved)
+        sums = ops.channel_sums(*sides, *statistics)
+        for i in needed:
+            yield i, sum_positions(by_sample(sums[i], call.batch))
 
 
 class InstanceNorm1d(GroupNorm):

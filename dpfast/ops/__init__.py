@@ -6,9 +6,11 @@ ops are the plain-PyTorch reference's.
 
 from dpfast.ops.backends import backends, is_native
 from dpfast.ops.clipping import ClippingFunction, clip_factors
+from dpfast.ops.convolution import convolution_grad_samples, convolution_squared_norm
 from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
 from dpfast.ops.reductions import (
     certified,
+    channel_sums,
     embedding_squared_norm,
     embedding_sum,
     normalised_sums,
@@ -22,9 +24,7 @@ from dpfast.reference import (
     Geometry,
     clipped_weight_gradient,
     compute_dtype,
-    convolution_grad_samples,
     convolution_sizes,
-    convolution_squared_norm,
     convolution_weight_gradient,
     embedding_cross_term,
     embedding_grad_samples,
@@ -44,6 +44,7 @@ __all__ = [
     "Noise",
     "backends",
     "certified",
+    "channel_sums",
     "clip_factors",
     "clipped_weight_gradient",
     "compute_dtype",

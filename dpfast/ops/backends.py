@@ -16,6 +16,9 @@ NATIVE_OPS = (
     "weighted_sums",
     "sum_positions",
     "normalised_sums",
+    "channel_sums",
+    "convolution_grad_samples",
+    "convolution_ghost",
     "embedding_squared_norm",
     "embedding_sum",
 )

@@ -25,7 +25,10 @@ def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
     if not is_native("weighted_sums", samples.device):
         return reference.weighted_sum(samples, factors)
     factors = factors.to(compute_dtype(samples.dtype)).contiguous()
-    return torch.ops.dpfast.weighted_sums([samples.contiguous()], factors)[0].view(samples.shape[1:])
+    order = sorted(range(1, samples.dim()), key=samples.stride, reverse=True)
+    stored = samples.permute(0, *order)  # as they lie in memory: a transposed view is not copied
+    total = torch.ops.dpfast.weighted_sums([stored.contiguous()], factors)[0].view(stored.shape[1:])
+    return total.permute([order.index(dim) for dim in range(1, samples.dim())])
 
 
 def certified(squared: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +72,18 @@ def normalised_sums(G: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor) -> 
     if is_native("normalised_sums", G.device) and G.dtype == x.dtype:
         return torch.ops.dpfast.normalised_sums(G.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous())
     return reference.normalised_sums(G, x, mean, rstd)
+
+
+def channel_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ_t g_t · (x_t - mean) · rstd`` and ``Σ_t g_t`` of every channel of a group normalisation: ``[R, C]`` each.
+
+    Args:
+        G, x: ``[R, C, T]``.
+        mean, rstd: ``[R, groups]``.
+    """
+    if is_native("channel_sums", G.device) and G.dtype == x.dtype:
+        return torch.ops.dpfast.channel_sums(G.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous())
+    return reference.channel_sums(G, x, mean, rstd)
 
 
 def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:

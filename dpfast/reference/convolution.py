@@ -90,20 +90,21 @@ def _unfolded(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: i
     per_sample = len(x) // batch
     samples = max(1, PATCH_BYTES // max(1, groups * positions * d * per_sample * unfolded.element_size()))
     for chunk in (slice(i, i + samples * per_sample) for i in range(0, len(x), samples * per_sample)):
-        A = patches(unfolded[chunk], tuple(weight.shape[2:]), geometry)[:, :, :positions]
+        A = patches(unfolded[chunk], tuple(weight.shape[2:]), geometry, tuple(rows.shape[2:]))
         B = rows[chunk].flatten(2).unflatten(1, (groups, p)).transpose(2, 3)
         A, B = (side.unflatten(0, (-1, per_sample)).transpose(1, 2).flatten(2, 3) for side in (A, B))
         yield A, B
 
 
-def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
-    """Patches of ``x [rows, C, *spatial]``, 1 to 3 spatial dimensions: ``[rows, g, L, C/g · ∏kernel]``.
+def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry, positions: Sequence[int]) -> Tensor:
+    """The first ``positions`` patches along each of 1 to 3 axes of ``x [rows, C, *]``: ``[rows, g, L, C/g · ∏kernel]``.
 
-    Of a transposed convolution with output padding the last ones hang over the edge; callers cut them off.
+    A transposed convolution with output padding has more of them, which no weight has seen.
     """
     x = F.pad(x, [n for pad in reversed(geometry.padding) for n in (pad, pad)])
-    for axis, (k, step, spread) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True), start=2):
-        x = x.unfold(axis, (k - 1) * spread + 1, step)[..., ::spread]
+    axes = zip(kernel, geometry.stride, geometry.dilation, positions, strict=True)
+    for axis, (k, step, spread, count) in enumerate(axes, start=2):
+        x = x.unfold(axis, (k - 1) * spread + 1, step).narrow(axis, 0, count)[..., ::spread]
     n, groups = len(kernel), geometry.groups
     x = x.unflatten(1, (groups, x.shape[1] // groups))  # [rows, g, C/g, *out, *kernel]
     order = [0, 1, 2, *range(3 + n, 3 + 2 * n), *range(3, 3 + n)]  # kernel before positions: long contiguous runs

@@ -50,9 +50,21 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         products[:, :, strip:].mul_(2)
         signed += products.sum((1, 2)).double()
         absolute += products.abs_().sum((1, 2)).double()
-    units = math.sqrt(d) + math.sqrt(p) + (d + p) / 32 + 8
-    bound = units * unit_roundoff(dtype) * absolute + lost * (d * lengths_g**2 + p * lengths_a**2 + T**2)
+    bound = ghost_bound(absolute, lengths_a, lengths_g, (T, d, p), dtype)
     return with_safety(signed.view(B, groups).sum(1), bound.view(B, groups).sum(1), dtype)
+
+
+def ghost_bound(
+    absolute: Tensor, lengths_a: Tensor, lengths_g: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """How far a ghost sum may be from the truth.
+
+    From ``Σ |a_t·a_s|·|g_t·g_s|``, ``Σ ‖a_t‖``, ``Σ ‖g_t‖`` and ``sizes = (T, d, p)``.
+    """
+    T, d, p = sizes
+    units = math.sqrt(d) + math.sqrt(p) + (d + p) / 32 + 8
+    lost = smallest(dtype)
+    return units * unit_roundoff(dtype) * absolute + lost * (d * lengths_g**2 + p * lengths_a**2 + T**2)
 
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:

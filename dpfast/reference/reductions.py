@@ -68,6 +68,19 @@ def normalised_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[T
     return weight, _squares(weight), *sum_positions(G)
 
 
+def channel_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ_t g_t · (x_t - mean) · rstd`` and ``Σ_t g_t``: ``[R, C]``, of ``G`` and ``x`` ``[R, C, T]``.
+
+    ``mean`` and ``rstd`` ``[R, groups]`` are constant over a group: ``Σ g∘x̂ = (Σ g∘x - mean · Σ g) · rstd``.
+    """
+    dtype = compute_dtype(G.dtype)
+    R, C, T = G.shape
+    mean, rstd = (side.to(dtype).repeat_interleave(C // side.shape[1], 1) for side in (mean, rstd))
+    G, x = (side.to(dtype).reshape(R * C, 1, T) for side in (G, x))
+    bias = G.sum((1, 2)).view(R, C)
+    return (torch.bmm(G, x.transpose(1, 2)).view(R, C) - mean * bias) * rstd, bias
+
+
 def _squares(rows: Tensor) -> Tensor:
     """Squared norm of each row, float64."""
     return rows.double().square().sum(1)

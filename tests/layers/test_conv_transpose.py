@@ -19,6 +19,7 @@ OPTIONS = {
     "groups": dict(groups=2, stride=2),
     "depthwise": dict(groups=4, out_channels=8),
     "output_padding": dict(stride=2, output_padding=1),
+    "output_padding above stride": dict(dilation=3, output_padding=2),
     "everything": dict(stride=3, dilation=2, groups=2, padding=1, output_padding=2),
 }
 

@@ -243,3 +243,33 @@ def twisted(*shape):
 def test_arguments_are_checked_by_name(ops, op, arguments, message):
     with pytest.raises(RuntimeError, match=f"dpfast: {message}"):
         getattr(ops, op)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, channels, groups, T", [(2, 6, 3, 1), (3, 4, 4, 31), (2, 8, 1, 1000), (0, 4, 2, 5)])
+def test_channel_sums(ops, dtype, rows, channels, groups, T):
+    G, x = draw(dtype, rows, channels, T), draw(dtype, rows, channels, T) + 3
+    mean, rstd = torch.randn(rows, groups).to(compute_dtype(dtype)), torch.rand(rows, groups).to(compute_dtype(dtype))
+    wide = [side.double().repeat_interleave(channels // groups, 1).unsqueeze(2) for side in (mean, rstd)]
+    terms = G.double() * (x.double() - wide[0]) * wide[1]
+    got = ops.channel_sums(G, x, mean, rstd)
+    for total, each in zip(got, (terms, G.double()), strict=True):
+        assert total.dtype == compute_dtype(dtype) and total.shape == (rows, channels)
+        within(total, each.sum(2), each.abs().sum(2), 1 if dtype != F64 else 40)
+    size = ((x.double().abs() + wide[0].abs()) * wide[1] * G.double().abs()).sum(2)  # the plain one may cancel
+    within(reference.channel_sums(G, x, mean, rstd)[0], terms.sum(2), size, 4 * T**0.5 + 8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 6)), "x must have the shape"),
+        (dict(x=torch.zeros(2, 4, 5, dtype=F64)), "x must have the dtype of G"),
+        (dict(mean=torch.zeros(2, 3)), r"mean must be \[R, groups\] with groups that divide C"),
+        (dict(rstd=torch.zeros(2, 1)), "rstd must have the shape"),
+    ],
+)
+def test_channel_sums_refused(ops, change, message):
+    arguments = dict(G=torch.zeros(2, 4, 5), x=torch.zeros(2, 4, 5), mean=torch.zeros(2, 2), rstd=torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match=message):
+        ops.channel_sums(**arguments | change)

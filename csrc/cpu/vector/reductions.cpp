@@ -272,4 +272,32 @@ void sum_normalised(void* weight, void* bias, const Normalised& sample, int64_t 
   sum_columns<NormalisedTerms>(sample, {weight, bias}, begin, end);
 }
 
+// weight = Σ_t g_t · (x_t - mean) · rstd and bias = Σ_t g_t, in doubles
+void sum_channel(double& weight, double& bias, const Channel& channel) {
+  with_element(channel.type, [&](auto* element) {
+    using T = std::remove_cvref_t<decltype(*element)>;
+    const auto *G = static_cast<const T*>(channel.G), *x = static_cast<const T*>(channel.x);
+    const auto mean = lanes_of<double>(channel.mean);
+    f64 sums[2][SUMS / W] = {};
+    const auto add = [&](const T* g, const T* values) {
+      DPFAST_UNROLL
+      for (int i = 0; i < SUMS / W; ++i) {
+        const f64 wide = to_double(read(g + i * W));
+        sums[0][i] = sums[0][i] + wide * (to_double(read(values + i * W)) - mean);
+        sums[1][i] = sums[1][i] + wide;
+      }
+    };
+    int64_t t = 0;
+    for (; t + SUMS <= channel.n; t += SUMS) add(G + t, x + t);
+    if (t < channel.n) {
+      T g[SUMS] = {}, values[SUMS] = {};
+      memcpy(g, G + t, (channel.n - t) * sizeof(T));
+      memcpy(values, x + t, (channel.n - t) * sizeof(T));
+      add(g, values);
+    }
+    weight = Squares<T>::total(sums[0]) * channel.rstd;
+    bias = Squares<T>::total(sums[1]);
+  });
+}
+
 }  // namespace dpfast::DPFAST_ISA

@@ -12,5 +12,8 @@ void noisy_adam(const Update&, const NoiseArguments&, const void* adam, int64_t 
 double squares(const void* x, Type, int64_t n);
 void sum_rows(void* out, const Rows&, int64_t begin, int64_t end);
 void sum_normalised(void* weight, void* bias, const Normalised&, int64_t begin, int64_t end);
+void sum_channel(double& weight, double& bias, const Channel&);
+int64_t patch_gradient_width(int64_t columns);
+double patch_gradient(const PatchGradient&);
 
 }  // namespace dpfast::DPFAST_ISA

@@ -1,0 +1,237 @@
+// Per-sample gradients of convolutions. A convolution is a linear layer over the patches of its input; here the patches
+// are read where they are, in a padded float32 copy of one sample's input.
+#include <limits>
+
+#include "arguments.h"
+
+namespace dpfast {
+namespace {
+
+constexpr int AXES = 3;  // fewer spatial dimensions come with 1s in front
+
+void widen(const void* from, Type type, int64_t first, int64_t n, float* to) {
+  switch (type) {
+    case Type::float32:
+      std::copy_n(static_cast<const float*>(from) + first, n, to);
+      break;
+    case Type::bfloat16:
+      for (int64_t i = 0; i < n; ++i) to[i] = scalar::read(static_cast<const scalar::bf16*>(from) + first + i);
+      break;
+    case Type::float16:
+      for (int64_t i = 0; i < n; ++i) to[i] = scalar::read(static_cast<const scalar::f16*>(from) + first + i);
+      break;
+    case Type::float64:
+      break;
+  }
+}
+
+void check_sizes(const Integers& sizes, const char* name, int64_t least) {
+  STD_TORCH_CHECK(sizes.size() == AXES, "dpfast: ", name, " must have three numbers, one for each axis");
+  for (int64_t size : sizes)
+    STD_TORCH_CHECK(size >= least, "dpfast: ", name, " must not have numbers below ", least, ", got ", size);
+}
+
+// Where everything is in the padded copy of one sample and group: rows × channels × the sizes that patches reach.
+struct Layout {
+  int64_t rows, channels, sizes[AXES], out[AXES], outer, step_x;
+  Integers places, elements;  // of positions, and of a patch's elements from a position
+
+  Layout(int64_t rows, int64_t channels, const Tensor& positions, const Integers& kernel, const Integers& stride,
+         const Integers& dilation)
+      : rows(rows), channels(channels), step_x(stride[2]) {
+    int64_t step[AXES];
+    for (int axis = 0; axis < AXES; ++axis) {
+      out[axis] = positions.size(2 + axis);
+      sizes[axis] = std::max<int64_t>(0, (out[axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1);
+    }
+    step[2] = 1, step[1] = sizes[2], step[0] = sizes[1] * sizes[2];
+    outer = sizes[0] * step[0];
+    for (int64_t row = 0; row < rows; ++row)
+      each(out, [&](int64_t z, int64_t y, int64_t x) {
+        places.push_back(row * channels * outer + z * stride[0] * step[0] + y * stride[1] * step[1] + x * stride[2]);
+      });
+    const int64_t* k = kernel.data();
+    for (int64_t channel = 0; channel < channels; ++channel)
+      each(k, [&](int64_t z, int64_t y, int64_t x) {
+        elements.push_back(channel * outer + z * dilation[0] * step[0] + y * dilation[1] * step[1] + x * dilation[2]);
+      });
+  }
+
+  template <class F>
+  static void each(const int64_t* sizes, const F& f) {
+    for (int64_t z = 0; z < sizes[0]; ++z)
+      for (int64_t y = 0; y < sizes[1]; ++y)
+        for (int64_t x = 0; x < sizes[2]; ++x) f(z, y, x);
+  }
+
+  // Element e of all patches, given where it is in the first one.
+  void pack(const float* from, float* to) const {
+    const int64_t length = out[2], by = step_x;
+    for (size_t t = 0; t < places.size(); t += length, to += length) {
+      const float* line = from + places[t];
+      if (by == 1)
+        std::copy_n(line, length, to);
+      else
+        for (int64_t x = 0; x < length; ++x) to[x] = line[x * by];
+    }
+  }
+
+  // x[row, channel] of `from` [R, C, *] into its place; what is padding is 0 already.
+  void copy(const Tensor& from, int64_t row, int64_t channel, const Integers& padding, float* to) const {
+    const int64_t size[AXES] = {from.size(2), from.size(3), from.size(4)};
+    const int64_t width = std::min(size[2], sizes[2] - padding[2]);
+    for (int64_t z = 0; z < std::min(size[0], sizes[0] - padding[0]); ++z)
+      for (int64_t y = 0; y < std::min(size[1], sizes[1] - padding[1]); ++y) {
+        const int64_t first = (((row * from.size(1) + channel) * size[0] + z) * size[1] + y) * size[2];
+        float* line = to + ((z + padding[0]) * sizes[1] + y + padding[1]) * sizes[2] + padding[2];
+        if (width > 0) widen(from.data_ptr(), type_of(from), first, width, line);
+      }
+  }
+};
+
+// The arguments of both ops, checked; and where the patches are.
+struct Convolution {
+  const Tensor &x, &G;
+  const Integers& padding;
+  int64_t batch, groups, channels, rows, line;
+  Layout layout;
+
+  Convolution(const Tensor& x, const Tensor& G, int64_t batch, int64_t groups, const Integers& kernel,
+              const Integers& stride, const Integers& padding, const Integers& dilation)
+      : x(x), G(G), padding(padding), batch(batch), groups(groups),
+        layout(check(x, G, batch, groups, kernel, stride, padding, dilation), x.size(1) / groups, G, kernel, stride,
+               dilation) {
+    channels = x.size(1) / groups, rows = G.size(1) / groups;
+    line = G.size(2) * G.size(3) * G.size(4);
+  }
+
+  int64_t size() const { return int64_t(layout.elements.size()); }
+  int64_t positions() const { return int64_t(layout.places.size()); }
+
+  // Rows of one sample.
+  static int64_t check(const Tensor& x, const Tensor& G, int64_t batch, int64_t groups, const Integers& kernel,
+                       const Integers& stride, const Integers& padding, const Integers& dilation) {
+    for (const auto& [tensor, name] : {std::pair{&x, "x"}, std::pair{&G, "G"}}) {
+      check_floats(*tensor, name);
+      STD_TORCH_CHECK(tensor->dim() == 2 + AXES && type_of(*tensor) != Type::float64, "dpfast: ", name,
+                      " must be [rows, channels, *] with three spatial dimensions and not float64");
+    }
+    check_sizes(kernel, "kernel", 1);
+    check_sizes(stride, "stride", 1);
+    check_sizes(padding, "padding", 0);
+    check_sizes(dilation, "dilation", 1);
+    STD_TORCH_CHECK(batch > 0 && x.size(0) == G.size(0) && x.size(0) % batch == 0,
+                    "dpfast: batch must divide the rows of x and G, got ", batch);
+    STD_TORCH_CHECK(groups > 0 && x.size(1) % groups == 0 && G.size(1) % groups == 0,
+                    "dpfast: groups must divide the channels of x and G, got ", groups);
+    return x.size(0) / batch;
+  }
+
+  // f(sample, group), which are divided among the threads: `weight` is what one costs.
+  template <class F>
+  void each_unit(int64_t weight, const F& f) const {
+    share(Integers(batch * groups, weight), [&](size_t unit) { f(int64_t(unit) / groups, int64_t(unit) % groups); });
+  }
+
+  // x of a sample and group, padded.
+  void read_x(int64_t i, int64_t group, std::vector<float>& to) const {
+    to.assign(layout.rows * channels * layout.outer, 0.0f);
+    for (int64_t row = 0; row < layout.rows; ++row)
+      for (int64_t c = 0; c < channels; ++c)
+        layout.copy(x, i * layout.rows + row, group * channels + c, padding,
+                    to.data() + (row * channels + c) * layout.outer);
+  }
+
+  // f(position of the first, j, values): the backprops of a sample and group, a row of G and row j of weight at a time.
+  template <class F>
+  void read_G(int64_t i, int64_t group, std::vector<float>& scratch, const F& f) const {
+    scratch.resize(line);
+    for (int64_t row = 0; row < layout.rows; ++row)
+      for (int64_t j = 0; j < rows; ++j) {
+        const int64_t from = (i * layout.rows + row) * G.size(1) + group * rows + j;
+        widen(G.data_ptr(), type_of(G), from * line, line, scratch.data());
+        f(row * line, j, scratch.data());
+      }
+  }
+};
+
+// g_i[e, j] = Σ_t patch_i,t[e] · G_i,t[j] of every sample i and ‖g_i‖²
+std::tuple<Tensor, Tensor> convolution_grad_samples(Tensor x, Tensor G, int64_t batch, int64_t groups, Integers kernel,
+                                                    Integers stride, Integers padding, Integers dilation) {
+  const Convolution c(x, G, batch, groups, kernel, stride, padding, dilation);
+  const int64_t all = G.size(1), size = c.size(), width = kernels().patch_gradient_width(c.rows);
+  Tensor samples = make({batch, size, all}, ScalarType::Float, x), squared = make({batch}, ScalarType::Double, x);
+  std::vector<double> squares(batch * groups);
+  c.each_unit(c.positions() * size * c.rows, [&](int64_t i, int64_t group) {
+    thread_local std::vector<float> padded, by_position, scratch;
+    c.read_x(i, group, padded);
+    by_position.assign(c.positions() * width, 0.0f);
+    c.read_G(i, group, scratch, [&](int64_t first, int64_t j, const float* values) {
+      for (int64_t t = 0; t < c.line; ++t) by_position[(first + t) * width + j] = values[t];
+    });
+    float* out = static_cast<float*>(samples.data_ptr()) + i * size * all + group * c.rows;
+    squares[i * groups + group] =
+        kernels().patch_gradient({padded.data(), c.layout.elements.data(), size, c.layout.places.data(), c.positions(),
+                                  by_position.data(), width, c.rows, out, all});
+  });
+  for (int64_t i = 0; i < batch; ++i) {
+    Sum sum;
+    for (int64_t group = 0; group < groups; ++group) sum.add(squares[i * groups + group]);
+    static_cast<double*>(squared.data_ptr())[i] = sum.total();
+  }
+  return {samples, squared};
+}
+
+// Σ_{t,s} (patch_t · patch_s)(G_t · G_s) of every sample and group, the same of absolute values, Σ_t ‖patch_t‖ and
+// Σ_t ‖G_t‖, of which error bounds are made.
+Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Integers kernel, Integers stride,
+                         Integers padding, Integers dilation) {
+  constexpr double LOST = std::numeric_limits<float>::min();  // the most that a product loses to underflow
+  constexpr int64_t STRIP = 32;  // rows of the Gram matrices at a time, of which only s >= t is made, and counted twice
+  const Convolution c(x, G, batch, groups, kernel, stride, padding, dilation);
+  const int64_t T = c.positions(), size = c.size(), width = kernels().patch_gradient_width(T);
+  Tensor sums = make({4, batch, groups}, ScalarType::Double, x);
+  Integers ascending(T), lines(c.rows);  // a Gram matrix is that of "patches" which are columns of what is multiplied
+  for (int64_t t = 0; t < T; ++t) ascending[t] = t;
+  for (int64_t j = 0; j < c.rows; ++j) lines[j] = j * width;
+  c.each_unit(T * T * (size + c.rows) / 2, [&](int64_t i, int64_t group) {
+    thread_local std::vector<float> padded, packed, backprops, scratch, gram[2];
+    c.read_x(i, group, padded);
+    packed.assign(size * width, 0.0f);
+    for (int64_t e = 0; e < size; ++e) c.layout.pack(padded.data() + c.layout.elements[e], packed.data() + e * width);
+    backprops.assign(c.rows * width, 0.0f);
+    c.read_G(i, group, scratch, [&](int64_t first, int64_t j, const float* values) {
+      std::copy_n(values, c.line, backprops.data() + j * width + first);
+    });
+    double total[4] = {};
+    for (int64_t begin = 0; begin < T; begin += STRIP) {
+      const int64_t height = std::min(STRIP, T - begin), n = T - begin;
+      for (auto& strip : gram) strip.resize(height * n);
+      kernels().patch_gradient({padded.data(), c.layout.places.data() + begin, height, c.layout.elements.data(), size,
+                                packed.data() + begin, width, n, gram[0].data(), n});
+      kernels().patch_gradient({backprops.data(), ascending.data() + begin, height, lines.data(), c.rows,
+                                backprops.data() + begin, width, n, gram[1].data(), n});
+      for (int64_t t = 0; t < height; ++t) {
+        const float *a = gram[0].data() + t * n, *g = gram[1].data() + t * n;
+        for (int64_t s = 0; s < n; ++s) {
+          const double product = double(a[s]) * double(g[s]) * (s < height ? 1 : 2);
+          total[0] += product;
+          total[1] += std::fabs(product);
+        }
+        total[2] += std::sqrt(a[t] + double(size) * LOST);
+        total[3] += std::sqrt(g[t] + double(c.rows) * LOST);
+      }
+    }
+    for (int k = 0; k < 4; ++k)
+      static_cast<double*>(sums.data_ptr())[(k * batch + i) * groups + group] = total[k];
+  });
+  return sums;
+}
+
+}  // namespace
+}  // namespace dpfast
+
+STABLE_TORCH_LIBRARY_IMPL(dpfast, CPU, library) {
+  library.impl("convolution_grad_samples", TORCH_BOX(&dpfast::convolution_grad_samples));
+  library.impl("convolution_ghost", TORCH_BOX(&dpfast::convolution_ghost));
+}
