@@ -98,7 +98,7 @@ class Book(Recorder):
         with torch.no_grad():
             size = self._common_batch(uses)
             scale = size if self.loss_reduction == "mean" else 1
-            combined = {p: combine(uses.pop(p)) for p in list(uses)}
+            combined = {p: combine(uses.pop(p), self.planner, self.names[p]) for p in list(uses)}
             squared, bounds = self._norms(combined)
             norms = squared.sum(0).sqrt() * scale
             self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(combined)).dtype))

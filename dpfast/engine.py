@@ -28,9 +28,11 @@ from dpfast.layers import exact_alone, refusal
 from dpfast.layers.generic import ONE_BY_ONE
 from dpfast.noise import check_state
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
+from dpfast.planner import Planner
+from dpfast.planner import check_state as check_plan
 
 FUSED = "fused"
-NOISE_STATE = "noise_state_dict"  # in a checkpoint
+NOISE_STATE, PLAN = "noise_state_dict", "plan_state_dict"  # in a checkpoint
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -106,6 +108,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         rand_on_empty: bool = False,
         max_physical_batch_size: int | None = None,
         low_precision: str = "nearest",
+        memory_budget: int | float | None = None,
+        plan: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
@@ -125,6 +129,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 without it. Refused in secure mode, whose keys come from the operating system.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
                 ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+            memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
+                choose: see :class:`dpfast.planner.Planner`. ``dpfast.explain`` shows the plan.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
@@ -134,6 +140,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 were.
         """
         if grad_sample_mode != FUSED:
+            if memory_budget is not None or plan is not None:
+                raise ValueError(f"memory_budget and plan are of the fused mode, not of {grad_sample_mode!r}")
             if isinstance(module, FusedModule):
                 raise ValueError(
                     f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
@@ -186,6 +194,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         model = module._module if isinstance(module, FusedModule) else module
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
         self._check_model(module, max_physical_batch_size)
+        planner = Planner(memory_budget, plan)
+        if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
+            raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
         sample_rate = 1 / len(data_loader)
         expected_batch_size = int(len(data_loader.dataset) * sample_rate)  # type: ignore[arg-type]
@@ -198,6 +209,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         )
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size)
+        hooks.book.planner = planner
         if poisson_sampling:
             hooks.forbid_grad_accumulation()
         else:
@@ -258,7 +270,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def save_checkpoint(
         self, *, path: Any, optimizer: DPOptimizer | None = None, checkpoint_dict: Any = None, **kwargs: Any
     ) -> None:
-        """As in Opacus; the fused mode's checkpoint also holds the state of the noise (key and step).
+        """As in Opacus; the fused mode's checkpoint also holds the plan and the noise's key and step.
 
         A run that goes on from it is bit-equal to one that was not interrupted (in secure mode up to the noise, whose
         keys are never kept). Whoever has it can take the fast mode's noise off: publish the model, not the checkpoint.
@@ -266,20 +278,26 @@ class PrivacyEngine(opacus.PrivacyEngine):
         checkpoint = dict(checkpoint_dict or {})
         if isinstance(optimizer, FusedDPOptimizer):
             checkpoint[NOISE_STATE] = optimizer.noise.state_dict()
+        if isinstance(module := kwargs.get("module"), FusedHooks):
+            checkpoint[PLAN] = module.book.planner.state_dict()
         super().save_checkpoint(path=path, optimizer=optimizer, checkpoint_dict=checkpoint, **kwargs)
 
     def load_checkpoint(self, *, optimizer: DPOptimizer | None = None, **kwargs: Any) -> dict[str, Any]:
         """As in Opacus, with the state of the noise where there is one; refused whole if that is malformed."""
         path = kwargs["path"]
         place = path.tell() if hasattr(path, "tell") else None
-        noise = torch.load(path, map_location="meta", weights_only=False).get(NOISE_STATE)  # "meta" reads no weights
+        held = torch.load(path, map_location="meta", weights_only=False)  # "meta" reads no weights
         if place is not None:
             path.seek(place)
-        if noise is not None and isinstance(optimizer, FusedDPOptimizer):
-            check_state(noise)
+        if NOISE_STATE in held and isinstance(optimizer, FusedDPOptimizer):
+            check_state(held[NOISE_STATE])
+        if PLAN in held:
+            check_plan(held[PLAN])
         checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
         if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
             optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))
+        if isinstance(module := kwargs.get("module"), FusedHooks) and PLAN in checkpoint:
+            module.book.planner.load_state_dict(checkpoint.pop(PLAN))
         return checkpoint
 
     def _thresholds(self, model: nn.Module, optimizer: optim.Optimizer, clipping: str, max_grad_norm: Any) -> Clipping:

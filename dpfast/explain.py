@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from dpfast.forwards import Forward
 from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.forms import Form
+from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Form
+from dpfast.planner import Plan, Planner, segments, small
+from dpfast.rates import seconds
 from dpfast.separation import observed
 from dpfast.trees import tensors
 
-_COLUMNS = ("layer", "T", "d", "p", "way", "extra flops", "extra bytes")
+_COLUMNS = ("layer", "T", "d", "p", "way", "predicted ms", "measured ms", "kept bytes")
 
 
 def explain(model: nn.Module, batch: Any) -> str:
@@ -27,31 +29,53 @@ def explain(model: nn.Module, batch: Any) -> str:
             which the first element is the input and the rest (targets) is ignored.
 
     Returns:
-        A table: layer, T positions, d and p (the sides of its per-sample gradient), way, and what that adds to
-        ordinary training in floating-point operations and bytes moved.
+        A table: layer, T positions, d and p (the sides of its per-sample gradient), way, what its norm and clipped sum
+        were predicted to take and took here (the ordinary weight gradient, which they replace, is in these), and the
+        bytes of per-sample gradients that are kept until the factors are known.
     """
     plain = model._module if isinstance(model, FusedModule) else model
-    forms = _forms(plain, batch)
+    planner = model.book.planner if isinstance(model, FusedModule) else Planner()
+    planner = Planner(planner.memory_budget, planner.pins)
     rows: list[tuple[str, ...]] = [_COLUMNS]
-    flops = moved = 0.0
-    for name, kept in forms.items():
-        for form in kept:
-            plan = form.plan
-            flops, moved = flops + plan.flops, moved + plan.bytes
-            rows.append(
-                (
-                    name,
-                    *map(str, (plan.T, plan.d, plan.p, plan.way)),
-                    f"{plan.flops:.3g}",
-                    f"{plan.bytes:.3g}",
-                )
-            )
-    rows.append(("total", "", "", "", "", f"{flops:.3g}", f"{moved:.3g}"))
+    total = [0.0, 0.0, 0]
+    with torch.no_grad():
+        for name, kept in _forms(plain, batch).items():
+            for form in kept:
+                plan, took = _measured(name, form, planner)
+                total = [sum(pair) for pair in zip(total, (plan.seconds, took, plan.kept), strict=True)]
+                sizes = map(str, (plan.T, plan.d, plan.p, plan.way))
+                rows.append((name, *sizes, *_numbers(plan.seconds, took, plan.kept)))
+    rows.append(("total", "", "", "", "", *_numbers(*total)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
     print(table)
     return table
+
+
+def _numbers(predicted: float, measured: float, kept: float) -> tuple[str, str, str]:
+    return f"{1e3 * predicted:.3g}", f"{1e3 * measured:.3g}", f"{kept:.3g}"
+
+
+def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
+    """The form's plan, and seconds that its norm and clipped sum take."""
+    if isinstance(form, Factored | Convolved):
+        plan = planner.choose(name, form.shape)
+    elif isinstance(form, EmbeddingRows):
+        B, T, d = form.G.shape
+        plan = segments(B, T, d, max(4, form.G.element_size()), form.G.device)
+    else:
+        samples = form.samples
+        plan = small(form.batch, samples[:1].numel(), samples.element_size(), samples.device)
+    device = next(iter(tensors(vars(form)))).device
+    factors = torch.ones(form.batch, device=device)
+
+    def run() -> None:
+        planned = form.by(plan) if isinstance(form, Factored | Convolved) else form
+        planned.squared_norm()
+        planned.clipped_sum(factors)
+
+    return plan, seconds(run, device)
 
 
 def _forms(plain: nn.Module, batch: Any) -> dict[str, list[Form]]:

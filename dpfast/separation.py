@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.layers.forms import Form, sketch
 from dpfast.layers.tap import Recorder
+from dpfast.planner import KeepSides
 from dpfast.trees import map_tensors, tensors
 
 SAME = 1e-5  # relative: what a sample's rows may change by when only another sample does (rounding)
@@ -246,12 +247,13 @@ def untouched_buffers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def observed(recorder: Recorder, observe: Any) -> Iterator[None]:
-    """The backward passes within show their forms to ``observe`` and change nothing, not even a pass around them."""
+    """The backward passes within show their forms, as the layers made them, to ``observe`` and change nothing.
+
+    Not even a pass around them.
+    """
     pass_around = recorder.suspend()
-    recorder.observer = observe
     try:
-        with _own_saved_tensors():
+        with recorder.setting(observer=observe, planner=KeepSides()), _own_saved_tensors():
             yield
     finally:
-        recorder.observer = None
         recorder.resume(pass_around)

@@ -1,9 +1,13 @@
 """For every test: a seed of its own, and uninitialised memory that is poisoned."""
 
+import os
 import zlib
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:  # the same examples on every machine: a failure here is a failure there
     from hypothesis import HealthCheck, settings

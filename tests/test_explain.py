@@ -1,4 +1,4 @@
-"""explain prints the plan: layer, T, d, p, way, extra flops, extra bytes."""
+"""explain prints the plan: layer, T, d, p, way, predicted and measured time, bytes kept."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def row(lines: list[str], name: str) -> str:
 def test_every_trained_layer_has_a_row(name, capsys):
     model, inputs, _ = specimen(name)
     lines = table(capsys, model, inputs)
-    for column in ("layer", "T", "d", "p", "way", "flops", "bytes"):
+    for column in ("layer", "T", "d", "p", "way", "predicted ms", "measured ms", "kept bytes"):
         assert column in lines[0]
     for name_of_weight, _ in model.named_parameters():
         layer = name_of_weight.rpartition(".")[0]
@@ -65,7 +65,9 @@ def test_a_private_model_may_be_explained_too(capsys):
     model = nn.Sequential(nn.Linear(4, 3))
     plain = table(capsys, model, torch.randn(5, 4))
     wrapped, _, _ = make_private(model)
-    assert table(capsys, wrapped, torch.randn(5, 4)) == plain
+    for one, other in zip(plain[2:-1], table(capsys, wrapped, torch.randn(5, 4))[2:-1], strict=True):
+        cells, others = (line.split()[:6] for line in (one, other))  # up to the predicted time
+        assert cells == others
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])

@@ -36,7 +36,7 @@ class _Convolution(Layer):
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
         if 0 in needed:
-            yield 0, Convolved(x, G, params[0].detach(), call.spec, call.batch).cheapest()
+            yield 0, call.planned(Convolved(x, G, params[0].detach(), call.spec, call.batch))
         if 1 in needed:
             per_row = G.flatten(2).sum(2, dtype=compute_dtype(G.dtype))
             yield 1, sum_positions(by_sample(per_row, call.batch))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpfast import ops, planner
+from dpfast import ops
+from dpfast.planner import Plan, Planner, Shape
 
 
 @dataclass
@@ -24,16 +25,12 @@ class Instantiated:
     """Per-sample gradients written out: ``[B, *parameter.shape]``; with squared norms where their op has made them."""
 
     samples: Tensor
-    planned: planner.Plan | None = None
+    plan: Plan | None = None
     squares: Tensor | None = None
 
     @property
     def batch(self) -> int:
         return self.samples.shape[0]
-
-    @property
-    def plan(self) -> planner.Plan:
-        return self.planned or planner.small(self.batch, self.samples[:1].numel(), self.samples.element_size())
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         if self.squares is not None:
@@ -61,38 +58,38 @@ class Factored:
     G: Tensor
     rows: int
     row: int = 0
+    plan: Plan | None = None
 
     @property
     def batch(self) -> int:
         return self.A.shape[0]
 
     @property
-    def plan(self) -> planner.Plan:
-        return planner.choose(*self._shape)
-
-    @property
-    def _shape(self) -> tuple[int, int, int, int, int, int]:
+    def shape(self) -> Shape:
         B, groups, T, d = self.A.shape
-        return B, groups, T, d, self.G.shape[-1], max(4, self.A.element_size())
+        return Shape(B, groups, T, d, self.G.shape[-1], self.A.dtype, self.A.device, self.A.nbytes + self.G.nbytes)
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         if self.A.shape[2] == 1:
             return ops.one_position_squared_norm(self.A, self.G)
+        if self.plan is not None and self.plan.way == "norm-GEMM":
+            return ops.tile_squared_norm(self.A, self.G)
         return ops.ghost_squared_norm(self.A, self.G)
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         return _place_rows(ops.clipped_weight_gradient(self.A, self.G, factors), self.row, self.rows, 0)
 
     def select(self, index: Tensor) -> Factored:
-        return Factored(self.A[index], self.G[index], self.rows, self.row)
+        return Factored(self.A[index], self.G[index], self.rows, self.row, self.plan)
 
     def instantiate(self) -> Instantiated:
-        samples = _place_rows(ops.grad_samples(self.A, self.G), self.row, self.rows, 1)
-        return Instantiated(samples, planner.instantiate(*self._shape))
+        samples, squares = ops.grad_samples(self.A, self.G)
+        return Instantiated(_place_rows(samples, self.row, self.rows, 1), self.plan, squares)
 
-    def cheapest(self) -> Factored | Instantiated:
-        """What the plan says: kept as factors, or written out now so that A and G can go."""
-        return self.instantiate() if self.plan.way == "instantiate" else self
+    def by(self, plan: Plan) -> Factored | Instantiated:
+        """As the plan says: kept as factors, or written out now so that A and G can go."""
+        planned = replace(self, plan=plan)
+        return planned.instantiate() if plan.way == "instantiate" else planned
 
     def touched(self) -> Tensor:
         return _any_nonzero(self.G)
@@ -109,11 +106,6 @@ class EmbeddingRows:
     @property
     def batch(self) -> int:
         return self.ids.shape[0]
-
-    @property
-    def plan(self) -> planner.Plan:
-        B, T, d = self.G.shape
-        return planner.segments(B, T, d, max(4, self.G.element_size()))
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         return ops.embedding_squared_norm(self.ids, self.G)
@@ -140,33 +132,34 @@ class Convolved:
     weight: Tensor
     geometry: ops.Geometry
     batch: int
+    plan: Plan | None = None
 
     @property
-    def plan(self) -> planner.Plan:
+    def shape(self) -> Shape:
         groups, positions, d, p = ops.convolution_sizes(self.x, self.G, self.weight, self.geometry)
         T = positions * (len(self.x) // self.batch)
-        return planner.choose(self.batch, groups, T, d, p, max(4, self.G.element_size()))
+        sides = self.x.nbytes + self.G.nbytes
+        return Shape(self.batch, groups, T, d, p, self.G.dtype, self.G.device, sides, patches=True)
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         return ops.convolution_squared_norm(self.x, self.G, self.weight, self.geometry, self.batch)
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
-        dtype = ops.compute_dtype(self.G.dtype)
-        by_row = factors.to(dtype).repeat_interleave(len(self.x) // max(self.batch, 1))
-        scaled = self.G.to(dtype) * by_row.view(-1, *[1] * (self.G.dim() - 1))
-        return ops.convolution_weight_gradient(self.x, scaled, self.weight, self.geometry)
+        return ops.convolution_clipped_gradient(self.x, self.G, self.weight, self.geometry, factors)
 
     def select(self, index: Tensor) -> Convolved:
         x, G = (side.unflatten(0, (self.batch, -1))[index].flatten(0, 1) for side in (self.x, self.G))
-        return Convolved(x, G, self.weight, self.geometry, len(index))
+        return Convolved(x, G, self.weight, self.geometry, len(index), self.plan)
 
     def instantiate(self) -> Instantiated:
         sides = (self.x, self.G, self.weight, self.geometry)
         samples, squares = ops.convolution_grad_samples(*sides, self.batch)
         return Instantiated(samples, self.plan, squares)
 
-    def cheapest(self) -> Convolved | Instantiated:
-        return self.instantiate() if self.plan.way == "instantiate" else self
+    def by(self, plan: Plan) -> Convolved | Instantiated:
+        """As the plan says: kept as it is, or written out now so that x and G can go."""
+        planned = replace(self, plan=plan)
+        return planned.instantiate() if plan.way == "instantiate" else planned
 
     def touched(self) -> Tensor:
         return _any_nonzero(self.G.unflatten(0, (self.batch, -1)))
@@ -175,7 +168,7 @@ class Convolved:
 Form = Instantiated | Factored | EmbeddingRows | Convolved
 
 
-def combine(forms: Sequence[Form]) -> list[Form]:
+def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
     """The same per-sample gradient in at most one form of each kind: factored, embedding rows, instantiated."""
     if len(forms) == 1:
         return list(forms)
@@ -184,7 +177,10 @@ def combine(forms: Sequence[Form]) -> list[Form]:
     written = [form.instantiate().samples for form in forms if isinstance(form, (Instantiated, Convolved))]
     combined: list[Form] = []
     if factored:
-        one = factored[0] if len(factored) == 1 else _concatenate(factored).cheapest()
+        one: Form = factored[0]
+        if len(factored) > 1:
+            whole = _concatenate(factored)
+            one = whole.by(planner.choose(name, whole.shape))
         if isinstance(one, Instantiated):
             written.append(one.samples)
         else:

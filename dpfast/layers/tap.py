@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpfast.layers.forms import Form, Instantiated
+from dpfast.layers.forms import Convolved, Factored, Form, Instantiated
+from dpfast.planner import Planner
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -42,6 +43,7 @@ class Recorder:
 
     def __init__(self, names: Mapping[nn.Parameter, str]):
         self.names = dict(names)
+        self.planner = Planner()
         # Set by the model's forward:
         self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
         self.needs_model = False  # layers may run inside of the model's forward only
@@ -114,6 +116,7 @@ class Recorder:
         """Have :meth:`close` called when the running backward pass ends; ``batch`` is its forward's batch size."""
         if self._pass is None:
             self._pass = running_backward()
+            self.planner.start_pass()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if batch is not None:
             self._pass_batch = batch
@@ -248,6 +251,10 @@ class Call:
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
 
+    def planned(self, form: Factored | Convolved) -> Form:
+        """The form as the model's planner wants it."""
+        return form.by(self.tap.recorder.planner.choose(self.tap.name, form.shape))
+
 
 def _reaches(accumulator: Any) -> bool:
     """Whether the running backward pass trains the parameter: ``torch.autograd.grad(loss, x)`` does not."""
@@ -284,9 +291,9 @@ class LayerOp(torch.autograd.Function):
         call, (x, *params) = ctx.call, ctx.saved_tensors
         layer, recorder = call.tap.layer, call.tap.recorder
         needed = [i for i, node in ctx.accumulators.items() if _reaches(node)]
-        if needed and call.batch == 0:
+        if needed:
             recorder.open()
-        elif needed:
+        if needed and call.batch > 0:
             for index, form in layer.forms(call, needed, G, x, *params):
                 recorder.record(ctx.params[index], form, call)
         gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None

@@ -6,13 +6,23 @@ ops are the plain-PyTorch reference's.
 
 from dpfast.ops.backends import backends, is_native
 from dpfast.ops.clipping import ClippingFunction, clip_factors
-from dpfast.ops.convolution import convolution_grad_samples, convolution_squared_norm
+from dpfast.ops.convolution import (
+    convolution_clipped_gradient,
+    convolution_grad_samples,
+    convolution_squared_norm,
+)
+from dpfast.ops.embedding import embedding_cross_term, embedding_squared_norm, embedding_sum
+from dpfast.ops.matmul import (
+    clipped_weight_gradient,
+    ghost_squared_norm,
+    grad_samples,
+    has_tiles,
+    tile_squared_norm,
+)
 from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
 from dpfast.ops.reductions import (
     certified,
     channel_sums,
-    embedding_squared_norm,
-    embedding_sum,
     normalised_sums,
     one_position_squared_norm,
     squared_norm,
@@ -22,16 +32,11 @@ from dpfast.ops.reductions import (
 from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
 from dpfast.reference import (
     Geometry,
-    clipped_weight_gradient,
     compute_dtype,
     convolution_sizes,
-    convolution_weight_gradient,
-    embedding_cross_term,
     embedding_grad_samples,
     embedding_times_grad_samples,
     factored_times_grad_samples,
-    ghost_squared_norm,
-    grad_samples,
 )
 
 __all__ = [
@@ -48,10 +53,10 @@ __all__ = [
     "clip_factors",
     "clipped_weight_gradient",
     "compute_dtype",
+    "convolution_clipped_gradient",
     "convolution_grad_samples",
     "convolution_sizes",
     "convolution_squared_norm",
-    "convolution_weight_gradient",
     "embedding_cross_term",
     "embedding_grad_samples",
     "embedding_squared_norm",
@@ -60,6 +65,7 @@ __all__ = [
     "factored_times_grad_samples",
     "ghost_squared_norm",
     "grad_samples",
+    "has_tiles",
     "is_native",
     "noisy_grad_",
     "noisy_step_",
@@ -67,5 +73,6 @@ __all__ = [
     "one_position_squared_norm",
     "squared_norm",
     "sum_positions",
+    "tile_squared_norm",
     "weighted_sum",
 ]

@@ -1,10 +1,22 @@
-"""The chooser of backends: for each op and device the compiled library, or the plain-PyTorch reference."""
+"""The chooser of backends: for each op and device the compiled library, Triton's kernels, or the reference in PyTorch.
+
+In this order; whatever is passed over has a reason, which ``python -m dpfast doctor`` shows, and a library or kernels
+that should be there and are not are warned of once.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+from functools import cache
+
 import torch
+from torch import Tensor
 
 from dpfast import native
+
+_log = logging.getLogger("dpfast")
 
 NATIVE_OPS = (
     "standard_normal",
@@ -22,28 +34,85 @@ NATIVE_OPS = (
     "embedding_squared_norm",
     "embedding_sum",
 )
+TRITON_OPS = (
+    "ghost_squared_norm",
+    "tile_squared_norm",
+    "grad_samples",
+    "clipped_weight_gradient",
+    "squared_norms",
+    "weighted_sums",
+    "sum_positions",
+    "normalised_sums",
+    "channel_sums",
+    "convolution_grad_samples",
+    "convolution_clipped_gradient",
+    "embedding_squared_norm",
+    "embedding_sum",
+    "embedding_cross_term",
+)
+TRITON_DEVICES = {"cuda"}
 # Without the compiled library these are not done in one pass: noise is added, and torch's optimizer steps.
 _OWN_STEP = ("noisy_sgd_", "noisy_adam_")
 
 
 def is_native(op: str, device: torch.device) -> bool:
     """Whether the compiled library has ``op`` for tensors on ``device``."""
-    return native.available(device.type) and _has(op, device.type)
+    return op in NATIVE_OPS and native.available(device.type) and _has(op, device.type)
+
+
+def is_triton(op: str, *tensors: Tensor) -> bool:
+    """Whether a Triton kernel serves ``op`` for these tensors: on a GPU, and not float64."""
+    narrow = all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+    return narrow and not is_native(op, tensors[0].device) and why_no_triton() is None
+
+
+@cache
+def why_no_triton() -> str | None:
+    """Why the Triton kernels cannot be used, None if they can; warned of once where there is a GPU.
+
+    Raises:
+        ValueError: ``DPFAST_TRITON`` is neither 0 nor 1.
+    """
+    asked = os.environ.get("DPFAST_TRITON", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"DPFAST_TRITON={asked!r}: give 1, or 0 for no Triton kernels")
+    if asked == "0":
+        return "DPFAST_TRITON=0"
+    try:
+        importlib.import_module("dpfast_kernels.common")
+    except ImportError as error:
+        if torch.cuda.is_available():
+            _log.warning("the dpfast kernels in Triton are not used, plain PyTorch is: %s (pip install triton)", error)
+        return str(error)
+    return None
 
 
 def backends() -> list[tuple[str, str, str, str]]:
     """``(op, device type, backend, reason)`` of every op on every kind of device that is here."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [(op, device, *_row(op, device)) for device in devices for op in NATIVE_OPS]
+    ops = dict.fromkeys((*NATIVE_OPS, *TRITON_OPS))
+    return [(op, device, *_row(op, device)) for device in devices for op in ops]
 
 
 def _row(op: str, device: str) -> tuple[str, str]:
+    reasons = []
+    if op in NATIVE_OPS:
+        if not native.available(device):
+            reasons.append(native.why_not(device) or "no library")
+        elif _has(op, device):
+            return "native", "compiled library"
+        else:
+            reasons.append(f"the {device} library does not have it")
+    if op in TRITON_OPS:
+        if device not in TRITON_DEVICES:
+            if op not in NATIVE_OPS:
+                return "torch", "PyTorch's matrix products; Triton's kernels are for GPUs"
+        elif missing := why_no_triton():
+            reasons.append(missing)
+        else:
+            return "triton", "; ".join(["Triton kernel", *reasons])
     instead = "op noisy_grad_ and torch's own step" if op in _OWN_STEP else "reference (plain PyTorch)"
-    if not native.available(device):
-        return instead, native.why_not(device) or "no library"
-    if not _has(op, device):
-        return instead, f"the {device} library does not have it"
-    return "native", "compiled library"
+    return instead, "; ".join(reasons)
 
 
 def _has(op: str, device: str) -> bool:

@@ -1,17 +1,20 @@
-"""Per-sample gradients and norms of convolutions: the compiled ops where they are, else the reference.
+"""Per-sample gradients and norms of convolutions: the compiled ops, Triton's kernels, else the reference.
 
 ``x [rows, C, *]`` is the layer's input, ``G [rows, p, *]`` its backprops, the rows of a sample side by side.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast import reference
-from dpfast.ops.backends import is_native
+from dpfast.ops.backends import is_native, is_triton
+from dpfast.ops.matmul import product_reach
+from dpfast.ops.reductions import certified
 from dpfast.reference import Geometry
 from dpfast.reference.matmul import ghost_bound
 from dpfast.reference.rounding import with_safety
@@ -23,10 +26,16 @@ def convolution_grad_samples(
     x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int
 ) -> tuple[Tensor, Tensor | None]:
     """Per-sample gradients ``[batch, *weight.shape]``; with squared norms ``[batch]`` where their op has made them."""
-    if not _is_native("convolution_grad_samples", x, G):
-        return reference.convolution_grad_samples(x, G, weight, geometry, batch), None
-    samples, squares = torch.ops.dpfast.convolution_grad_samples(*_arguments(x, G, weight, geometry, batch))
-    return samples.transpose(1, 2).unflatten(2, weight.shape[1:]), squares
+    if _is_native("convolution_grad_samples", x, G):
+        samples, squares = torch.ops.dpfast.convolution_grad_samples(*_arguments(x, G, weight, geometry, batch))
+        return samples.transpose(1, 2).unflatten(2, weight.shape[1:]), squares
+    if _is_triton("convolution_grad_samples", x, G):
+        from dpfast_kernels.convolution import convolution_sample_gradients
+
+        sides, sizes = _flat(x, G, weight, geometry)
+        samples, squares = convolution_sample_gradients(*sides, *sizes, geometry.groups, batch, True)
+        return samples.view(batch, *weight.shape), squares
+    return reference.convolution_grad_samples(x, G, weight, geometry, batch), None
 
 
 def convolution_squared_norm(
@@ -35,12 +44,54 @@ def convolution_squared_norm(
     """Ghost norms ``[batch]`` over patches, and bounds on their errors."""
     _, positions, d, p = reference.convolution_sizes(x, G, weight, geometry)
     T = positions * (len(x) // batch)
+    if _is_triton("convolution_grad_samples", x, G):
+        return _from_tiles(x, G, weight, geometry, batch, T)
     if T == 1 or not _is_native("convolution_ghost", x, G):
         return reference.convolution_squared_norm(x, G, weight, geometry, batch)
     sums = torch.ops.dpfast.convolution_ghost(*_arguments(x, G, weight, geometry, batch))
     signed, absolute, lengths_a, lengths_g = sums
     bound = ghost_bound(absolute, lengths_a, lengths_g, (T, d, p), G.dtype)
     return with_safety(signed.sum(1), bound.sum(1), G.dtype)
+
+
+def convolution_clipped_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, factors: Tensor) -> Tensor:
+    """``Σ_i factor_i · g_i``: ``weight``'s shape, float32 (float64 for float64); ``factors`` ``[batch]``."""
+    if _is_triton("convolution_clipped_gradient", x, G):
+        from dpfast_kernels.convolution import convolution_clipped_gradient as kernel
+
+        sides, sizes = _flat(x, G, weight, geometry)
+        return kernel(*sides, factors.float().contiguous(), *sizes, geometry.groups).view(weight.shape)
+    dtype = reference.compute_dtype(G.dtype)
+    by_row = factors.to(dtype).repeat_interleave(len(x) // max(len(factors), 1))
+    scaled = G.to(dtype) * by_row.view(-1, *[1] * (G.dim() - 1))
+    return reference.convolution_weight_gradient(x, scaled, weight, geometry)
+
+
+def _from_tiles(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int, T: int) -> tuple[Tensor, Tensor]:
+    """Norms of gradients that are made in tiles and dropped; what is summed later errs alike (see ops.matmul)."""
+    from dpfast_kernels.convolution import convolution_sample_gradients
+
+    sides, sizes = _flat(x, G, weight, geometry)
+    squares = convolution_sample_gradients(*sides, *sizes, geometry.groups, batch, False)[1]
+    squared, bound = certified(squares, weight.unsqueeze(0))
+    energies = (side.unflatten(0, (batch, -1)).flatten(1).float().square().sum(1).double() for side in sides)
+    # A pixel is in at most as many patches as a kernel has elements.
+    reach = product_reach(T, *sides) * (math.prod(energies, start=math.prod(sizes[0]))).sqrt()
+    return squared, bound + 2 * squared.sqrt() * reach + reach**2
+
+
+def _is_triton(op: str, x: Tensor, G: Tensor) -> bool:
+    """In one and two dimensions."""
+    return x.dim() <= 4 and is_triton(op, x, G)
+
+
+def _flat(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry) -> tuple[list[Tensor], list[list[int]]]:
+    """``[unfolded, rows]`` and ``[kernel, stride, padding, dilation]`` in two dimensions."""
+    front = 2 - (x.dim() - 2)
+    unfolded, rows = (G, x) if geometry.transposed else (x, G)  # see reference.convolution
+    sides = [side.reshape(*side.shape[:2], *[1] * front, *side.shape[2:]) for side in (unfolded, rows)]
+    sizes = (weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
+    return sides, [[fill] * front + list(size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]
 
 
 def _is_native(op: str, x: Tensor, G: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Per-sample norms and sums of tensors ``[B, ...]``: the compiled ops where they are, else the reference."""
+"""Per-sample norms and sums of tensors ``[B, ...]``: the compiled ops, Triton's kernels, else the reference."""
 
 from __future__ import annotations
 
@@ -8,32 +8,46 @@ import torch
 from torch import Tensor
 
 from dpfast import reference
-from dpfast.ops.backends import is_native
-from dpfast.reference.rounding import compute_dtype, with_safety
+from dpfast.ops.backends import is_native, is_triton
+from dpfast.reference.rounding import compute_dtype, unit_roundoff, with_safety
+
+BLOCK_UNITS = 64.0  # what a kernel's float32 sum of squares may be off: a tree in each block, then the blocks
 
 
 def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:
     """``(‖g_i‖² [B], bound [B])``, float64, of per-sample gradients ``[B, *]``."""
-    if not is_native("squared_norms", samples.device):
-        return reference.squared_norm(samples)
-    squared = torch.ops.dpfast.squared_norms([samples.contiguous()])[0]
-    return certified(squared, samples)
+    if is_native("squared_norms", samples.device):
+        return certified(torch.ops.dpfast.squared_norms([samples.contiguous()])[0], samples)
+    if is_triton("squared_norms", samples):
+        from dpfast_kernels.weighted_sum import squared_norms
+
+        return certified(squared_norms([samples])[0], samples)
+    return reference.squared_norm(samples)
 
 
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
     """``Σ_i factor_i · g_i`` of ``samples [B, *]``, float32 (float64 for float64); factor 0 leaves a sample out."""
-    if not is_native("weighted_sums", samples.device):
-        return reference.weighted_sum(samples, factors)
     factors = factors.to(compute_dtype(samples.dtype)).contiguous()
     order = sorted(range(1, samples.dim()), key=samples.stride, reverse=True)
     stored = samples.permute(0, *order)  # as they lie in memory: a transposed view is not copied
-    total = torch.ops.dpfast.weighted_sums([stored.contiguous()], factors)[0].view(stored.shape[1:])
-    return total.permute([order.index(dim) for dim in range(1, samples.dim())])
+    if is_native("weighted_sums", samples.device):
+        total = torch.ops.dpfast.weighted_sums([stored.contiguous()], factors)[0]
+    elif is_triton("weighted_sums", samples):
+        from dpfast_kernels.weighted_sum import weighted_sums
+
+        total = weighted_sums([stored], factors)[0]
+    else:
+        total = reference.weighted_sum(stored, factors)
+    return total.view(stored.shape[1:]).permute([order.index(dim) for dim in range(1, samples.dim())])
 
 
 def certified(squared: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of ``samples [B, *]``, as an op gave them, with the bound on their rounding."""
-    return with_safety(squared, 0.0, samples.dtype, squares=math.prod(samples.shape[1:]))
+    """Squared norms of ``samples [B, *]``, as an op gave them, with the bound on their rounding.
+
+    Float64 ones are sums of exact squares, or nearly; float32 ones were summed in blocks in float32.
+    """
+    blocks = BLOCK_UNITS * unit_roundoff(torch.float32) if squared.dtype == torch.float32 else 0.0
+    return with_safety(squared, blocks * squared.double(), samples.dtype, squares=math.prod(samples.shape[1:]))
 
 
 def one_position_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +66,10 @@ def sum_positions(G: Tensor) -> tuple[Tensor, Tensor]:
     """``Σ_t g_t`` of ``G [B, T, *]``: ``[B, *]`` in float32 (float64 for float64), and its squared norms ``[B]``."""
     if is_native("sum_positions", G.device):
         samples, squared = torch.ops.dpfast.sum_positions(G.flatten(2).contiguous())
+    elif is_triton("sum_positions", G):
+        from dpfast_kernels import normalization
+
+        samples, squared = normalization.sum_positions(G.flatten(2))
     else:
         samples, squared = reference.sum_positions(G.flatten(2))
     return samples.view(G.shape[0], *G.shape[2:]), squared
@@ -67,11 +85,15 @@ def normalised_sums(G: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor) -> 
     Returns:
         ``weight [B, d], its squared norms [B], bias [B, d], its squared norms [B]``.
     """
-    if mean is None:
-        mean = rstd.new_empty(0)
+    centre = rstd.new_empty(0) if mean is None else mean
     if is_native("normalised_sums", G.device) and G.dtype == x.dtype:
-        return torch.ops.dpfast.normalised_sums(G.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous())
-    return reference.normalised_sums(G, x, mean, rstd)
+        return torch.ops.dpfast.normalised_sums(G.contiguous(), x.contiguous(), centre.contiguous(), rstd.contiguous())
+    if is_triton("normalised_sums", G, x):
+        from dpfast_kernels import normalization
+
+        weight, weight_squared, bias, bias_squared = normalization.normalised_sums(G, x, mean, rstd)
+        return weight, weight_squared, bias, bias_squared
+    return reference.normalised_sums(G, x, centre, rstd)
 
 
 def channel_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,23 +105,9 @@ def channel_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tens
     """
     if is_native("channel_sums", G.device) and G.dtype == x.dtype:
         return torch.ops.dpfast.channel_sums(G.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous())
+    if is_triton("channel_sums", G, x):
+        from dpfast_kernels import normalization
+
+        weight, _, bias, _ = normalization.channel_sums(G, x, mean, rstd)
+        return weight, bias
     return reference.channel_sums(G, x, mean, rstd)
-
-
-def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms ``[B]`` of ``g_i[v] = Σ_{t: id_t = v} G_t`` and bounds, from segments of equal ids."""
-    if is_native("embedding_squared_norm", G.device):
-        return torch.ops.dpfast.embedding_squared_norm(ids.long().contiguous(), G.contiguous())
-    return reference.embedding_squared_norm(ids, G)
-
-
-def embedding_sum(ids: Tensor, G: Tensor, factors: Tensor, rows: int) -> Tensor:
-    """``Σ_i factor_i · g_i`` of an embedding: ``[rows, d]``, float32 (float64 for float64)."""
-    dtype = compute_dtype(G.dtype)
-    if is_native("embedding_sum", G.device):
-        return torch.ops.dpfast.embedding_sum(
-            ids.long().contiguous(), G.contiguous(), factors.to(dtype).contiguous(), rows
-        )
-    scaled = G.to(dtype) * factors.to(dtype).view(-1, 1, 1)
-    table = torch.zeros(rows, G.shape[-1], dtype=dtype, device=G.device)
-    return table.index_add_(0, ids.reshape(-1), scaled.flatten(0, 1))

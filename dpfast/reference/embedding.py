@@ -47,10 +47,14 @@ def embedding_cross_term(ids: Tensor, E: Tensor, A: Tensor, G: Tensor) -> tuple[
     """
     dtype = compute_dtype(G.dtype)
     A, G = A.squeeze(1).to(dtype), G.squeeze(1).to(dtype)
+    E = E.to(dtype)
     gathered = torch.gather(G, 2, ids.unsqueeze(1).expand(-1, G.shape[1], -1))
-    terms = torch.bmm(A, E.to(dtype).transpose(1, 2)).mul_(gathered).flatten(1)
-    units = math.sqrt(A.shape[-1]) + 8
-    return terms.sum(1).double(), units * unit_roundoff(dtype) * terms.abs().sum(1).double()
+    terms = torch.bmm(A, E.transpose(1, 2)).mul_(gathered).flatten(1)
+    # Not from |a_s·e_t|, which may have cancelled.
+    lengths_a, lengths_e = (torch.linalg.vector_norm(side, dim=2).double() for side in (A, E))
+    reach = torch.einsum("bs,bt,bst->b", lengths_a, lengths_e, gathered.abs_().double())
+    units = math.sqrt(A.shape[-1]) + A.shape[-1] / 32 + 8
+    return terms.sum(1).double(), units * unit_roundoff(dtype) * reach
 
 
 def embedding_times_grad_samples(ids: Tensor, E: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

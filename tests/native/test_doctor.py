@@ -53,10 +53,10 @@ def test_what_is_here_and_what_is_used(here, capsys, monkeypatch):
 
 def test_strict_fails_where_an_op_falls_back(here, capsys, monkeypatch):
     assert main(["doctor", "--strict"]) == 1
-    assert "1 of 2 ops have no native backend" in capsys.readouterr().out
+    assert "1 of 2 ops fall back to the reference" in capsys.readouterr().out
     monkeypatch.setattr(ops, "backends", lambda: ROWS[:1])
     assert main(["doctor", "--strict"]) == 0
-    assert "no native backend" not in capsys.readouterr().out
+    assert "fall back" not in capsys.readouterr().out
 
 
 def test_alone_it_prints_the_help(capsys):
@@ -72,5 +72,5 @@ def test_the_command(tmp_path):
     assert [row[1:] for row in found["native libraries"][:2]] == [["none", "DPFAST_NATIVE=0"]] * 2
     assert len(found["ops"]) > 5
     for _, _, backend, reason in found["ops"]:
-        assert backend != "native" and reason == "DPFAST_NATIVE=0"
+        assert backend == "torch" or (backend != "native" and reason == "DPFAST_NATIVE=0")
     assert not build.about(Path(build.__file__)), "no library, nothing to read"

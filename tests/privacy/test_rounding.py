@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpfast import reference
 from dpfast.layers.forms import EmbeddingRows, Factored, Instantiated, combine, squared_norm
+from dpfast.planner import Planner
 from tests.helpers import BF16, F32, F64, SLACK
 from tests.privacy.judging import Private
 
@@ -142,7 +143,8 @@ def test_ties_that_nearly_cancel(scale, eps):
             3: (Instantiated(table), Instantiated(-table)),
         }
         for one, other in itertools.product(forms, forms):
-            pair = combine([forms[one][0], forms[other][1]])  # what is written out here is released as it is stored
+            # what is written out here is released as it is stored
+            pair = combine([forms[one][0], forms[other][1]], Planner(), "table")
             truth = sum(written(form, V, d) for form in pair).square().sum((1, 2))
             certifies(squared_norm(pair), truth)
 

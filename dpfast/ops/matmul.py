@@ -1,0 +1,109 @@
+"""Norms, per-sample gradients and clipped sums that are matrix products: Triton kernels on a GPU, else the reference.
+
+``A [B, g, T, d]`` are activations and ``G [B, g, T, p]`` backprops of g groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpfast import reference
+from dpfast.ops.backends import is_triton
+from dpfast.reference.rounding import smallest, unit_roundoff, with_safety
+
+# Units of 2⁻²⁴ that a product of two numbers may be off, where the user has allowed tf32 (its operands have 11 bits),
+# or where few positions make a kernel scale backprops before they are rounded to two bfloat16.
+TF32_UNITS, SPLIT_UNITS = 2.0**14, 2.0**8
+# Positions from which a sample's tile is summed before it is scaled.
+BY_SAMPLE = 32
+# Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
+WIDE = 1024
+
+
+def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, ``[B]`` each, float64."""
+    if not is_triton("ghost_squared_norm", A, G):
+        return reference.ghost_squared_norm(A, G)
+    from dpfast_kernels.ghost import ghost_norm
+
+    stats = ghost_norm(*(_aligned(side).flatten(0, 1) for side in (A, G)))
+    return _certified(stats, A, G, products=(A.shape[-1], G.shape[-1]))
+
+
+def has_tiles(A: Tensor, G: Tensor) -> bool:
+    """Whether there is :func:`tile_squared_norm` for these."""
+    return is_triton("tile_squared_norm", A, G)
+
+
+def tile_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`ghost_squared_norm`, from tiles of ``G_iᵀ A_i`` that are squared and dropped (norm-GEMM)."""
+    from dpfast_kernels.sample_gradients import gradient_norm
+
+    return _certified(gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G, products=())
+
+
+def grad_samples(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``g_i = G_iᵀ A_i``: ``[B, g·p, d]`` in float32 (float64 for float64); squared norms where its op made them."""
+    if not is_triton("grad_samples", A, G):
+        return reference.grad_samples(A, G), None
+    from dpfast_kernels.sample_gradients import sample_gradients
+
+    B, groups = A.shape[:2]
+    samples, squares = sample_gradients(A.flatten(0, 1), G.flatten(0, 1), torch.float32)
+    return samples.view(B, groups * G.shape[-1], A.shape[-1]), squares.view(B, groups).sum(1)
+
+
+def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
+    """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; nothing that was rounded to 16 bits is scaled."""
+    if not is_triton("clipped_weight_gradient", A, G):
+        return reference.clipped_weight_gradient(A, G, factors)
+    from dpfast_kernels.weight_gradient import clipped_weight_gradient as kernel
+
+    (groups, d), p = (A.shape[1], A.shape[-1]), G.shape[-1]
+    summed = kernel(_aligned(A), _aligned(G), factors.float().contiguous(), False)[0]
+    return summed.unflatten(0, (groups, -1))[:, :p, :d].flatten(0, 1)
+
+
+def _aligned(side: Tensor) -> Tensor:
+    """With zero columns up to whole 16, where rows are long: kernels read other rows element by element."""
+    n = side.shape[-1]
+    return side if n % 16 == 0 or n < WIDE else F.pad(side, (0, -n % 16))
+
+
+def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[B]`` and their bounds, of a kernel's rows: squared, absolute, ``‖A_i‖²``, ``‖G_i‖²``.
+
+    Tensor cores cut off what they add, 16 products at a time, always downwards: a sum of n products is taken to err by
+    ``√n + n/8`` units. ``products`` are the lengths of those that make the norm itself. Besides, the contribution that
+    is summed later is off by such an error of a sum over T, at most ``units · u · ‖A_i‖·‖G_i‖`` in norm; so is the
+    norm, where it is of a gradient made in tiles.
+    """
+    B, groups, T, d = A.shape
+    p = G.shape[-1]
+    squared, absolute, energy_a, energy_g = stats[:4].double().view(4, B, groups)
+    lost = smallest(torch.float32)
+    norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products)
+    reach = product_reach(T, A, G) * (energy_a * energy_g).sqrt()
+    bound = norm_units * unit_roundoff(torch.float32) * absolute + 2 * squared.clamp_min(0).sqrt() * reach + reach**2
+    bound = bound + lost * T * (d * energy_g + p * energy_a + T)
+    return with_safety(squared.sum(1), bound.sum(1), torch.float32)
+
+
+def drift(n: int) -> float:
+    """Units that a sum of n products in a kernel may be off."""
+    return math.sqrt(n) + n / 8 + 8
+
+
+def product_reach(T: int, A: Tensor, G: Tensor) -> float:
+    """What a per-sample gradient may be off for its norm, and again for its contribution, over ``‖A_i‖·‖G_i‖``."""
+    split = SPLIT_UNITS if T < BY_SAMPLE else 0.0
+    return (2 * drift(T) + 2 * _units_of_a_product(A, G) + split) * unit_roundoff(torch.float32)
+
+
+def _units_of_a_product(A: Tensor, G: Tensor) -> float:
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.float32 in (A.dtype, G.dtype)
+    return TF32_UNITS if tf32 else 0.0

@@ -1,0 +1,171 @@
+"""How fast this device is at what the planner chooses between, measured once and kept on disk.
+
+Rates lie beside the compiled libraries, in ``rates-*.json``, named by device, torch's version and the backends in use.
+Where no file can be written, :data:`BUILT_IN` serves: two processes never differ in their choices for having measured
+at different times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dpfast import ops
+from dpfast.native import build
+from dpfast.native import cache as libraries
+
+_log = logging.getLogger("dpfast")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """In a second: floating-point operations of each kind of product, and bytes; ``call`` is what an op costs at least.
+
+    ``gram`` is of ghost norms, counted at ``T²(p + d)``; ``tile`` of norms by tiles (None: there is no such op);
+    ``sample`` of per-sample gradients written out; ``sum`` of the clipped weight gradient; ``write`` is of memory that
+    is new, ``read`` of a weighted sum. A gradient that is written out is read ``passes`` times: for the sum, and for
+    the norm where that is not the same op's.
+    """
+
+    gram: float
+    tile: float | None
+    sample: float
+    sum: float
+    write: float
+    read: float
+    call: float
+    passes: int
+
+
+BUILT_IN = {
+    "cpu": Rates(gram=9e10, tile=None, sample=1.6e11, sum=1.8e11, write=6e9, read=1.2e10, call=4e-5, passes=2),
+    "cuda": Rates(gram=2e14, tile=3e14, sample=3e14, sum=4e14, write=2e12, read=2e12, call=1e-5, passes=1),
+}
+
+
+def rates_of(device: torch.device, dtype: torch.dtype, patches: bool) -> Rates:
+    """The rates for products of ``dtype`` on ``device``, of patches of a convolution or of a linear layer's sides."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    return _rates(device.type, index, dtype, patches)
+
+
+@cache
+def _rates(kind: str, index: int | None, dtype: torch.dtype, patches: bool) -> Rates:
+    if kind not in BUILT_IN or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return BUILT_IN["cuda"]  # nothing can be measured
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
+    what = "convolution" if patches else "linear"
+    try:
+        path = _folder() / f"rates-{kind}-{what}-{str(dtype).removeprefix('torch.')}-{_key(device)}.json"
+        if not path.is_file():
+            with tempfile.NamedTemporaryFile("w", dir=_folder()) as file:  # first, to see whether it can be kept
+                start = time.perf_counter()
+                json.dump(asdict(measured(device, dtype, patches)), file)
+                file.flush()
+                with suppress(FileExistsError):  # of several processes the first one's rates stay
+                    os.link(file.name, path)
+            took = time.perf_counter() - start
+            _log.info("dpfast measured %s products of %s on %s in %.1f s: %s", what, dtype, device, took, path)
+        return Rates(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, build.BuildError) as error:
+        _log.info("dpfast's built-in rates are used for its plans, as measured ones cannot be kept: %s", error)
+        return BUILT_IN[kind]
+
+
+def measured(device: torch.device, dtype: torch.dtype, patches: bool) -> Rates:
+    """Rates from ops on random numbers, some hundred milliseconds."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return (_of_patches if patches else _of_linear)(device, dtype)
+
+
+def _of_linear(device: torch.device, dtype: torch.dtype) -> Rates:
+    B, T, d, p = (8, 1024, 2048, 2048) if device.type == "cuda" else (8, 128, 512, 512)
+    A = torch.randn(B, 1, T, d, device=device).to(dtype)
+    G = torch.randn(B, 1, T, p, device=device).to(dtype)
+    factors = torch.rand(B, device=device)
+    product = 2.0 * B * T * d * p
+
+    tile = product / seconds(lambda: ops.tile_squared_norm(A, G), device) if ops.has_tiles(A, G) else None
+    gram = B * T * T * (d + p) / seconds(lambda: ops.ghost_squared_norm(A, G), device)
+    whole = product / seconds(lambda: ops.clipped_weight_gradient(A, G, factors), device)
+    sample = product / seconds(lambda: ops.grad_samples(A, G), device)
+    return Rates(gram, tile, sample, whole, *_memory(device), 1 if ops.grad_samples(A, G)[1] is not None else 2)
+
+
+def _of_patches(device: torch.device, dtype: torch.dtype) -> Rates:
+    B, C, p, side = (64, 128, 128, 32) if device.type == "cuda" else (16, 64, 128, 12)
+    x = torch.randn(B, C, side, side, device=device).to(dtype)
+    G = torch.randn(B, p, side, side, device=device).to(dtype)
+    weight = torch.empty(p, C, 3, 3, dtype=dtype, device=device)
+    geometry = ops.Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    sides = (x, G, weight, geometry)
+    T, d = side**2, C * 9
+    product = 2.0 * B * T * d * p
+
+    gram = B * T * T * (d + p) / seconds(lambda: ops.convolution_squared_norm(*sides, B), device)
+    whole = product / seconds(lambda: ops.convolution_clipped_gradient(*sides, torch.ones(B, device=device)), device)
+    sample = product / seconds(lambda: ops.convolution_grad_samples(*sides, B), device)
+    has_norms = ops.convolution_grad_samples(*sides, B)[1] is not None
+    return Rates(gram, None, sample, whole, *_memory(device), 1 if has_norms else 2)
+
+
+def _memory(device: torch.device) -> tuple[float, float, float]:
+    """Bytes a second into new memory and through a weighted sum, far more than caches hold; seconds of the least op."""
+    n = 1 << (24 if device.type == "cuda" else 20)
+    samples, factors = torch.randn(16, n, device=device), torch.rand(16, device=device)
+    write = samples.nbytes / seconds(lambda: torch.ones_like(samples), device)
+    read = samples.nbytes / seconds(lambda: ops.weighted_sum(samples, factors), device)
+    return write, read, seconds(lambda: ops.weighted_sum(samples[:, :1], factors), device)
+
+
+def seconds(call: Callable[[], object], device: torch.device, times: int = 5) -> float:
+    """The least of a few runs, after one that is not counted."""
+    call()
+    return min(_once(call, device) for _ in range(times))
+
+
+def _once(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    call()
+    events[1].record()
+    torch.cuda.synchronize(device)
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
+def _folder() -> Path:
+    folder = libraries.folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _key(device: torch.device) -> str:
+    """Of what decides the rates: device, threads, versions and backends."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
+    said = [name, torch.get_num_threads(), torch.__version__, sorted(map(str, ops.backends()))]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,211 @@
+"""Per-sample gradients G_nᵀA_n in tiles: squared and dropped for their norm, or stored, with the norm of the stored."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    INTERPRETED,
+    TRITON_DTYPE,
+    Chip,
+    Compile,
+    cdiv,
+    chip,
+    dot,
+    dot_dtype,
+    dot_precision,
+    launch,
+    meta,
+    next_power_of_2,
+    tile_at,
+    vectorised,
+    wide,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    BLOCK_T: int
+    BLOCK_P: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    GROUP: int = 8
+
+
+def configure(N: int, T: int, d: int, p: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
+    """The largest tiles, up to 128 × 256, that are not mostly empty and give half of the processors work."""
+    if INTERPRETED:
+        return Config(16, 16, 32, 4, 1)
+    if dtype == torch.float32:
+        return Config(32, 64, 64, 8, 3)
+    fast = chip.large and vectorised
+    block_t = max(16, min(64 if fast else 32, next_power_of_2(T)))
+    for block_p, block_d in (128, 256), (128, 128), (64, 128), (128, 64):
+        narrow = (p <= 64 and block_p > 64) or (d <= block_d // 2 and block_d > 64)
+        idle = 2 * N * cdiv(p, block_p) * cdiv(d, block_d) < chip.processors
+        if not narrow and not idle and (fast or block_d < 256):
+            return Config(block_t, block_p, block_d, 8, 3 if block_d == 256 else 4)
+    return Config(block_t, 64, 64, 8, 4)
+
+
+@triton.jit
+def energy(X, columns, T, d, stride_t, stride_d, BLOCK_T: tl.constexpr):
+    """Σ x² and Σ_column (Σ_t x)² over the given columns of X [T, d]."""
+    t = tl.arange(0, BLOCK_T)
+    x_at = X + t.to(tl.int64)[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_d
+    squares = tl.zeros((BLOCK_T, columns.shape[0]), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_T, columns.shape[0]), dtype=tl.float32)
+    for start in range(0, T, BLOCK_T):
+        # [BLOCK_T, columns]
+        x = tl.load(x_at, mask=(t < T - start)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
+        squares += x * x
+        sums += x
+        x_at += BLOCK_T * wide(stride_t)
+    over_t = tl.sum(sums, 0)
+    return tl.sum(squares), tl.sum(over_t * over_t)
+
+
+@triton.jit
+def gradient_kernel(
+    A,
+    G,
+    samples,  # [N, p, d] where STORE
+    partials,  # [6, N, tiles], [1, N, tiles] where STORE
+    N,
+    T,
+    d,
+    p,
+    tiles_p,
+    tiles_d,
+    a_n,
+    a_t,
+    a_d,
+    g_n,
+    g_t,
+    g_p,
+    STORE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # gradient[n, i, j] = Σ_t G[n, t, i] A[n, t, j] in one tile (i, j) of one sample; Σ_{i,j} gradient²
+    index = tl.program_id(0)
+    tiles = tiles_p * tiles_d
+    n = (index // tiles).to(tl.int64)
+    tile = index % tiles
+    row, column = tile_at(tile, tiles_p, tiles_d, GROUP)
+    i = row * BLOCK_P + tl.arange(0, BLOCK_P)
+    j = column * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+
+    g_at = G + n * g_n + t.to(tl.int64)[None, :] * g_t + i.to(tl.int64)[:, None] * g_p
+    a_at = A + n * a_n + t.to(tl.int64)[:, None] * a_t + j.to(tl.int64)[None, :] * a_d
+    gradient = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    for start in range(0, T, BLOCK_T):
+        # [BLOCK_P, BLOCK_T]
+        g = tl.load(g_at, mask=(t < T - start)[None, :] & (i < p)[:, None], other=0.0).to(DTYPE)
+        # [BLOCK_T, BLOCK_D]
+        a = tl.load(a_at, mask=(t < T - start)[:, None] & (j < d)[None, :], other=0.0).to(DTYPE)
+        gradient = dot(g, a, gradient, PRECISION)
+        g_at += BLOCK_T * wide(g_t)
+        a_at += BLOCK_T * wide(a_t)
+
+    if STORE:
+        rounded = gradient.to(samples.dtype.element_ty)
+        s_at = samples + (n * p + i)[:, None] * d + j[None, :]
+        tl.store(s_at, rounded, mask=(i < p)[:, None] & (j < d)[None, :])
+        gradient = rounded.to(tl.float32)
+    squared = tl.sum(gradient * gradient)
+
+    out = partials + n * tiles + tile
+    tl.store(out, squared)
+    if not STORE:
+        # once for each column of A and of G, where the tile is of the first row or column
+        energy_A, _ = energy(A + n * a_n, j, tl.where(row == 0, T, 0), d, a_t, a_d, BLOCK_T)
+        energy_G, bias_squared = energy(G + n * g_n, i, tl.where(column == 0, T, 0), p, g_t, g_p, BLOCK_T)
+        next_row = wide(N) * tiles
+        tl.store(out + next_row, squared)
+        tl.store(out + 2 * next_row, energy_A)
+        tl.store(out + 3 * next_row, energy_G)
+        tl.store(out + 4 * next_row, bias_squared)
+        tl.store(out + 5 * next_row, bias_squared)
+
+
+def run(A: torch.Tensor, G: torch.Tensor, samples: torch.Tensor | None, config: Config | None = None) -> torch.Tensor:
+    """Sums [6, N] as of ``gradient_norm``, or [1, N] where there are ``samples`` to fill."""
+    N, T, d = A.shape
+    p = G.shape[2]
+    dtype = dot_dtype(A, G)
+    config = config or configure(N, T, d, p, dtype, vectorised(A, G), chip(A.device))
+    # at least one, which has the bias of a layer without inputs
+    tiles_p, tiles_d = max(cdiv(p, config.BLOCK_P), 1), max(cdiv(d, config.BLOCK_D), 1)
+    rows = 6 if samples is None else 1
+    partials = torch.empty((rows, N, tiles_p * tiles_d), dtype=torch.float32, device=A.device)
+    launch(
+        gradient_kernel,
+        (N * tiles_p * tiles_d,),
+        *(A, G, samples, partials, N, T, d, p, tiles_p, tiles_d, *A.stride(), *G.stride()),
+        device=A.device,
+        STORE=samples is not None,
+        DTYPE=TRITON_DTYPE[dtype],
+        PRECISION=dot_precision(dtype),
+        **asdict(config),
+    )
+    return partials.sum(2)  # always in the same order
+
+
+@torch.library.custom_op("dpfast_kernels::gradient_norm", mutates_args=())
+def gradient_norm(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
+    """The rows of ``ghost_norm``, for A [N, T, d] and G [N, T, p], from tiles of G_nᵀA_n that are never stored. Sums of
+    squares do not cancel: ``absolute`` is ``squared``, ``bias_absolute`` is ``bias_squared``.
+    """
+    return run(A, G, None)
+
+
+@gradient_norm.register_fake
+def _(A, G):
+    return A.new_empty((6, A.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("dpfast_kernels::sample_gradients", mutates_args=())
+def sample_gradients(A: torch.Tensor, G: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """For A [N, T, d] and G [N, T, p]: G_nᵀA_n [N, p, d] rounded to ``dtype``, float32 or bfloat16, and ‖·‖² [N] of the
+    rounded, in float32.
+    """
+    samples = _samples(A, G, dtype)
+    return samples, run(A, G, samples)[0]
+
+
+@sample_gradients.register_fake
+def _(A, G, dtype):
+    return _samples(A, G, dtype), A.new_empty(A.shape[0], dtype=torch.float32)
+
+
+def _samples(A: torch.Tensor, G: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return A.new_empty((A.shape[0], G.shape[2], A.shape[2]), dtype=dtype)
+
+
+def _case(dtype: torch.dtype, N: int, T: int, d: int, p: int, stored: torch.dtype | None, wgmma: bool) -> Compile:
+    def call():
+        A, G = meta(N, T, d, dtype=dtype), meta(N, T, p, dtype=dtype)
+        run(A, G, None if stored is None else _samples(A, G, stored))
+
+    name = "gradient_norm" if stored is None else f"sample_gradients ({stored})"
+    return Compile(f"{name} {dtype} {N}x{T}x{d}x{p}", call, wgmma)
+
+
+COMPILES = [
+    _case(torch.bfloat16, 32, 1024, 1024, 4096, None, True),
+    _case(torch.bfloat16, 32, 1024, 1024, 16, None, True),
+    _case(torch.float32, 32, 1024, 1024, 4096, None, False),
+    _case(torch.bfloat16, 32, 1023, 1023, 4095, None, True),
+    _case(torch.bfloat16, 1, 1, 1, 1, None, False),
+    _case(torch.bfloat16, 32, 1024, 1024, 4096, torch.bfloat16, True),
+    _case(torch.float32, 32, 1024, 1024, 4096, torch.float32, False),
+]

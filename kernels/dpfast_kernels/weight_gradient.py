@@ -1,0 +1,321 @@
+"""Clipped weight gradients: Σ_i factor_i · G_iᵀA_i, one product over all samples and positions, in float32."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    INTERPRETED,
+    TRITON_DTYPE,
+    Chip,
+    Compile,
+    cdiv,
+    chip,
+    dot,
+    dot_dtype,
+    dot_precision,
+    launch,
+    meta,
+    next_power_of_2,
+    tile_at,
+    vectorised,
+)
+
+BY_SAMPLE = 32  # positions from which a sample's tile is summed before it is scaled
+
+
+@dataclass(frozen=True)
+class Config:
+    BLOCK_T: int
+    BLOCK_P: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    splits: int
+    GROUP: int = 8
+
+
+def configure(B: int, groups: int, T: int, d: int, p: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
+    """Two tiles of 128 × 128 in float32, the sample's and the total, are as much as registers hold."""
+    if INTERPRETED:
+        return Config(16, 16, 32, 4, 1, splits=min(2, max(B, 1)))
+    block_p, block_d = (64 if p <= 64 else 128), (64 if d <= 64 else 128)
+    block_t, stages = (64 if chip.large else 32), 4
+    if dtype == torch.float32 or (dtype == torch.float16 and T < BY_SAMPLE):
+        block_t, block_p, block_d, stages = 16, 64, 64, 3
+    elif not vectorised:
+        block_t, block_p, block_d, stages = 32, 64, 64, 3
+    elif T < BY_SAMPLE:
+        stages = 3
+    else:
+        block_t = min(block_t, next_power_of_2(T))
+    tiles = groups * cdiv(p, block_p) * max(cdiv(d, block_d), 1)
+    splits = splits_of(tiles, 2 * block_p * block_d * B * T, groups * p * d, B, chip.processors)
+    return Config(block_t, block_p, block_d, 8, stages, splits)
+
+
+def splits_of(tiles: int, tile_flops: int, elements: int, B: int, processors: int) -> int:
+    """Into how many parts to cut the samples: those of the least time, where processors would be idle in the last of
+    the rounds that all tiles take, and each part is written and read once more.
+    """
+    flops, bandwidth = 4e12, 2e12  # a second: of one processor, and bytes of the memory
+
+    def seconds(splits: int) -> float:
+        traffic = 0 if splits == 1 else 8 * splits * elements
+        return cdiv(tiles * splits, processors) * tile_flops / splits / flops + traffic / bandwidth
+
+    return min(range(1, max(min(B, 32), 1) + 1), key=seconds)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    A,
+    G,
+    factors,
+    weights,  # [splits, groups * p, d]
+    biases,  # [splits * tiles_d, groups * p] where BIAS
+    B,
+    groups,
+    T,
+    d,
+    p,
+    tiles_p,
+    tiles_d,
+    samples,  # of one split
+    a_b,
+    a_g,
+    a_t,
+    a_d,
+    g_b,
+    g_g,
+    g_t,
+    g_p,
+    factors_b,
+    w_s,
+    w_p,
+    w_d,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    BY_SAMPLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # weight[i, j] = Σ_b factor_b Σ_t G[b, t, i] A[b, t, j] in one tile (i, j) of one group, over one split of b
+    index = tl.program_id(0)
+    tiles = tiles_p * tiles_d
+    row, column = tile_at(index % tiles, tiles_p, tiles_d, GROUP)
+    group = (index // tiles % groups).to(tl.int64)
+    split = (index // tiles // groups).to(tl.int64)
+    i = row * BLOCK_P + tl.arange(0, BLOCK_P)
+    j = column * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.minimum(split * samples, B).to(tl.int32)
+    last = tl.minimum(split * samples + samples, B).to(tl.int32)
+    G_i = G + group * g_g + i.to(tl.int64)[:, None] * g_p
+    A_j = A + group * a_g + j.to(tl.int64)[None, :] * a_d
+
+    if BY_SAMPLE:
+        total = sum_by_sample(
+            A_j, G_i, factors, first, last, i < p, j < d, T, a_b, a_t, g_b, g_t, factors_b,
+            DTYPE, PRECISION, BLOCK_T, BLOCK_P, BLOCK_D,
+        )  # fmt: skip
+    else:
+        total = sum_by_row(
+            A_j, G_i, factors, first, last, i < p, j < d, T, a_b, a_t, g_b, g_t, factors_b,
+            DTYPE, PRECISION, BLOCK_T, BLOCK_P, BLOCK_D,
+        )  # fmt: skip
+    w_at = weights + split * w_s + (group * p + i)[:, None] * w_p + j.to(tl.int64)[None, :] * w_d
+    inside = (i < p)[:, None] & (j < d)[None, :]
+    if ADD:
+        total += tl.load(w_at, mask=inside, other=0.0)
+    tl.store(w_at, total, mask=inside)
+
+    if BIAS:
+        part = bias_part(G_i, factors, first, last, column, tiles_d, i < p, T, g_b, g_t, factors_b, BLOCK_T, BLOCK_P)
+        tl.store(biases + ((split * tiles_d + column) * groups + group) * p + i, part, mask=i < p)
+
+
+@triton.jit
+def sum_by_sample(
+    A_j, G_i, factors, first, last, in_p, in_d, T, a_b, a_t, g_b, g_t, factors_b,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A sample's tile is summed over its positions, then added, times its factor: nothing rounded is scaled. One loop
+    over the positions of all samples, so that loads run ahead into the next sample.
+    """
+    t = tl.arange(0, BLOCK_T)
+    total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    sample = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    b = first.to(tl.int64)
+    start = 0
+    for _ in range((last - first) * tl.cdiv(T, BLOCK_T)):
+        at = (start + t).to(tl.int64)
+        # [BLOCK_P, BLOCK_T]
+        g = tl.load(G_i + b * g_b + at[None, :] * g_t, mask=in_p[:, None] & (at < T)[None, :], other=0.0).to(DTYPE)
+        # [BLOCK_T, BLOCK_D]
+        a = tl.load(A_j + b * a_b + at[:, None] * a_t, mask=(at < T)[:, None] & in_d[None, :], other=0.0).to(DTYPE)
+        sample = dot(g, a, sample, PRECISION)
+        complete = start + BLOCK_T >= T
+        if complete:
+            factor = tl.load(factors + b * factors_b)
+            total = tl.where(factor != 0, total + factor * sample, total)
+            sample = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+        start = tl.where(complete, 0, start + BLOCK_T)
+        b += complete.to(tl.int64)
+    return total
+
+
+@triton.jit
+def sum_by_row(
+    A_j, G_i, factors, first, last, in_p, in_d, T, a_b, a_t, g_b, g_t, factors_b,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Positions of several samples in one block: rows of G are scaled in float32 as they are loaded. bfloat16 is
+    multiplied as a sum of two bfloat16, which leaves 2^-16 of an element to rounding. float16 has no such pair, as the
+    small part of a small number is below its least: it is multiplied as float32.
+    """
+    total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    for start in range(first * T, last * T, BLOCK_T):
+        r = start + tl.arange(0, BLOCK_T)
+        b = (r // T).to(tl.int64)
+        t = (r % T).to(tl.int64)
+        factor = tl.load(factors + b * factors_b, mask=r < last * T, other=0.0)
+        # [BLOCK_P, BLOCK_T]; a row whose factor is 0 is not read
+        g_mask = in_p[:, None] & (factor != 0)[None, :]
+        g = tl.load(G_i + (b * g_b + t * g_t)[None, :], mask=g_mask, other=0.0).to(tl.float32) * factor[None, :]
+        # [BLOCK_T, BLOCK_D]
+        a_mask = (factor != 0)[:, None] & in_d[None, :]
+        a = tl.load(A_j + (b * a_b + t * a_t)[:, None], mask=a_mask, other=0.0)
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            high = g.to(tl.bfloat16)
+            low = (g - high.to(tl.float32)).to(tl.bfloat16)
+            total = dot(high, a, total, PRECISION)
+            total = dot(low, a, total, PRECISION)
+        else:
+            total = dot(g, a.to(tl.float32), total, PRECISION)
+    return total
+
+
+@triton.jit
+def bias_part(
+    G_i, factors, first, last, column, columns, in_p, T, g_b, g_t, factors_b,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Σ_b factor_b Σ_t G[b, t, i] over every ``columns``-th block of positions: a program of each column takes some."""
+    sums = tl.zeros((BLOCK_P, BLOCK_T), dtype=tl.float32)
+    for start in range(first * T + column * BLOCK_T, last * T, columns * BLOCK_T):
+        r = start + tl.arange(0, BLOCK_T)
+        b = (r // T).to(tl.int64)
+        t = (r % T).to(tl.int64)
+        factor = tl.load(factors + b * factors_b, mask=r < last * T, other=0.0)
+        # [BLOCK_P, BLOCK_T]
+        g_mask = in_p[:, None] & (factor != 0)[None, :]
+        sums += tl.load(G_i + (b * g_b + t * g_t)[None, :], mask=g_mask, other=0.0).to(tl.float32) * factor[None, :]
+    return tl.sum(sums, 1)
+
+
+def run(
+    A: torch.Tensor,
+    G: torch.Tensor,
+    factors: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    add: bool,
+    config: Config | None = None,
+) -> None:
+    """Writes to, or adds to, ``weight`` [groups * p, d] and ``bias`` [groups * p]."""
+    if A.dim() == 3:
+        A, G = A.unsqueeze(1), G.unsqueeze(1)
+    B, groups, T, d = A.shape
+    p = G.shape[3]
+    assert B * T < 2**30, "rows are counted in 32 bits"
+    dtype = dot_dtype(A, G)
+    config = config or configure(B, groups, T, d, p, dtype, vectorised(A, G), chip(A.device))
+    options = asdict(config)
+    splits = options.pop("splits")
+    tiles_p, tiles_d = cdiv(p, config.BLOCK_P), max(cdiv(d, config.BLOCK_D), 1)  # one has the bias where d = 0
+    weights = weight[None] if splits == 1 else weight.new_empty((splits, *weight.shape))
+    biases = None if bias is None else bias.new_empty((splits * tiles_d, *bias.shape))
+    launch(
+        weight_gradient_kernel,
+        (splits * groups * tiles_p * tiles_d,),
+        *(A, G, factors, weights, biases, B, groups, T, d, p, tiles_p, tiles_d, cdiv(B, splits)),
+        *(*A.stride(), *G.stride(), factors.stride(0), *weights.stride()),
+        device=A.device,
+        BIAS=bias is not None,
+        ADD=add and splits == 1,
+        BY_SAMPLE=T >= BY_SAMPLE,
+        DTYPE=TRITON_DTYPE[dtype],
+        PRECISION=dot_precision(dtype),
+        **options,
+    )
+    parts = [(bias, biases)] if splits == 1 else [(weight, weights), (bias, biases)]
+    for whole, part in parts:
+        if whole is not None:
+            whole.add_(part.sum(0)) if add else torch.sum(part, 0, out=whole)
+
+
+@torch.library.custom_op("dpfast_kernels::clipped_weight_gradient", mutates_args=())
+def clipped_weight_gradient(
+    A: torch.Tensor, G: torch.Tensor, factors: torch.Tensor, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_i factor_i · G_iᵀA_i [p, d] and, where there is a ``bias``, Σ_i factor_i · Σ_t G_it [p] (else [0]), in float32.
+
+    A [B, T, d], G [B, T, p], factors [B] in float32. In groups: A [B, groups, T, d], G [B, groups, T, p], and the
+    results of the groups one after another, [groups * p, d] and [groups * p]. A sample whose factor is 0 is left out,
+    whatever it holds.
+    """
+    weight, bias_sum = _empty(A, G, bias)
+    run(A, G, factors, weight, bias_sum if bias else None, add=False)
+    return weight, bias_sum
+
+
+@clipped_weight_gradient.register_fake
+def _(A, G, factors, bias):
+    return _empty(A, G, bias)
+
+
+@torch.library.custom_op("dpfast_kernels::clipped_weight_gradient_", mutates_args=("weight", "bias"))
+def clipped_weight_gradient_(
+    A: torch.Tensor, G: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Adds what ``clipped_weight_gradient`` returns to ``weight`` and ``bias``, float32 of the same shapes."""
+    run(A, G, factors, weight, bias, add=True)
+
+
+@clipped_weight_gradient_.register_fake
+def _(A, G, factors, weight, bias):
+    return None
+
+
+def _empty(A: torch.Tensor, G: torch.Tensor, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = G.shape[-1] * (G.shape[1] if G.dim() == 4 else 1)
+    options = {"dtype": torch.float32, "device": A.device}
+    return torch.empty((outputs, A.shape[-1]), **options), torch.empty(outputs if bias else 0, **options)
+
+
+def _case(dtype: torch.dtype, B: int, T: int, d: int, p: int, wgmma: bool) -> Compile:
+    def call():
+        A, G = meta(B, T, d, dtype=dtype), meta(B, T, p, dtype=dtype)
+        run(A, G, meta(B), *_empty(A, G, True), add=True)
+
+    return Compile(f"clipped_weight_gradient {dtype} {B}x{T}x{d}x{p}", call, wgmma)
+
+
+COMPILES = [
+    _case(torch.bfloat16, 32, 1024, 1024, 4096, True),
+    _case(torch.bfloat16, 32, 1024, 1024, 16, True),
+    _case(torch.bfloat16, 512, 1, 1024, 4096, True),
+    _case(torch.float16, 512, 1, 1024, 4096, False),
+    _case(torch.float32, 32, 1024, 1024, 4096, False),
+    _case(torch.bfloat16, 32, 1023, 1023, 4095, True),
+    _case(torch.bfloat16, 512, 3, 1023, 4095, True),
+    _case(torch.bfloat16, 1, 1, 1, 1, False),
+]

@@ -1,0 +1,126 @@
+"""Ghost norms against sums over pairs of positions in float64."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from dpfast_kernels import ghost
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def reference(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
+    """[6, N] in float64, one sample at a time."""
+    out = []
+    for a, g in zip(A.double(), G.double(), strict=True):
+        aa, gg = a @ a.T, g @ g.T
+        gradient, bias = g.T @ a, g.sum(0)
+        out.append(
+            torch.stack(
+                [
+                    gradient.square().sum(),
+                    (aa * gg).abs().sum(),
+                    a.square().sum(),
+                    g.square().sum(),
+                    bias.square().sum(),
+                    gg.abs().sum(),
+                ]
+            )
+        )
+    return torch.stack(out, 1) if out else torch.zeros(6, 0, dtype=torch.float64, device=A.device)
+
+
+def bound(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
+    """What float32 sums of the exact products can differ by: a rounding a term, of terms as large as can be."""
+    T, d = A.shape[1:]
+    energy_A, energy_G = A.double().square().sum((1, 2)), G.double().square().sum((1, 2))
+    product, bias = energy_A * energy_G, T * energy_G
+    terms = d + G.shape[2] + T + 16
+    return terms * 2**-24 * torch.stack([product, product, energy_A, energy_G, bias, bias])
+
+
+def check(A: torch.Tensor, G: torch.Tensor, stats: torch.Tensor) -> None:
+    assert stats.dtype == torch.float32
+    error = (stats.double() - reference(A, G)).abs()
+    assert (error <= bound(A, G)).all(), (error / bound(A, G)).max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "T", "d", "p"), [(3, 37, 21, 18), (2, 64, 16, 50), (5, 1, 7, 3), (1, 16, 33, 1)])
+def test_values(device, dtype, N, T, d, p):
+    A, G = torch.randn(N, T, d, device=device).to(dtype), torch.randn(N, T, p, device=device).to(dtype)
+    check(A, G, ghost.ghost_norm(A, G))
+
+
+def test_two_dtypes(device):
+    A, G = torch.randn(2, 20, 9, device=device), torch.randn(2, 20, 5, device=device).bfloat16()
+    check(A, G, ghost.ghost_norm(A, G))
+
+
+@pytest.mark.parametrize("N, T, d, p", [(0, 5, 4, 3), (3, 0, 4, 3), (3, 5, 0, 3), (3, 5, 4, 0)])
+def test_empty(device, N, T, d, p):
+    A, G = torch.randn(N, T, d, device=device), torch.randn(N, T, p, device=device)
+    stats = ghost.ghost_norm(A, G)
+    assert stats.shape == (6, N)
+    assert not stats[:2].any()
+    check(A, G, stats)
+
+
+def test_strides(device):
+    """Transposed and sliced views, and one sample's values for all."""
+    A = torch.randn(20, 3, 2 * 11, device=device)[:, :, ::2].transpose(0, 1)
+    G = torch.randn(1, 6, 40, device=device).expand(3, 6, 40)[:, :, 1::2].transpose(1, 2)
+    check(A, G, ghost.ghost_norm(A, G))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_far_apart(device, far_apart, dim):
+    A, G = torch.randn(3, 17, 17, device=device).half(), torch.randn(3, 17, 17, device=device).half()
+    check(A, G, ghost.ghost_norm(far_apart(A, dim), far_apart(G, dim)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_sample_alone(device, value):
+    """What is not finite in one sample changes no bit of another's."""
+    A, G = torch.randn(3, 20, 9, device=device), torch.randn(3, 20, 5, device=device)
+    before = ghost.ghost_norm(A, G)
+    A[1, 19, 8] = value
+    G[1, 19, 4] = value
+    after = ghost.ghost_norm(A, G)
+    assert not after[:, 1].isfinite().any()
+    assert torch.equal(before[:, [0, 2]], after[:, [0, 2]])
+
+
+@triton.jit
+def pairs_kernel(out, tiles):
+    row, column = ghost.tile_pair(tl.program_id(0), tiles)
+    tl.store(out + 2 * tl.program_id(0), row)
+    tl.store(out + 2 * tl.program_id(0) + 1, column)
+
+
+def test_pairs(device):
+    """Each pair of tiles once, for odd and even numbers of tiles."""
+    for tiles in range(1, 10):
+        found = torch.full((ghost.pairs_of(tiles, 1), 2), -1, dtype=torch.int32, device=device)
+        pairs_kernel[(len(found),)](found, tiles)
+        assert sorted(found.tolist()) == [[t, s] for t in range(tiles) for s in range(t, tiles)]
+
+
+def test_op(device):
+    A, G = torch.randn(2, 20, 9, device=device), torch.randn(2, 20, 5, device=device)
+    torch.library.opcheck(ghost.ghost_norm, (A, G))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(30, 513, 1040, 272), (30, 512, 333, 50), (1, 512, 1024, 256)])
+def test_large_tiles(gpu, dtype, sizes):
+    N, T, d, p = sizes
+    A, G = torch.randn(N, T, d, device=gpu).to(dtype), torch.randn(N, T, p, device=gpu).to(dtype)
+    check(A, G, ghost.ghost_norm(A, G))
+
+
+@pytest.mark.gpu
+def test_captured(gpu, replayed):
+    A, G = torch.randn(3, 20, 9, device=gpu), torch.randn(3, 20, 5, device=gpu)
+    check(A, G, replayed(lambda: ghost.ghost_norm(A, G)))
