@@ -1,6 +1,7 @@
 """dpfast: exact differentially private training in PyTorch, in one backward pass."""
 
 from dpfast.analysis.sensitivity import SensitivityReport, check_sensitivity
+from dpfast.clipping_functions import PSAC, Abadi, AutoS, AutoV, CustomClipping, Global
 from dpfast.engine import PrivacyEngine
 from dpfast.explain import explain
 from dpfast.registry import register, unregister
@@ -8,6 +9,12 @@ from dpfast.registry import register, unregister
 __version__ = "0.1.0"
 
 __all__ = [
+    "PSAC",
+    "Abadi",
+    "AutoS",
+    "AutoV",
+    "CustomClipping",
+    "Global",
     "PrivacyEngine",
     "SensitivityReport",
     "check_sensitivity",

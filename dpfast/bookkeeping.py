@@ -19,9 +19,6 @@ from dpfast.layers.forms import Form, combine, squared_norm
 from dpfast.layers.tap import Recorder
 from dpfast.ops import compute_dtype
 
-# A smaller factor (or its product with a backprop) may be subnormal, and then rounds by more than bounds allow.
-LEAST_FACTOR = 2.0**-64
-
 
 class Book(Recorder):
     """Per-sample gradients of one backward pass, closed into clipped sums when it ends.
@@ -48,6 +45,7 @@ class Book(Recorder):
         self.tracked: set[nn.Parameter] | None = None  # None: all; else those of the optimizer
         self.optimizer: Callable[[], Any] | None = None  # a weak reference to it
         self.accumulation_allowed = True
+        self.counts_unclipped = False  # adaptive clipping wants to know
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
         self.nonfinite_samples = 0
@@ -59,6 +57,7 @@ class Book(Recorder):
     def start_logical_batch(self) -> None:
         """Nothing is summed: a step has used it, or ``zero_grad`` has dropped it."""
         self.sensitivity = 0.0  # the largest in force at any clipping of the logical batch
+        self.unclipped = 0.0  # Σ (1[n ≤ C] - ½) over its samples
         self.accumulated = 0  # most backward passes between two calls of step
         self._backwards = 0  # since the last call of step
         self.evaluated = False
@@ -102,13 +101,16 @@ class Book(Recorder):
             squared, bounds = self._norms(combined)
             norms = squared.sum(0).sqrt() * scale
             self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(combined)).dtype))
-            factors, _ = self.clipping.factors(squared, bounds, scale)
-            kept = self._kept_samples(factors)
+            factors, lost = self.clipping.factors(squared, bounds, scale)
+            if self.counts_unclipped:
+                self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
+            some_left_out = self._any_left_out(factors, lost)
             for p in list(combined):
                 forms = combined.pop(p)
-                weights = _towards_zero(factors[self.clipping.group_of(p)] * scale, compute_dtype(p.dtype)).to(p.device)
-                if kept is not None:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
-                    index = kept.to(p.device)
+                factor = factors[self.clipping.group_of(p)]
+                weights = _towards_zero(factor * scale, compute_dtype(p.dtype)).to(p.device)
+                if some_left_out:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
+                    index = factor.nonzero().squeeze(1).to(p.device)
                     forms, weights = [form.select(index) for form in forms], weights[index]
                 for form in forms:
                     self._accumulate(p, form.clipped_sum(weights))
@@ -134,22 +136,21 @@ class Book(Recorder):
             )
         return next(iter(sizes))
 
-    def _kept_samples(self, factors: Tensor) -> Tensor | None:
-        """Indices of the samples that count, or None if all do: those with a factor that can be multiplied exactly."""
-        dropped = (factors < LEAST_FACTOR).any(0)
-        count = int(dropped.sum())
-        if count == 0:
-            return None
+    def _any_left_out(self, factors: Tensor, lost: Tensor) -> bool:
+        """Whether a sample has factor 0 in some group; those that are lost for their norm are counted and warned of."""
+        if not bool((factors == 0).any()):
+            return False
+        count = int(lost.sum())
         self.nonfinite_samples += count
-        if not self._warned:
+        if count and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{count} of {len(dropped)} samples have a gradient norm that is NaN, infinite or over 2⁶⁴ times the "
+                f"{count} of {len(lost)} samples have a gradient norm that is NaN, infinite or over 2⁶⁴ times the "
                 f"norm to clip to: each contributes exact zeros. Warned once; see nonfinite_samples for the count",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return (~dropped).nonzero().squeeze(1)
+        return True
 
     @staticmethod
     def _accumulate(p: nn.Parameter, clipped: Tensor) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast import ops
+from dpfast.clipping_functions import Abadi, ClippingFunction
+
+MOST_CLIPPED = 2.0**64  # times the threshold
+LEAST_FACTOR = 1 / MOST_CLIPPED
 
 
 def check_threshold(name: str, value: Any) -> float:
@@ -25,10 +28,12 @@ def check_threshold(name: str, value: Any) -> float:
 class Clipping:
     """Groups of parameters, each clipped to its own norm; flat clipping is one group of all.
 
-    ``thresholds[r]`` is C_r. One sample moves the clipped sum by at most ``sensitivity = √Σ_r C_r²`` (L2).
-    Setting :attr:`sensitivity` scales every C_r alike, which is what Opacus' clip schedulers do to
-    ``optimizer.max_grad_norm``.
+    ``thresholds[r]`` is C_r. One sample moves the clipped sum by at most ``sensitivity = √Σ_r C_r²`` (L2), whatever
+    the :attr:`function`. Setting :attr:`sensitivity` scales every C_r alike, which is what Opacus' clip schedulers do
+    to ``optimizer.max_grad_norm``.
     """
+
+    function: ClippingFunction = Abadi()
 
     def __init__(self, thresholds: Sequence[float], group_of: Mapping[nn.Parameter, int] | None = None):
         self.thresholds = [check_threshold("max_grad_norm", value) for value in thresholds]
@@ -45,9 +50,11 @@ class Clipping:
 
     @classmethod
     def per_layer(
-        cls, max_grad_norm: Sequence[float] | Mapping[str, float], parameters: Mapping[str, nn.Parameter]
+        cls, max_grad_norm: float | Sequence[float] | Mapping[str, float], parameters: Mapping[str, nn.Parameter]
     ) -> Clipping:
         """A norm per parameter tensor (a list, in the optimizer's order) or per named group (a dict).
+
+        One number C is shared out among the M parameters, ``C/√M`` each: the sensitivity is C.
 
         A dict maps name prefixes to norms: ``{"features": 0.5, "head.weight": 1.0}``; the longest prefix that
         matches (whole dotted parts) wins, and every parameter must match one.
@@ -57,10 +64,14 @@ class Clipping:
         """
         if isinstance(max_grad_norm, Mapping):
             return cls._named_groups(max_grad_norm, parameters)
+        if isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool) and parameters:
+            share = check_threshold("max_grad_norm", max_grad_norm) / math.sqrt(len(parameters))
+            max_grad_norm = [share] * len(parameters)
         if not isinstance(max_grad_norm, Sequence) or len(max_grad_norm) != len(parameters):
             raise ValueError(
-                f"max_grad_norm={max_grad_norm!r} with clipping='per_layer': give a list of {len(parameters)} "
-                f"numbers, one for each parameter of the optimizer, or a dict of name prefixes to numbers"
+                f"max_grad_norm={max_grad_norm!r} with clipping='per_layer': give one number, a list of "
+                f"{len(parameters)} numbers, one for each parameter of the optimizer, or a dict of name prefixes to "
+                f"numbers"
             )
         return cls(max_grad_norm, {p: r for r, p in enumerate(parameters.values())})
 
@@ -81,6 +92,14 @@ class Clipping:
         if unused := [key for key in order if key not in used]:
             raise ValueError(f"max_grad_norm has groups that match no parameter: {unused}; check the spelling")
         return cls([thresholds[key] for key in order], group_of)
+
+    @classmethod
+    def shared_out(
+        cls, max_grad_norm: float, groups: Sequence[str], parameters: Mapping[str, nn.Parameter]
+    ) -> Clipping:
+        """Groups of parameters by name prefixes, with ``C/√M`` each of the M groups (Bu et al.; He et al. 2022)."""
+        C = check_threshold("max_grad_norm", max_grad_norm)
+        return cls._named_groups({name: C / math.sqrt(len(groups)) for name in groups}, parameters)
 
     @property
     def sensitivity(self) -> float:
@@ -104,19 +123,18 @@ class Clipping:
         return self._group_of[parameter]
 
     def factors(self, squared: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Factors ``min(1, C/n)`` (Abadi et al., 2016), ``[groups, B]``, and how many samples are not finite.
+        """Factors ``[groups, B]``, float64, and which samples are lost, ``[B]``.
 
-        n is ``√(squared + bound) · scale``, so that ``factor · n ≤ C`` whatever the rounding of the norm; a sample with
-        a norm that is not finite in any group gets factor 0 in all.
-
-        ====  =====================
-        n     factor
-        ====  =====================
-        0     1 (times a zero gradient)
-        ≤ C   1
-        inf   0
-        NaN   0
-        ====  =====================
+        n is ``√(squared + bound) · scale``, so that ``factor · n ≤ C`` whatever the rounding of the norm. A sample
+        whose norm is NaN, infinite or more than 2⁶⁴ C in any group is lost: its factors are 0 in all groups. A factor
+        below 2⁻⁶⁴ is 0: it, or its product with a backprop, may be subnormal, and rounds by more than bounds allow.
         """
         thresholds = torch.tensor(self.thresholds, dtype=squared.dtype, device=squared.device)
-        return ops.clip_factors(squared, bounds, thresholds, ops.ClippingFunction.ABADI, 0.0, scale)
+        factors = self.function.factors(squared, bounds, thresholds, scale)
+        usable = (squared + bounds).sqrt() * scale <= MOST_CLIPPED * thresholds.unsqueeze(1)
+        lost = ~usable.all(0)
+        return torch.where(lost | (factors < LEAST_FACTOR), 0.0, factors), lost
+
+    def within(self, squared: Tensor, bounds: Tensor, scale: float) -> Tensor:
+        """``1[n ≤ C]`` in the first group, for the norms of :meth:`factors`: ``[B]``, float64."""
+        return ((squared[0] + bounds[0]).sqrt() * scale <= self.thresholds[0]).double()

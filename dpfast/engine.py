@@ -6,6 +6,7 @@ import importlib.util
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import chain
 from typing import Any
 
@@ -22,17 +23,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dpfast.clipping import Clipping
+from dpfast.clipping_functions import ClippingFunction, clipping_function
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
 from dpfast.layers import exact_alone, refusal
 from dpfast.layers.generic import ONE_BY_ONE
 from dpfast.noise import check_state
+from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
 from dpfast.planner import check_state as check_plan
 
 FUSED = "fused"
-NOISE_STATE, PLAN = "noise_state_dict", "plan_state_dict"  # in a checkpoint
+# In a checkpoint:
+NOISE_STATE, PLAN, THRESHOLDS = "noise_state_dict", "plan_state_dict", "max_grad_norms"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -101,7 +105,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         batch_first: bool = True,
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
-        clipping: str = "flat",
+        clipping: str | Sequence[str] = "flat",
+        clipping_fn: str | ClippingFunction = "abadi",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = FUSED,
         wrap_model: bool = True,
@@ -119,7 +124,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 ``backward()``, ``item()`` and arithmetic on per-sample losses.
             max_grad_norm: C; with ``clipping="per_layer"`` a list (one C for each of the optimizer's parameters) or
                 a dict of parameter-name prefixes to C.
-            clipping: ``"flat"`` (one norm over all parameters) or ``"per_layer"``.
+            clipping: ``"flat"`` (one norm over all parameters), ``"per_layer"`` (one number is shared out, C/√M each),
+                a list of parameter-name prefixes (groups, C/√M each), or ``"adaptive"`` (C follows a quantile of the
+                norms; give the arguments of :class:`dpfast.optim.adaptive.AdaptiveClipping` too, as in Opacus).
+            clipping_fn: from norms to factors: ``"abadi"``, ``"global"``, ``"automatic"`` (AUTO-S), ``"normalised"``
+                (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping_functions`.
             grad_sample_mode: ``"fused"``, or any mode of Opacus.
             wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
             max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
@@ -140,8 +149,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 were.
         """
         if grad_sample_mode != FUSED:
-            if memory_budget is not None or plan is not None:
-                raise ValueError(f"memory_budget and plan are of the fused mode, not of {grad_sample_mode!r}")
+            if memory_budget is not None or plan is not None or clipping_fn != "abadi":
+                raise ValueError(
+                    f"memory_budget, plan and clipping_fn are of the fused mode, not of {grad_sample_mode!r}"
+                )
             if isinstance(module, FusedModule):
                 raise ValueError(
                     f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
@@ -170,6 +181,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 rand_on_empty=rand_on_empty,
                 **kwargs,
             )
+        adaptive = None
+        if clipping == "adaptive":
+            names = [field.name for field in fields(AdaptiveClipping)]
+            if missing := [name for name in names if name not in kwargs]:
+                raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
+            adaptive = AdaptiveClipping(**{name: kwargs.pop(name) for name in names})
+            adaptive.of_sums(noise_multiplier)
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
         if noise_generator is not None and self.secure_mode:
@@ -193,6 +211,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer = wrapped
         model = module._module if isinstance(module, FusedModule) else module
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
+        thresholds.function = clipping_function(clipping_fn)
         self._check_model(module, max_physical_batch_size)
         planner = Planner(memory_budget, plan)
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
@@ -224,6 +243,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             generator=noise_generator,
             secure_mode=self.secure_mode,
             low_precision=low_precision,
+            adaptive=adaptive,
         )
         private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader))
         private_optimizer.attach_step_hook(private_optimizer.accounting)
@@ -278,6 +298,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         checkpoint = dict(checkpoint_dict or {})
         if isinstance(optimizer, FusedDPOptimizer):
             checkpoint[NOISE_STATE] = optimizer.noise.state_dict()
+            if optimizer.adaptive is not None:
+                checkpoint[THRESHOLDS] = optimizer.max_grad_norms
         if isinstance(module := kwargs.get("module"), FusedHooks):
             checkpoint[PLAN] = module.book.planner.state_dict()
         super().save_checkpoint(path=path, optimizer=optimizer, checkpoint_dict=checkpoint, **kwargs)
@@ -296,22 +318,29 @@ class PrivacyEngine(opacus.PrivacyEngine):
         checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
         if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
             optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))
+            if THRESHOLDS in checkpoint and optimizer.adaptive is not None:
+                (optimizer.max_grad_norm,) = checkpoint.pop(THRESHOLDS)
         if isinstance(module := kwargs.get("module"), FusedHooks) and PLAN in checkpoint:
             module.book.planner.load_state_dict(checkpoint.pop(PLAN))
         return checkpoint
 
-    def _thresholds(self, model: nn.Module, optimizer: optim.Optimizer, clipping: str, max_grad_norm: Any) -> Clipping:
+    def _thresholds(
+        self, model: nn.Module, optimizer: optim.Optimizer, clipping: str | Sequence[str], max_grad_norm: Any
+    ) -> Clipping:
         names = parameter_names(model)
         params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
         if any(p not in names for p in params):
             raise ValueError("Module parameters are different than optimizer Parameters")
-        if clipping == "flat":
+        trained = {names[p]: p for p in params if p.requires_grad}
+        if clipping in ("flat", "adaptive"):
             return Clipping.flat(max_grad_norm)
         if clipping == "per_layer":
-            return Clipping.per_layer(max_grad_norm, {names[p]: p for p in params if p.requires_grad})
+            return Clipping.per_layer(max_grad_norm, trained)
+        if isinstance(clipping, Sequence) and not isinstance(clipping, str) and clipping:
+            return Clipping.shared_out(max_grad_norm, clipping, trained)
         raise ValueError(
-            f"clipping={clipping!r}: the fused mode has 'flat' and 'per_layer'; other styles need an Opacus mode such "
-            f"as grad_sample_mode='hooks'"
+            f"clipping={clipping!r}: the fused mode has 'flat', 'per_layer', 'adaptive' and lists of parameter-name "
+            f"prefixes; other styles need an Opacus mode such as grad_sample_mode='hooks'"
         )
 
     def _check_model(self, module: nn.Module, max_physical_batch_size: int | None) -> None:

@@ -64,16 +64,21 @@ class NoiseStream:
         """
         if self.step >= 1 << 32:
             raise OverflowError(f"noise step {self.step} does not fit in 32 bits: start a new run, with a new key")
-        std, grid = noise_multiplier * sensitivity, 0.0
-        key = self._key_of_step() if std > 0 else (0,) * KEY_WORDS
-        if std > 0 and self.secure:
-            grid = math.ldexp(1.0, math.frexp(std)[1] - 1 - GRID_BITS)
-            std = noise_multiplier * (sensitivity + math.sqrt(elements) * grid)
-        elif std > 0:
-            std = rounded_up(std)
-        noise = Noise(key, self.step, std, grid, scale)
+        key = self._key_of_step() if noise_multiplier * sensitivity > 0 else (0,) * KEY_WORDS
+        noise = Noise(key, self.step, *self._std_and_grid(noise_multiplier, sensitivity, elements), scale)
         self.step += 1
         return noise
+
+    def beside(self, noise: Noise, noise_multiplier: float, sensitivity: float, elements: int, scale: float) -> Noise:
+        """Noise of the same step as ``noise``, for other sums: they must have parameter indices of their own."""
+        return Noise(noise.key, noise.step, *self._std_and_grid(noise_multiplier, sensitivity, elements), scale)
+
+    def _std_and_grid(self, noise_multiplier: float, sensitivity: float, elements: int) -> tuple[float, float]:
+        std = noise_multiplier * sensitivity
+        if std > 0 and self.secure:
+            grid = math.ldexp(1.0, math.frexp(std)[1] - 1 - GRID_BITS)
+            return noise_multiplier * (sensitivity + math.sqrt(elements) * grid), grid
+        return (rounded_up(std) if std > 0 else std), 0.0
 
     def _key_of_step(self) -> tuple[int, ...]:
         if self.secure:

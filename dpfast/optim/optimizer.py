@@ -15,6 +15,7 @@ from dpfast import ops
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
 from dpfast.noise import NoiseStream
+from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 
 
@@ -41,6 +42,7 @@ class FusedDPOptimizer(DPOptimizer):
         secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.NoiseStream`.
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+        adaptive: how C follows a quantile of the norms; it is part of the ``noise_multiplier``'s budget.
     """
 
     def __init__(
@@ -55,8 +57,11 @@ class FusedDPOptimizer(DPOptimizer):
         generator: torch.Generator | None = None,
         secure_mode: bool = False,
         low_precision: str = "nearest",
+        adaptive: AdaptiveClipping | None = None,
     ):
         check_noise_multiplier(noise_multiplier)
+        if adaptive is not None:
+            adaptive.of_sums(noise_multiplier)
         check_low_precision(low_precision, optimizer)
         other = book.optimizer() if book.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
@@ -67,6 +72,7 @@ class FusedDPOptimizer(DPOptimizer):
             )
         self.noise = NoiseStream(generator, secure_mode)
         self.low_precision = low_precision
+        self.adaptive = adaptive
         self.clipping = clipping
         self.book = book
         self._stepped = False  # and not cleared since
@@ -81,6 +87,7 @@ class FusedDPOptimizer(DPOptimizer):
             secure_mode=secure_mode,
         )
         book.clipping = clipping
+        book.counts_unclipped = adaptive is not None
         book.optimizer = weakref.ref(self)
         book.tracked = set(self._all_parameters())
 
@@ -149,7 +156,10 @@ class FusedDPOptimizer(DPOptimizer):
         trained = [p for p in self._all_parameters() if p.requires_grad]
         sensitivity = self.book.sensitivity or self.clipping.sensitivity
         elements = sum(p.numel() for p in trained)
-        noise = self.noise.next(self.noise_multiplier, sensitivity, elements, 1 / divisor)
+        multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
+        noise = self.noise.next(multiplier, sensitivity, elements, 1 / divisor)
+        if self.adaptive is not None:
+            self._adapt(self.adaptive, noise)
         summed = {}
         for p in trained:
             total = getattr(p, "summed_grad", None)
@@ -158,6 +168,16 @@ class FusedDPOptimizer(DPOptimizer):
             summed[p] = total.contiguous()
             p.summed_grad = None
         return summed, noise
+
+    def _adapt(self, adaptive: AdaptiveClipping, noise: ops.Noise) -> None:
+        """The next step's C, from the noisy count of samples that were not clipped."""
+        assert self.expected_batch_size is not None
+        multiplier = 2 * adaptive.unclipped_num_std if self.noise_multiplier > 0 else 0.0
+        scale = 1 / (self.expected_batch_size * self.accumulated_iterations)
+        beside = self.noise.beside(noise, multiplier, 0.5, 1, scale)
+        centred = torch.tensor([self.book.unclipped])
+        ops.noisy_grad_([centred], [centred], [len(self.book.index)], beside)
+        self.clipping.sensitivity = adaptive.next_threshold(self.clipping.sensitivity, centred.item() + 0.5)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale, and account; False if this call only ends a physical batch."""

@@ -1,0 +1,65 @@
+"""Adaptive clipping: C follows a quantile of the norms, by noisy counts that are part of the budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AdaptiveClipping:
+    """``C ← C · exp(-η (b - q))``, b the noisy fraction of samples with n ≤ C (Andrew et al. 2021, Algorithm 1).
+
+    Each sample adds ``1[n ≤ C] - ½`` to a count, which it moves by ½; the count gets noise of ``unclipped_num_std``.
+    Both releases of a step together are as private as one with the noise multiplier z that the accountant is told: sums
+    get ``z_Δ = (z⁻² - (2 · unclipped_num_std)⁻²)^(-½)`` (their Theorem 1), which is larger.
+
+    Args:
+        target_unclipped_quantile: q, the fraction of samples to leave unclipped, 0 to 1.
+        clipbound_learning_rate: η.
+        max_clipbound, min_clipbound: where C stays.
+        unclipped_num_std: standard deviation of the count's noise; more than half of the noise multiplier. Andrew et
+            al. take a twentieth of the expected batch size.
+
+    Raises:
+        ValueError: with the argument's name.
+    """
+
+    target_unclipped_quantile: float
+    clipbound_learning_rate: float
+    max_clipbound: float
+    min_clipbound: float
+    unclipped_num_std: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: give a finite number that is not negative")
+        if self.target_unclipped_quantile > 1:
+            raise ValueError(f"target_unclipped_quantile={self.target_unclipped_quantile!r}: give a fraction, 0 to 1")
+        if not 0 < self.min_clipbound < self.max_clipbound:
+            raise ValueError(
+                f"min_clipbound={self.min_clipbound!r}, max_clipbound={self.max_clipbound!r}: the first must be "
+                f"positive and less than the second"
+            )
+
+    def of_sums(self, noise_multiplier: Any) -> float:
+        """The noise multiplier of the clipped sums, where both releases are accounted for as ``noise_multiplier``.
+
+        Raises:
+            ValueError: the count's noise alone is not enough for it.
+        """
+        if noise_multiplier == 0:
+            return 0.0
+        if 2 * self.unclipped_num_std <= noise_multiplier:
+            raise ValueError(
+                f"unclipped_num_std={self.unclipped_num_std!r}: must be more than half of the noise multiplier "
+                f"({noise_multiplier!r}), or the count alone spends more than the step's budget"
+            )
+        return (noise_multiplier**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5
+
+    def next_threshold(self, threshold: float, fraction: float) -> float:
+        """C after a step in which the noisy fraction of unclipped samples was ``fraction``."""
+        exponent = -self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile)
+        return min(max(threshold * math.exp(min(exponent, 700.0)), self.min_clipbound), self.max_clipbound)
