@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Tests and measurements on a machine with a GPU, in under nine minutes: OUT=folder bench/gpu.sh
+#
+# It needs Python 3.11 or newer with torch, triton, numpy, psutil, tqdm and pytest; nvcc and a C++ compiler for the
+# native libraries, which are built for this GPU alone; no network. In OUT it leaves log.txt and a JSON record of each
+# bench. A step that fails or takes too long does not stop the next one; the exit status is 1 if one did.
+#
+#   OUT      where to leave all that (default bench/out/gpu)
+#   WHEELS   a folder of wheels that is installed first: opacus, and what else is missing of its dependencies
+#   PYTHON   default python3
+
+cd "$(dirname "$0")/.." || exit 1
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-bench/out/gpu}
+mkdir -p "$OUT" || exit 1
+export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1 TQDM_DISABLE=1
+export DPFAST_CACHE_DIR=${DPFAST_CACHE_DIR:-$PWD/build/gpu} # the libraries, and the planner's rates
+
+results=()
+failed=0
+
+# step SECONDS COMMAND...: run it for at most so long
+step() {
+    local limit=$1 start=$SECONDS status
+    shift
+    printf '\n=== %s\n' "$*"
+    timeout --kill-after=5 "$limit" "$@" 2>&1
+    status=$?
+    [ "$status" -eq 0 ] || failed=1
+    results+=("$(printf 'status %3d  %4d s  %s' "$status" "$((SECONDS - start))" "$*")")
+}
+
+all() {
+    if [ -n "${WHEELS:-}" ]; then
+        step 20 "$PYTHON" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
+    fi
+    step 110 "$PYTHON" -m dpfast doctor # its first question for the libraries builds them
+    step 70 "$PYTHON" -m pytest -m gpu -q
+    step 90 "$PYTHON" -m pytest tests/kernels -q -m "not compiles" # with a GPU these compile their kernels
+    step 90 "$PYTHON" -m bench.kernels --seconds 30 --out "$OUT"
+    step 30 "$PYTHON" -m bench.native_gpu --out "$OUT"
+    step 120 "$PYTHON" -m bench.models_gpu --seconds 30 --out "$OUT"
+    printf '\n=== in all %d s (status 124: out of time)\n' "$SECONDS"
+    printf '%s\n' "${results[@]}"
+    return "$failed"
+}
+
+all > >(tee "$OUT/log.txt")
+status=$?
+wait # for tee
+exit "$status"
