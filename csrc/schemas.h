@@ -41,8 +41,8 @@ inline constexpr const char* kSchemas[] = {
     // x [rows, g·c, *], G [rows, g·p, *], three spatial dimensions each, rows of a sample side by side → per-sample
     // gradients of a convolution's weight [batch, c·∏kernel, g·p] float32 and their squared norms [batch] float64
     "convolution_grad_samples(" DPFAST_CONVOLUTION ") -> (Tensor samples, Tensor squared)",
-    // the same arguments → [4, batch, groups] float64: Σ_{t,s} (a_t·a_s)(g_t·g_s) over patches a and backprops g, the
-    // sum of absolute values, Σ_t ‖a_t‖ and Σ_t ‖g_t‖
+    // the same arguments → [5, batch, groups] float64: Σ_{t,s} (a_t·a_s)(g_t·g_s) over patches a and backprops g, the
+    // sum of absolute values, Σ_t ‖a_t‖, Σ_t ‖g_t‖ and Σ_t ‖a_t‖ ‖g_t‖
     "convolution_ghost(" DPFAST_CONVOLUTION ") -> Tensor",
     // ids [B, T] int64, G [B, T, d] → squared norms and bounds [B] float64, from segments of equal ids
     "embedding_squared_norm(Tensor ids, Tensor G) -> (Tensor squared, Tensor bound)",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpfast.clipping import Clipping
 from dpfast.layers.forms import Form, combine, squared_norm
+from dpfast.layers.shift import Shift
 from dpfast.layers.tap import Recorder
 from dpfast.ops import compute_dtype
 
@@ -52,7 +53,7 @@ class Book(Recorder):
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None}
+        return {**vars(self), "optimizer": None, "shift": Shift()}  # those of this run
 
     def start_logical_batch(self) -> None:
         """Nothing is summed: a step has used it, or ``zero_grad`` has dropped it."""

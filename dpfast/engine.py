@@ -30,6 +30,7 @@ from dpfast.layers import exact_alone, refusal
 from dpfast.layers.generic import ONE_BY_ONE
 from dpfast.noise import check_state
 from dpfast.optim.adaptive import AdaptiveClipping
+from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
 from dpfast.planner import check_state as check_plan
@@ -37,6 +38,7 @@ from dpfast.planner import check_state as check_plan
 FUSED = "fused"
 # In a checkpoint:
 NOISE_STATE, PLAN, THRESHOLDS = "noise_state_dict", "plan_state_dict", "max_grad_norms"
+ASCENT = "ascent_state_dict"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -113,6 +115,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         rand_on_empty: bool = False,
         max_physical_batch_size: int | None = None,
         low_precision: str = "nearest",
+        ascent: Ascent | None = None,
         memory_budget: int | float | None = None,
         plan: Mapping[str, str] | None = None,
         **kwargs: Any,
@@ -138,6 +141,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 without it. Refused in secure mode, whose keys come from the operating system.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
                 ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+            ascent: where a step takes its gradients, if not at the weights: ``dpfast.DPSAT(rho=0.03)`` or another of
+                :mod:`dpfast.optim.ascent`. ε does not change.
             memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
                 choose: see :class:`dpfast.planner.Planner`. ``dpfast.explain`` shows the plan.
 
@@ -153,6 +158,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 raise ValueError(
                     f"memory_budget, plan and clipping_fn are of the fused mode, not of {grad_sample_mode!r}"
                 )
+            if ascent is not None:
+                raise ValueError(f"ascent={ascent!r}: the fused mode has it, not {grad_sample_mode!r}")
             if isinstance(module, FusedModule):
                 raise ValueError(
                     f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
@@ -202,6 +209,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         check_noise_multiplier(noise_multiplier)
         wrapped = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
         check_low_precision(low_precision, wrapped)
+        check_ascent(ascent, wrapped, low_precision)
         if loss_reduction == "mean" and any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
             warnings.warn(
                 "loss_reduction='mean' with 16-bit parameters: dividing the loss by the batch size rounds every "
@@ -244,6 +252,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             secure_mode=self.secure_mode,
             low_precision=low_precision,
             adaptive=adaptive,
+            ascent=ascent,
         )
         private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader))
         private_optimizer.attach_step_hook(private_optimizer.accounting)
@@ -298,6 +307,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         checkpoint = dict(checkpoint_dict or {})
         if isinstance(optimizer, FusedDPOptimizer):
             checkpoint[NOISE_STATE] = optimizer.noise.state_dict()
+            if optimizer.ascending.ascent is not None:
+                checkpoint[ASCENT] = optimizer.ascending.state_dict()
             if optimizer.adaptive is not None:
                 checkpoint[THRESHOLDS] = optimizer.max_grad_norms
         if isinstance(module := kwargs.get("module"), FusedHooks):
@@ -313,9 +324,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             path.seek(place)
         if NOISE_STATE in held and isinstance(optimizer, FusedDPOptimizer):
             check_state(held[NOISE_STATE])
+        if isinstance(optimizer, FusedDPOptimizer):
+            optimizer.ascending.check_state(held.get(ASCENT))
         if PLAN in held:
             check_plan(held[PLAN])
         checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
+        if isinstance(optimizer, FusedDPOptimizer):
+            optimizer.ascending.load_state_dict(checkpoint.pop(ASCENT, None))
         if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
             optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))
             if THRESHOLDS in checkpoint and optimizer.adaptive is not None:

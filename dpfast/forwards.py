@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpfast.layers import Layer
-from dpfast.layers.generic import Generic
-from dpfast.layers.tap import LayoutError, Recorder, Tap
+from dpfast.layers.generic import Copies, Generic
+from dpfast.layers.shift import Shift, swapped
+from dpfast.layers.tap import OUTSIDE, LayoutError, Recorder, Tap, running_backward
 from dpfast.separation import aside, same
 from dpfast.trees import tensors
 
@@ -32,6 +34,14 @@ class Forward:
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def untapped(self, recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward; shifted where a training forward runs it without gradients, as checkpoints do."""
+        within = recorder.inside or running_backward() != OUTSIDE
+        if recorder.shift and within and not recorder.paused and not torch.is_grad_enabled():
+            with recorder.shift.in_place_of(self.module):
+                return self.plain(*args, **kwargs)
+        return self.plain(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -59,7 +69,7 @@ class LayerForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.tap.recorder.paused or not trains(self.module):
-            return self.plain(*args, **kwargs)
+            return self.untapped(self.tap.recorder, *args, **kwargs)
         return self.layer.run(self.module, self.tap, *args, **kwargs)
 
 
@@ -76,7 +86,7 @@ class GenericForward(Forward):
         # Inside of another generic module, whose copies cover this one's parameters.
         covered = recorder.token is not None
         if covered or recorder.paused or not torch.is_grad_enabled() or not self._trains():
-            return self.plain(*args, **kwargs)
+            return self.untapped(recorder, *args, **kwargs)
         signature = tuple(x.dim() for x in tensors((args, kwargs)))
         if recorder.verifies and recorder.batch_size != 1 and signature not in self._compared:
             self._compare(args, kwargs)
@@ -86,7 +96,7 @@ class GenericForward(Forward):
     def _compare(self, args: Any, kwargs: Any) -> None:
         """The module must compute the same sample by sample as on the batch."""
         recorder = self.generic.recorder
-        with aside(self.module):
+        with aside(self.module), recorder.setting(shift=Shift()):
             with recorder.setting(paused=True):
                 expected = tensors(self.plain(*args, **kwargs))
             found = tensors(self.generic(self.plain, *args, **kwargs))
@@ -105,12 +115,32 @@ class UnservedForward(Forward):
         self.name, self.recorder = name, recorder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.recorder.paused and trains(self.module):
-            self.recorder.start_forward()
-            if self.recorder.batch_size not in (0, 1):
-                raise ValueError(
-                    f"module {self.name!r} ({type(self.module).__name__}) is trained at a physical batch of one, "
-                    f"but got inputs of {self.recorder.batch_sizes}: iterate over "
-                    f"BatchMemoryManager(max_physical_batch_size=1)"
-                )
-        return self.plain(*args, **kwargs)
+        if self.recorder.paused or not trains(self.module):
+            return self.untapped(self.recorder, *args, **kwargs)
+        self.recorder.start_forward()
+        if self.recorder.batch_size not in (0, 1):
+            raise ValueError(
+                f"module {self.name!r} ({type(self.module).__name__}) is trained at a physical batch of one, "
+                f"but got inputs of {self.recorder.batch_sizes}: iterate over "
+                f"BatchMemoryManager(max_physical_batch_size=1)"
+            )
+        if not self.recorder.shift.in_use or self.recorder.batch_size == 0:
+            return self.plain(*args, **kwargs)
+        with swapped(self._owners(), self._copies()):
+            return self.plain(*args, **kwargs)
+
+    def _owners(self) -> Iterator[nn.Module]:
+        """The module and, below it, what has parameters but no forward, such as a ``ParameterList``."""
+        yield self.module
+        for child in self.module.modules():
+            if type(child).forward is nn.Module.forward:
+                yield child
+
+    def _copies(self) -> dict[nn.Parameter, Tensor]:
+        """The one sample's shifted copy of every trained parameter; the gradient is recorded where it was made."""
+        copies = {}
+        for p in (p for owner in self._owners() for p in owner._parameters.values()):
+            if p in self.recorder.names and p.requires_grad and p not in copies:
+                tap = Tap(self.recorder, Copies(), self.recorder.names[p])
+                copies[p] = tap(torch.zeros(1, device=p.device), p).squeeze(0)
+        return copies

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpfast.forwards import Forward, trains
 from dpfast.layers.generic import ONE_BY_ONE, Generic
+from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import LayoutError, Recorder
 from dpfast.separation import aside, same, untouched_buffers, why_mixed
 from dpfast.trees import packed_sequences, tensors
@@ -50,13 +51,16 @@ class ModelForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder = self.recorder
-        if recorder.paused or recorder.inside or recorder.token is not None or not trains(self.module):
+        if recorder.paused or recorder.inside or recorder.token is not None:
             return self._run(args, kwargs)
+        if not trains(self.module):
+            return self._run_without_gradients(args, kwargs)
         self._guard_parameters()
         recorder.evaluating = not self.module.training and recorder.needs_model
         if recorder.evaluating:
             with recorder.setting(paused=True):
                 return self._run(args, kwargs)
+        recorder.shift.start_forward()
         if recorder.verifies:
             self._refuse_batch_statistics()
         sizes = input_sizes(args, kwargs, self.batch_dim)
@@ -116,6 +120,17 @@ class ModelForward(Forward):
             return self.by_sample(self.plain, *args, **kwargs)
         return (self.inner or self.plain)(*args, **kwargs)
 
+    def _run_without_gradients(self, args: Any, kwargs: Any) -> Any:
+        """An evaluation, unless a reentrant checkpoint around the model is to run this again in the backward."""
+        recorder = self.recorder
+        if not recorder.shift:
+            return self._run(args, kwargs)
+        training = self.module.training and inside_checkpoint()
+        if training:
+            recorder.shift.start_forward()
+        with recorder.setting(inside=training, paused=not training):
+            return self._run(args, kwargs)
+
     def _guard_parameters(self) -> None:
         """Autograd must never reach a parameter past its tap: see :meth:`Recorder.record_whole`."""
         for p in self.recorder.names:
@@ -142,7 +157,7 @@ class ModelForward(Forward):
         if recorder.batch_size is None:
             raise LayoutError(f"{hint}. {ONE_BY_ONE}")
         try:
-            with aside(self.module):
+            with aside(self.module), recorder.setting(shift=Shift()):
                 with recorder.setting(paused=True):
                     expected = tensors(self._run(args, kwargs))
                 self.runs_by_sample = True

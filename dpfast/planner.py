@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -117,7 +118,8 @@ class Planner:
         memory_budget: what gradients written out may take beyond the activations and backprops that they replace, of
             all layers together: bytes (int), or a fraction (float) of the memory that is in use when the backward pass
             starts (on a GPU the allocator's, else what is resident). None: 10 % of that.
-        pins: ``{prefix of a layer's name: way}``, whatever the prediction and the budget.
+        pins: ``{prefix of a layer's name: way}``, whatever the prediction and the budget; the longest prefix counts.
+            Layers with one position per sample have no choice.
 
     Raises:
         ValueError: a budget that is negative, NaN or of another type; a way that there is not.
@@ -151,11 +153,18 @@ class Planner:
 
     def _new(self, layer: str, shape: Shape) -> Plan:
         plans = choices(shape)
-        pinned = [way for name, way in self.pins.items() if layer == name or layer.startswith(f"{name}.")]
-        for plan in plans:
-            if plan.way in pinned:
-                return plan
+        pin = self._pin(layer)
+        if pin is not None and plans[0].way != "product":
+            found = next((plan for plan in plans if plan.way == pin), None)
+            if found is not None:
+                return found
+            warnings.warn(f"plan: there is no {pin!r} for layer {layer!r} on {shape.device}", stacklevel=2)
         return next((plan for plan in plans if plan.kept <= max(0.0, self._left or 0.0)), plans[0])
+
+    def _pin(self, layer: str) -> str | None:
+        """The way that the longest prefix of the layer's name is pinned to; the empty one is of every layer."""
+        matches = [name for name in self.pins if name == "" or layer == name or layer.startswith(f"{name}.")]
+        return self.pins[max(matches, key=len)] if matches else None
 
     def _budget(self, device: torch.device) -> float:
         if isinstance(self.memory_budget, int):
@@ -175,14 +184,16 @@ class Planner:
         return {"plans": [(layer, asdict(shape), plan.way) for (layer, shape), plan in self._plans.items()]}
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
-        """Take over choices, all or none; those of ways or devices that are not here are made anew.
+        """Take over choices, all or none; those pinned here, and those of ways or devices that are not here, are
+        made anew.
 
         Raises:
             ValueError: ``state`` is none of :meth:`state_dict`'s.
         """
         loaded = {}
         for layer, shape, way in check_state(state):
-            if shape.device.type == "cuda" and not torch.cuda.is_available():
+            index = shape.device.index or 0
+            if self._pin(layer) is not None or (shape.device.type == "cuda" and index >= torch.cuda.device_count()):
                 continue
             plan = predicted(shape, way, rates_of(shape.device, shape.dtype, shape.patches))
             if plan is not None:
@@ -200,6 +211,12 @@ def check_state(state: Mapping[str, list[Any]]) -> list[tuple[str, Shape, str]]:
         choices = [(str(layer), Shape(**fields), way) for layer, fields, way in state["plans"]]
         if any(way not in (*WAYS, "product") for _, _, way in choices):
             raise ValueError("a way that there is not")
+        for _, shape, _ in choices:
+            sizes = (shape.batch, shape.groups, shape.T, shape.d, shape.p, shape.sides)
+            if not all(type(size) is int and size >= 0 for size in sizes):
+                raise ValueError(f"sizes that are no sizes: {sizes}")
+            if not (isinstance(shape.dtype, torch.dtype) and isinstance(shape.device, torch.device)):
+                raise ValueError(f"no dtype or device: {shape.dtype!r}, {shape.device!r}")
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
     return choices

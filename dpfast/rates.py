@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,14 +59,23 @@ BUILT_IN = {
 
 def rates_of(device: torch.device, dtype: torch.dtype, patches: bool) -> Rates:
     """The rates for products of ``dtype`` on ``device``, of patches of a convolution or of a linear layer's sides."""
+    if device.type not in BUILT_IN:
+        return built_in("cuda", torch.float64)  # nothing is known of it, but that it has no kernels of ours
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return built_in("cuda", dtype)  # nothing can be measured now
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     return _rates(device.type, index, dtype, patches)
 
 
+def built_in(kind: str, dtype: torch.dtype) -> Rates:
+    """Those of :data:`BUILT_IN`, with norms by tiles only where there is an op for them."""
+    rates = BUILT_IN[kind]
+    tiles = kind in ops.TRITON_DEVICES and dtype != torch.float64 and ops.why_no_triton() is None
+    return rates if tiles else replace(rates, tile=None)
+
+
 @cache
 def _rates(kind: str, index: int | None, dtype: torch.dtype, patches: bool) -> Rates:
-    if kind not in BUILT_IN or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return BUILT_IN["cuda"]  # nothing can be measured
     device = torch.device(kind, index) if index is not None else torch.device(kind)
     what = "convolution" if patches else "linear"
     try:
@@ -78,10 +89,19 @@ def _rates(kind: str, index: int | None, dtype: torch.dtype, patches: bool) -> R
                     os.link(file.name, path)
             took = time.perf_counter() - start
             _log.info("dpfast measured %s products of %s on %s in %.1f s: %s", what, dtype, device, took, path)
-        return Rates(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, build.BuildError) as error:
+        return _checked(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, torch.OutOfMemoryError, build.BuildError) as error:
         _log.info("dpfast's built-in rates are used for its plans, as measured ones cannot be kept: %s", error)
-        return BUILT_IN[kind]
+        return built_in(kind, dtype)
+
+
+def _checked(fields: dict[str, Any]) -> Rates:
+    """Rates as a file has them, or a ValueError or TypeError: a plan must not fail for them in a backward pass."""
+    rates = Rates(**fields)
+    numbers = [value for name, value in vars(rates).items() if not (name == "tile" and value is None)]
+    if not all(type(value) in (int, float) and 0 < value < math.inf for value in numbers):
+        raise ValueError(f"rates that are no positive numbers: {fields}")
+    return rates
 
 
 def measured(device: torch.device, dtype: torch.dtype, patches: bool) -> Rates:
@@ -124,7 +144,7 @@ def _of_patches(device: torch.device, dtype: torch.dtype) -> Rates:
 
 def _memory(device: torch.device) -> tuple[float, float, float]:
     """Bytes a second into new memory and through a weighted sum, far more than caches hold; seconds of the least op."""
-    n = 1 << (24 if device.type == "cuda" else 20)
+    n = 1 << (22 if device.type == "cuda" else 20)
     samples, factors = torch.randn(16, n, device=device), torch.rand(16, device=device)
     write = samples.nbytes / seconds(lambda: torch.ones_like(samples), device)
     read = samples.nbytes / seconds(lambda: ops.weighted_sum(samples, factors), device)

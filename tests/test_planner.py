@@ -73,6 +73,25 @@ def test_a_pin_holds_for_a_module_and_what_is_in_it():
     assert plans.choose("block.10", many).way != "instantiate"
 
 
+def test_the_longest_prefix_counts():
+    plans = Planner(pins={"": "ghost", "enc": "instantiate", "enc.head": "ghost"})
+    many = shape(T=2048, d=8, p=8)
+    assert [plans.choose(name, many).way for name in ("x", "enc.a", "enc.head")] == ["ghost", "instantiate", "ghost"]
+
+
+def test_a_pin_that_cannot_be_met(monkeypatch):
+    monkeypatch.setattr(planner, "rates_of", lambda *_: Rates(**{**vars(EVEN), "tile": None}))
+    with pytest.warns(UserWarning, match="no 'norm-GEMM' for layer 'a' on cpu"):
+        assert Planner(pins={"a": "norm-GEMM"}).choose("a", shape()).way != "norm-GEMM"
+
+
+def test_a_pin_is_above_what_a_checkpoint_says():
+    one, other = Planner(pins={"a": "ghost"}), Planner(pins={"a": "instantiate"})
+    one.choose("a", shape())
+    other.load_state_dict(one.state_dict())
+    assert other.choose("a", shape()).way == "instantiate"
+
+
 @pytest.mark.parametrize("budget", [-1, -0.1, math.nan, math.inf, "1GB", True])
 def test_bad_budgets(budget):
     with pytest.raises(ValueError, match="memory_budget="):
@@ -134,7 +153,11 @@ def test_a_checkpoint_carries_the_plan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", [None, {}, {"plans": 3}, {"plans": [("a", {}, "ghost")]}, {"plans": [("a", vars(shape()), "fast")]}]
+    "state",
+    [None, {}, {"plans": 3}, {"plans": [("a", {}, "ghost")]}, {"plans": [("a", vars(shape()), "fast")]}]
+    + [
+        {"plans": [("a", vars(shape()) | change, "ghost")]} for change in (dict(batch=-5), dict(T="x"), dict(dtype="F"))
+    ],
 )
 def test_a_plan_that_is_none(state, tmp_path):
     """Refused before anything of the checkpoint is taken."""
@@ -181,6 +204,16 @@ class TestRates:
             found = rates.measured(CPU, F32, patches)
             assert all(0 < value < 1e16 for value in vars(found).values() if value is not None)
 
+    def test_too_little_memory_to_measure(self, monkeypatch):
+        def measured(*_):
+            raise torch.OutOfMemoryError("all of it is taken")
+
+        monkeypatch.setattr(rates, "measured", measured)
+        assert rates.rates_of(CPU, F32, False) == rates.built_in("cpu", F32)
+
+    def test_a_device_that_nothing_is_known_of(self):
+        assert rates.rates_of(torch.device("meta"), F32, False).tile is None
+
     def test_measuring_leaves_the_generator_alone(self):
         before = torch.get_rng_state()
         rates.measured(CPU, F32, False)
@@ -190,12 +223,13 @@ class TestRates:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("DPFAST_CACHE_DIR", str(tmp_path / "file"))
         monkeypatch.setattr(rates, "measured", lambda *_: pytest.fail("measured for nothing"))
-        assert rates.rates_of(CPU, F32, False) == rates.BUILT_IN["cpu"]
+        assert rates.rates_of(CPU, F32, False) == rates.built_in("cpu", F32)
 
-    def test_a_file_that_is_no_rates(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("text", ["{}", "no json", json.dumps(vars(EVEN) | {"gram": 0}), "NaN"])
+    def test_a_file_that_is_no_rates(self, text, tmp_path, monkeypatch):
         monkeypatch.setattr(rates, "measured", lambda *_: EVEN)
         rates.rates_of(CPU, F32, False)
         (file,) = (tmp_path / "cache").iterdir()
-        file.write_text("{}")
+        file.write_text(text)
         rates._rates.cache_clear()
-        assert rates.rates_of(CPU, F32, False) == rates.BUILT_IN["cpu"]
+        assert rates.rates_of(CPU, F32, False) == rates.built_in("cpu", F32)

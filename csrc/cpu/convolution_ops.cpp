@@ -182,15 +182,15 @@ std::tuple<Tensor, Tensor> convolution_grad_samples(Tensor x, Tensor G, int64_t 
   return {samples, squared};
 }
 
-// Σ_{t,s} (patch_t · patch_s)(G_t · G_s) of every sample and group, the same of absolute values, Σ_t ‖patch_t‖ and
-// Σ_t ‖G_t‖, of which error bounds are made.
+// Σ_{t,s} (patch_t · patch_s)(G_t · G_s) of every sample and group, the same of absolute values, Σ_t ‖patch_t‖,
+// Σ_t ‖G_t‖ and Σ_t ‖patch_t‖ ‖G_t‖, of which error bounds are made.
 Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Integers kernel, Integers stride,
                          Integers padding, Integers dilation) {
   constexpr double LOST = std::numeric_limits<float>::min();  // the most that a product loses to underflow
   constexpr int64_t STRIP = 32;  // rows of the Gram matrices at a time, of which only s >= t is made, and counted twice
   const Convolution c(x, G, batch, groups, kernel, stride, padding, dilation);
   const int64_t T = c.positions(), size = c.size(), width = kernels().patch_gradient_width(T);
-  Tensor sums = make({4, batch, groups}, ScalarType::Double, x);
+  Tensor sums = make({5, batch, groups}, ScalarType::Double, x);
   Integers ascending(T), lines(c.rows);  // a Gram matrix is that of "patches" which are columns of what is multiplied
   for (int64_t t = 0; t < T; ++t) ascending[t] = t;
   for (int64_t j = 0; j < c.rows; ++j) lines[j] = j * width;
@@ -203,7 +203,7 @@ Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Inte
     c.read_G(i, group, scratch, [&](int64_t first, int64_t j, const float* values) {
       std::copy_n(values, c.line, backprops.data() + j * width + first);
     });
-    double total[4] = {};
+    double total[5] = {};
     for (int64_t begin = 0; begin < T; begin += STRIP) {
       const int64_t height = std::min(STRIP, T - begin), n = T - begin;
       for (auto& strip : gram) strip.resize(height * n);
@@ -218,11 +218,13 @@ Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Inte
           total[0] += product;
           total[1] += std::fabs(product);
         }
-        total[2] += std::sqrt(a[t] + double(size) * LOST);
-        total[3] += std::sqrt(g[t] + double(c.rows) * LOST);
+        const double length_a = std::sqrt(a[t] + double(size) * LOST), length_g = std::sqrt(g[t] + double(c.rows) * LOST);
+        total[2] += length_a;
+        total[3] += length_g;
+        total[4] += length_a * length_g;
       }
     }
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < 5; ++k)
       static_cast<double*>(sums.data_ptr())[(k * batch + i) * groups + group] = total[k];
   });
   return sums;

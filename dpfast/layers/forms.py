@@ -72,7 +72,7 @@ class Factored:
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         if self.A.shape[2] == 1:
             return ops.one_position_squared_norm(self.A, self.G)
-        if self.plan is not None and self.plan.way == "norm-GEMM":
+        if self.plan is not None and self.plan.way == "norm-GEMM" and ops.has_tiles(self.A, self.G):
             return ops.tile_squared_norm(self.A, self.G)
         return ops.ghost_squared_norm(self.A, self.G)
 

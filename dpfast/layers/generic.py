@@ -8,7 +8,6 @@ all samples and what is not cannot be confused, whatever the shapes: vmap tracks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dpfast.layers.base import Layer
 from dpfast.layers.forms import Form, Instantiated
+from dpfast.layers.shift import swapped
 from dpfast.layers.tap import Call, LayoutError, Recorder, Tap
 from dpfast.trees import map_tensors, tensors
 
@@ -85,7 +85,8 @@ class Generic:
                 return next(own).unsqueeze(self.batch_dim) if next(flags) else x
 
             args_, kwargs_ = map_tensors(one, (args, kwargs))
-            with recorder.setting(token=token), _swapped(self.module, dict(zip(trained, copies, strict=True))):
+            own_copies = dict(zip(trained, copies, strict=True))
+            with recorder.setting(token=token), swapped(self.module.modules(), own_copies):
                 results.append(forward(*args_, **kwargs_))
             return tensors(results[0])
 
@@ -123,21 +124,3 @@ class Generic:
         if x.dim() > 1 + dim and x.shape[1 + dim] == 1:
             return x.squeeze(1 + dim).movedim(0, dim)
         return x.flatten(0, 1)
-
-
-@contextmanager
-def _swapped(module: nn.Module, copies: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """``module`` with each parameter replaced by its copies, wherever below it the parameter stands."""
-    places = [
-        (owner, name, p)
-        for owner in module.modules()
-        for name, p in owner._parameters.items()
-        if p is not None and p in copies
-    ]
-    try:
-        for owner, name, p in places:
-            owner._parameters[name] = copies[p]  # type: ignore[assignment]
-        yield
-    finally:
-        for owner, name, p in places:
-            owner._parameters[name] = p

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpfast.layers.forms import Convolved, Factored, Form, Instantiated
+from dpfast.layers.shift import Shift
 from dpfast.planner import Planner
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Recorder:
     def __init__(self, names: Mapping[nn.Parameter, str]):
         self.names = dict(names)
         self.planner = Planner()
+        self.shift = Shift()
         # Set by the model's forward:
         self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
         self.needs_model = False  # layers may run inside of the model's forward only
@@ -167,6 +169,12 @@ class Recorder:
                 f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
                 f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
             )
+        if self.shift.in_use and self._pass_batch == 1:
+            raise RuntimeError(
+                f"parameter {self.names[parameter]!r} was used outside of its own module's forward, where it is not "
+                f"shifted as the ascent wants it. Call the module that owns it, or set requires_grad_(False), or leave "
+                f"ascent out"
+            )
         self._bypassed.add(parameter)
         if self._pass_batch == 1:
             self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)))
@@ -272,12 +280,13 @@ class LayerOp(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, token: Tensor | None, x: Tensor, *params: Tensor | None) -> Tensor:
-        return call.tap.layer.forward(call, x, *params)
+        return call.tap.layer.forward(call, x, *call.tap.recorder.shift.at(params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.call, _, x, *params = inputs
-        ctx.save_for_backward(x, *params)
+        call, _, x, *params = inputs
+        ctx.call = call
+        ctx.save_for_backward(x, *call.tap.recorder.shift.at(params))
         ctx.params = params  # a checkpoint gives back copies of what is saved; the book knows parameters by identity
         ctx.accumulators = {
             index: torch.autograd.graph.get_gradient_edge(p).node

@@ -4,7 +4,7 @@ Where an op has a compiled version, its file here checks the arguments and :mod:
 ops are the plain-PyTorch reference's.
 """
 
-from dpfast.ops.backends import backends, is_native
+from dpfast.ops.backends import TRITON_DEVICES, backends, is_native, why_no_triton
 from dpfast.ops.clipping import ClippingFunction, clip_factors
 from dpfast.ops.convolution import (
     convolution_clipped_gradient,
@@ -43,6 +43,7 @@ __all__ = [
     "KEY_WORDS",
     "PARAMETER_DTYPES",
     "SGD",
+    "TRITON_DEVICES",
     "Adam",
     "ClippingFunction",
     "Geometry",
@@ -75,4 +76,5 @@ __all__ = [
     "sum_positions",
     "tile_squared_norm",
     "weighted_sum",
+    "why_no_triton",
 ]

@@ -17,7 +17,7 @@ from dpfast.ops.matmul import product_reach
 from dpfast.ops.reductions import certified
 from dpfast.reference import Geometry
 from dpfast.reference.matmul import ghost_bound
-from dpfast.reference.rounding import with_safety
+from dpfast.reference.rounding import product_units, unit_roundoff, with_safety
 
 AXES = 3  # of the compiled ops: fewer come with 1s in front
 
@@ -47,10 +47,16 @@ def convolution_squared_norm(
     if _is_triton("convolution_grad_samples", x, G):
         return _from_tiles(x, G, weight, geometry, batch, T)
     if T == 1 or not _is_native("convolution_ghost", x, G):
-        return reference.convolution_squared_norm(x, G, weight, geometry, batch)
+        squared, bound = reference.convolution_squared_norm(x, G, weight, geometry, batch)
+        extra = _sum_units(G) * unit_roundoff(torch.float32)  # of the sum, where the patches' own product is exacter
+        if extra:
+            sides = (side.unflatten(0, (batch, -1)).flatten(1).double().square().sum(1) for side in (x, G))
+            slip = extra * math.prod(sides, start=math.prod(weight.shape[2:])).sqrt()
+            bound = bound + 2 * squared.sqrt() * slip + slip**2
+        return squared, bound
     sums = torch.ops.dpfast.convolution_ghost(*_arguments(x, G, weight, geometry, batch))
-    signed, absolute, lengths_a, lengths_g = sums
-    bound = ghost_bound(absolute, lengths_a, lengths_g, (T, d, p), G.dtype)
+    signed, absolute, *lengths = sums
+    bound = ghost_bound(signed, absolute, (lengths[0], lengths[1], lengths[2]), (T, d, p), G.dtype, 0.0, _sum_units(G))
     return with_safety(signed.sum(1), bound.sum(1), G.dtype)
 
 
@@ -65,6 +71,11 @@ def convolution_clipped_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry:
     by_row = factors.to(dtype).repeat_interleave(len(x) // max(len(factors), 1))
     scaled = G.to(dtype) * by_row.view(-1, *[1] * (G.dim() - 1))
     return reference.convolution_weight_gradient(x, scaled, weight, geometry)
+
+
+def _sum_units(G: Tensor) -> float:
+    """What PyTorch's own convolution, which makes the clipped sum, may lose of a product."""
+    return product_units(G.device, convolution=True) if G.dtype != torch.float64 else 0.0
 
 
 def _from_tiles(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int, T: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
-from dpfast.ops.matmul import drift
-from dpfast.reference.rounding import compute_dtype, unit_roundoff, with_safety
+from dpfast.reference.rounding import compute_dtype, drift, unit_roundoff, with_safety
 
 
 def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:

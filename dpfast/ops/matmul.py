@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_triton
-from dpfast.reference.rounding import smallest, unit_roundoff, with_safety
+from dpfast.reference.rounding import drift, product_units, smallest, unit_roundoff, with_safety
 
-# Units of 2⁻²⁴ that a product of two numbers may be off, where the user has allowed tf32 (its operands have 11 bits),
-# or where few positions make a kernel scale backprops before they are rounded to two bfloat16.
-TF32_UNITS, SPLIT_UNITS = 2.0**14, 2.0**8
+# Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
+# two bfloat16, and those that a kernel's float32 sum of squares may be off: a tree in each block, then the blocks.
+SPLIT_UNITS, BLOCK_UNITS = 2.0**8, 64.0
 # Positions from which a sample's tile is summed before it is scaled.
 BY_SAMPLE = 32
 # Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
@@ -77,25 +75,20 @@ def _aligned(side: Tensor) -> Tensor:
 def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Squared norms ``[B]`` and their bounds, of a kernel's rows: squared, absolute, ``‖A_i‖²``, ``‖G_i‖²``.
 
-    Tensor cores cut off what they add, 16 products at a time, always downwards: a sum of n products is taken to err by
-    ``√n + n/8`` units. ``products`` are the lengths of those that make the norm itself. Besides, the contribution that
-    is summed later is off by such an error of a sum over T, at most ``units · u · ‖A_i‖·‖G_i‖`` in norm; so is the
-    norm, where it is of a gradient made in tiles.
+    ``products`` are the lengths of those that make the norm itself. Besides, the contribution that is summed later is
+    a sum over T that errs by at most ``units · u · ‖A_i‖·‖G_i‖`` in norm; so does the norm, where it is of a gradient
+    made in tiles, whose squares are added up in float32.
     """
     B, groups, T, d = A.shape
     p = G.shape[-1]
     squared, absolute, energy_a, energy_g = stats[:4].double().view(4, B, groups)
     lost = smallest(torch.float32)
-    norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products)
+    u = unit_roundoff(torch.float32)
+    norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products) or BLOCK_UNITS
     reach = product_reach(T, A, G) * (energy_a * energy_g).sqrt()
-    bound = norm_units * unit_roundoff(torch.float32) * absolute + 2 * squared.clamp_min(0).sqrt() * reach + reach**2
+    bound = norm_units * u * absolute + 2 * squared.clamp_min(0).sqrt() * reach + reach**2
     bound = bound + lost * T * (d * energy_g + p * energy_a + T)
     return with_safety(squared.sum(1), bound.sum(1), torch.float32)
-
-
-def drift(n: int) -> float:
-    """Units that a sum of n products in a kernel may be off."""
-    return math.sqrt(n) + n / 8 + 8
 
 
 def product_reach(T: int, A: Tensor, G: Tensor) -> float:
@@ -105,5 +98,4 @@ def product_reach(T: int, A: Tensor, G: Tensor) -> float:
 
 
 def _units_of_a_product(A: Tensor, G: Tensor) -> float:
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.float32 in (A.dtype, G.dtype)
-    return TF32_UNITS if tf32 else 0.0
+    return product_units(G.device) if torch.float32 in (A.dtype, G.dtype) else 0.0

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
+from dpfast.ops.matmul import BLOCK_UNITS
 from dpfast.reference.rounding import compute_dtype, unit_roundoff, with_safety
-
-BLOCK_UNITS = 64.0  # what a kernel's float32 sum of squares may be off: a tree in each block, then the blocks
 
 
 def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
 from dpfast.noise import NoiseStream
 from dpfast.optim.adaptive import AdaptiveClipping
+from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 
 
@@ -43,6 +44,7 @@ class FusedDPOptimizer(DPOptimizer):
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
         adaptive: how C follows a quantile of the norms; it is part of the ``noise_multiplier``'s budget.
+        ascent: where the next step takes its gradients: see :mod:`dpfast.optim.ascent`.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class FusedDPOptimizer(DPOptimizer):
         secure_mode: bool = False,
         low_precision: str = "nearest",
         adaptive: AdaptiveClipping | None = None,
+        ascent: Ascent | None = None,
     ):
         check_noise_multiplier(noise_multiplier)
         if adaptive is not None:
             adaptive.of_sums(noise_multiplier)
         check_low_precision(low_precision, optimizer)
+        check_ascent(ascent, optimizer, low_precision)
         other = book.optimizer() if book.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         if other is not None and not set(other._all_parameters()) <= mine:
@@ -73,6 +77,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.noise = NoiseStream(generator, secure_mode)
         self.low_precision = low_precision
         self.adaptive = adaptive
+        self.ascending = Ascending(ascent, optimizer, book.names)
         self.clipping = clipping
         self.book = book
         self._stepped = False  # and not cleared since
@@ -87,6 +92,7 @@ class FusedDPOptimizer(DPOptimizer):
             secure_mode=secure_mode,
         )
         book.clipping = clipping
+        book.shift = self.ascending.shift
         book.counts_unclipped = adaptive is not None
         book.optimizer = weakref.ref(self)
         book.tracked = set(self._all_parameters())
@@ -181,10 +187,16 @@ class FusedDPOptimizer(DPOptimizer):
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale, and account; False if this call only ends a physical batch."""
+        if self.ascending.moves:
+            raise ValueError("pre_step: the ascent has to see the whole of a step; call step()")
+        return self._pre_step()
+
+    def _pre_step(self) -> bool:
         if not self._begin_step():
             return False
         self.add_noise()
         self.scale_grad()
+        self.ascending.filter()
         self._account()
         return True
 
@@ -196,15 +208,24 @@ class FusedDPOptimizer(DPOptimizer):
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
         for_hook = self.step_hook is not self.accounting and self.low_precision == "nearest"
-        if for_hook or why_not_fused(self.original_optimizer) is not None:
+        if for_hook or self.ascending.filters or why_not_fused(self.original_optimizer) is not None:
             check_low_precision(self.low_precision, self.original_optimizer)
-            return self.original_optimizer.step() if self.pre_step() else None
+            if not self._pre_step():
+                return None
+            self.ascending.see_gradients()
+            self.ascending.before_update()
+            loss = self.original_optimizer.step()
+            self.ascending.after_update()
+            return loss
         if self._begin_step():
+            self.ascending.before_update()
             summed, noise = self._take_sums()
             key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
             self._account()
             with torch.no_grad():
                 noisy_step(self.original_optimizer, summed, self.book.index, noise, self.low_precision, key)
+                self.ascending.see_gradients()
+                self.ascending.after_update()
         return None
 
     def _begin_step(self) -> bool:

@@ -1,12 +1,10 @@
 """Embedding rows: ``g_i[v] = Σ_{t: id_t = v} G_t``, never one-hot, never ``V × d`` unless asked for."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from dpfast.reference.reductions import row_squares
-from dpfast.reference.rounding import compute_dtype, unit_roundoff, with_safety
+from dpfast.reference.rounding import compute_dtype, drift, product_units, unit_roundoff, with_safety
 
 
 def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +51,7 @@ def embedding_cross_term(ids: Tensor, E: Tensor, A: Tensor, G: Tensor) -> tuple[
     # Not from |a_s·e_t|, which may have cancelled.
     lengths_a, lengths_e = (torch.linalg.vector_norm(side, dim=2).double() for side in (A, E))
     reach = torch.einsum("bs,bt,bst->b", lengths_a, lengths_e, gathered.abs_().double())
-    units = math.sqrt(A.shape[-1]) + A.shape[-1] / 32 + 8
+    units = drift(A.shape[-1]) + (product_units(A.device) if dtype == torch.float32 else 0.0)
     return terms.sum(1).double(), units * unit_roundoff(dtype) * reach
 
 
@@ -62,5 +60,5 @@ def embedding_times_grad_samples(ids: Tensor, E: Tensor, other: Tensor) -> tuple
     dtype = compute_dtype(E.dtype)
     rows = torch.gather(other.to(dtype), 1, ids.unsqueeze(-1).expand(E.shape))
     terms = (rows * E.to(dtype)).sum(-1)
-    units = math.sqrt(E.shape[-1]) + 8
-    return terms.sum(1).double(), units * unit_roundoff(dtype) * terms.abs().sum(1).double()
+    length, other_length = (torch.linalg.vector_norm(side.double(), dim=2) for side in (rows, E))
+    return terms.sum(1).double(), drift(E.shape[-1]) * unit_roundoff(dtype) * (length * other_length).sum(1)

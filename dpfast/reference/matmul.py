@@ -1,11 +1,9 @@
 """Per-sample gradients that are matrix products: ``g_i = G_iᵀ A_i`` (linear layers, unfolded convolutions)."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from dpfast.reference.rounding import compute_dtype, smallest, unit_roundoff, with_safety
+from dpfast.reference.rounding import compute_dtype, drift, product_units, smallest, unit_roundoff, with_safety
 
 # Gram matrices are made in strips of so many rows, of which only the part s >= t is formed and counted twice off the
 # diagonal: at most four strips (a tenth more work than the triangle has), none thinner than matrix products like.
@@ -30,41 +28,59 @@ def one_position_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)``, no per-sample gradient formed.
 
-    The sum can cancel, so its rounding is bounded from ``Σ_{t,s} |a_t·a_s|·|g_t·g_s|``. Dot products of length n
-    are taken to err by ``√n + n/32`` units (a random walk, Higham and Mary 2019, and the drift of equal terms in
-    vector lanes), not by the worst case n. What underflows is bounded from the diagonals, ``|a_t·a_s| ≤ ‖a_t‖·‖a_s‖``.
+    The sum can cancel, so its rounding is bounded from ``Σ_{t,s} |a_t·a_s|·|g_t·g_s|``: see :func:`ghost_bound`. What
+    underflows is bounded from the diagonals, ``|a_t·a_s| ≤ ‖a_t‖·‖a_s‖``.
     """
     dtype = compute_dtype(G.dtype)
     B, groups, T, d = A.shape
     p = G.shape[-1]
     A, G = A.to(dtype).reshape(B * groups, T, d), G.to(dtype).reshape(B * groups, T, p)
-    signed, absolute, lengths_a, lengths_g = torch.zeros(4, B * groups, dtype=torch.float64, device=A.device)
+    signed, absolute, lengths_a, lengths_g, reach = torch.zeros(5, B * groups, dtype=torch.float64, device=A.device)
     lost = smallest(dtype)
     strip = max(THINNEST, -(-T // STRIPS))
     for t in range(0, T, strip):
         rows = slice(t, t + strip)
         products, other = (torch.bmm(side[:, rows], side[:, t:].transpose(1, 2)) for side in (A, G))
-        lengths_a += (products.diagonal(dim1=1, dim2=2).double() + d * lost).sqrt().sum(1)
-        lengths_g += (other.diagonal(dim1=1, dim2=2).double() + p * lost).sqrt().sum(1)
+        length_a = (products.diagonal(dim1=1, dim2=2).double() + d * lost).sqrt()
+        length_g = (other.diagonal(dim1=1, dim2=2).double() + p * lost).sqrt()
+        lengths_a += length_a.sum(1)
+        lengths_g += length_g.sum(1)
+        reach += (length_a * length_g).sum(1)
         products.mul_(other)
         products[:, :, strip:].mul_(2)
         signed += products.sum((1, 2)).double()
         absolute += products.abs_().sum((1, 2)).double()
-    bound = ghost_bound(absolute, lengths_a, lengths_g, (T, d, p), dtype)
+    each = product_units(A.device) if dtype == torch.float32 else 0.0
+    bound = ghost_bound(signed, absolute, (lengths_a, lengths_g, reach), (T, d, p), dtype, each, each)
     return with_safety(signed.view(B, groups).sum(1), bound.view(B, groups).sum(1), dtype)
 
 
 def ghost_bound(
-    absolute: Tensor, lengths_a: Tensor, lengths_g: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype
+    squared: Tensor,
+    absolute: Tensor,
+    lengths: tuple[Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    gram_units: float = 0.0,
+    sum_units: float = 0.0,
 ) -> Tensor:
-    """How far a ghost sum may be from the truth.
+    """How far a ghost sum may be from the squared norm of what is later summed for the sample.
 
-    From ``Σ |a_t·a_s|·|g_t·g_s|``, ``Σ ‖a_t‖``, ``Σ ‖g_t‖`` and ``sizes = (T, d, p)``.
+    That is the rounding of the ghost sum, and that of the contribution: a sum over T of its own.
+
+    Args:
+        squared, absolute: ``Σ (a_t·a_s)(g_t·g_s)`` and ``Σ |a_t·a_s|·|g_t·g_s|``.
+        lengths: ``Σ ‖a_t‖``, ``Σ ‖g_t‖`` and ``Σ ‖a_t‖·‖g_t‖``.
+        sizes: ``(T, d, p)``.
+        gram_units, sum_units: see :func:`~dpfast.reference.rounding.product_units`, of the Gram matrices' products and
+            of the contribution's.
     """
-    T, d, p = sizes
-    units = math.sqrt(d) + math.sqrt(p) + (d + p) / 32 + 8
-    lost = smallest(dtype)
-    return units * unit_roundoff(dtype) * absolute + lost * (d * lengths_g**2 + p * lengths_a**2 + T**2)
+    (lengths_a, lengths_g, reach), (T, d, p) = lengths, sizes
+    u, lost = unit_roundoff(dtype), smallest(dtype)
+    of_norm = (drift(d) + drift(p) + 2 * gram_units) * u * absolute
+    of_norm = of_norm + lost * (d * lengths_g**2 + p * lengths_a**2 + T**2)
+    slip = (drift(T) + sum_units) * u * reach
+    return of_norm + 2 * squared.clamp_min(0).sqrt() * slip + slip**2
 
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
@@ -86,5 +102,8 @@ def factored_times_grad_samples(A: Tensor, G: Tensor, other: Tensor) -> tuple[Te
     B, groups, _, d = A.shape
     h = other.view(B, groups, G.shape[-1], d).to(dtype)
     terms = (torch.matmul(G.to(dtype), h) * A.to(dtype)).sum(-1).flatten(1)
-    units = math.sqrt(d) + math.sqrt(G.shape[-1]) + 8
-    return terms.sum(1).double(), units * unit_roundoff(dtype) * terms.abs().sum(1).double()
+    # Not from |terms|, which may have cancelled.
+    length = [torch.linalg.vector_norm(side.double(), dim=3) for side in (A, G)]
+    reach = ((length[0] * length[1]).sum(2) * torch.linalg.vector_norm(h.double(), dim=(2, 3))).sum(1)
+    units = drift(d) + drift(G.shape[-1]) + (2 * product_units(A.device) if dtype == torch.float32 else 0.0)
+    return terms.sum(1).double(), units * unit_roundoff(dtype) * reach

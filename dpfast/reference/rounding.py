@@ -1,11 +1,14 @@
 """How far a floating-point result may be from the truth."""
 
+import math
+
 import torch
 from torch import Tensor
 
 # Units of rounding added to every squared norm: the final reduction, the factor's own rounding, the scaling of
 # the backprops and the accumulation into the clipped sum, each at most one or two units.
 SAFETY_UNITS = 8.0
+LONGEST_BLOCK = 512  # terms that matrix products add up in one go, at most
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,6 +19,31 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Half of the distance from 1 to the next number of the dtype that sums are made in."""
     return torch.finfo(compute_dtype(dtype)).eps / 2
+
+
+def drift(n: int) -> float:
+    """Units of rounding that a sum of n products may be off, in a matrix product of any library or kernel.
+
+    Roundings of different terms are a random walk (Higham and Mary 2019). Equal terms are all rounded alike: matrix
+    products add some hundred of them one after the other before they add up such blocks, dot products and tensor cores
+    (which cut off what they add, 16 products at a time) go on so to the end.
+    """
+    return math.sqrt(n) + min(n, LONGEST_BLOCK) / 4 + n / 8 + 8
+
+
+def product_units(device: torch.device, convolution: bool = False) -> float:
+    """Units of float32 that a product may be off before it is added, where the user has allowed tf32 or bfloat16 in it.
+
+    cuDNN's convolutions have tf32 allowed from the start.
+    """
+    backends = torch.backends.cuda if device.type == "cuda" and not convolution else torch.backends.cudnn
+    if device.type != "cuda":
+        backends = torch.backends.mkldnn
+    part = backends.conv if convolution else backends.matmul
+    precision = next(
+        (p for p in (part.fp32_precision, getattr(torch.backends, "fp32_precision", "none")) if p != "none"), "ieee"
+    )
+    return {"tf32": 2.0**15, "bf16": 2.0**18}.get(precision, 0.0)
 
 
 def smallest(dtype: torch.dtype) -> float:

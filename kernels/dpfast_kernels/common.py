@@ -23,7 +23,9 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.fl
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a product: tf32 only of float32, and only where the user has allowed it in torch."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    asked = (torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision)
+    allowed = next((precision for precision in asked if precision != "none"), "ieee")
+    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"
 
 
 def dot_dtype(A: torch.Tensor, G: torch.Tensor) -> torch.dtype:

@@ -16,7 +16,6 @@ from .common import (
     TRITON_DTYPE,
     Compile,
     cdiv,
-    dot_precision,
     launch,
     meta,
     next_power_of_2,
@@ -216,7 +215,7 @@ def norm_from_pairs(
     pairs = pairs_of(T, tiles.BLOCK_T)
     partials = torch.empty((2, B, pairs), dtype=torch.float32, device=G.device)
     arguments = (ids, G, partials, B, T, d, pairs, cdiv(T, tiles.BLOCK_T), *ids.stride(), *G.stride())
-    options = {"DTYPE": TRITON_DTYPE[G.dtype], "PRECISION": dot_precision(G.dtype), **asdict(tiles)}
+    options = {"DTYPE": TRITON_DTYPE[G.dtype], "PRECISION": "ieee", **asdict(tiles)}
     launch(pairs_kernel, (B * pairs,), *arguments, device=G.device, **options)
     return totals(partials)
 

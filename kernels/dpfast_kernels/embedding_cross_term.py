@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TRITON_DTYPE, Compile, cdiv, dot, dot_dtype, dot_precision, launch, meta, vectorised, wide
+from .common import TRITON_DTYPE, Compile, cdiv, dot, dot_dtype, launch, meta, vectorised, wide
 from .embedding import Tiles, configure_tiles, totals
 
 
@@ -62,8 +62,8 @@ def cross_kernel(
         products = dot(a, e, products, PRECISION)
         a_squares += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
         e_squares += tl.sum(e.to(tl.float32) * e.to(tl.float32), 0)
-        a_tile += BLOCK_K * a_d
-        e_tile += BLOCK_K * e_d
+        a_tile += BLOCK_K * wide(a_d)
+        e_tile += BLOCK_K * wide(e_d)
     terms = tl.where(both, products * gathered, 0.0)
     lengths = tl.sqrt(a_squares)[:, None] * tl.sqrt(e_squares)[None, :]
     reach = tl.where(both, lengths * tl.abs(gathered), 0.0)
@@ -98,7 +98,7 @@ def cross_term_with(
     partials = torch.empty((2, B, tiles_s, tiles_t), dtype=torch.float32, device=G.device)
     strides = (stride for side in (ids, E, A, G) for stride in side.stride())
     arguments = (ids, E, A, G, partials, B, T, S, d, tiles_t, tiles_s, *strides)
-    options = {"DTYPE": TRITON_DTYPE[dtype], "PRECISION": dot_precision(dtype), **asdict(tiles)}
+    options = {"DTYPE": TRITON_DTYPE[dtype], "PRECISION": "ieee", **asdict(tiles)}
     launch(cross_kernel, (B * tiles_s * tiles_t,), *arguments, device=G.device, **options)
     return totals(partials)
 

@@ -81,7 +81,7 @@ def test_ghost_norms_are_within_their_bounds(ops, shapes, dtype):
     squared, bound = public.convolution_squared_norm(*arguments)
     want = squares(oracle(*arguments))
     assert ((squared - want).abs() <= bound).all()
-    assert (bound <= 1e-3 * want).all()
+    assert (bound <= 2e-3 * want).all()
 
 
 def test_equal_terms_do_not_drift_past_the_bound(ops):

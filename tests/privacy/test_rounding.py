@@ -178,3 +178,41 @@ def test_a_wide_embedding_row_of_constants(width):
     for c in (torch.rand(6) + 0.5).tolist():
         sums = private.backward((torch.zeros(1, 1, dtype=torch.long),), c, lambda out, c: (out * c).sum())
         assert sums["model.weight"].double().norm().item() <= bound * SLACK
+
+
+UNLUCKY = 1.0000036954811478  # its square, added up again and again, is rounded the same way for long
+
+
+@pytest.mark.parametrize("n", [64, 128, 192, 256, 320, 384, 1000])
+@pytest.mark.parametrize("T", [8, 32, 96])
+def test_products_of_equal_terms(T, n):
+    """Of any length: a matrix product adds up some hundred of them in one go."""
+    for value in (UNLUCKY, 1.0000017881377445, 0.1, 1.1):
+        A = torch.full((1, 1, T, n), value)
+        truth = (T * A[0, 0, 0, 0].double() ** 2) ** 2 * n * n
+        certifies(reference.ghost_squared_norm(A, A), truth.view(1))
+        h = torch.full((1, n, 4), value)
+        term, bound = reference.factored_times_grad_samples(torch.ones(1, 1, T, 4), A, h)
+        assert abs(term - T * n * 4 * A[0, 0, 0, 0].double() ** 2) <= bound
+
+
+@pytest.mark.parametrize("way", ["ghost", "instantiate"])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(1, 1, bias=False), (20_000, 1)),
+        (nn.Linear(4, 4, bias=False), (20_000, 4)),
+        (nn.Linear(192, 192, bias=False), (32, 192)),
+        (nn.Linear(192, 192, bias=False), (192, 192)),
+        (nn.Conv2d(1, 1, 1, bias=False), (1, 60, 60)),
+        (nn.Conv2d(192, 192, 1, bias=False), (192, 3, 3)),
+    ],
+    ids=["one column", "four columns", "wide", "wide and long", "pixels", "wide pixels"],
+)
+def test_what_is_summed_is_rounded_too(layer, shape, way):
+    """The norm's own rounding is not all: a contribution is a float32 sum over positions."""
+    for value in (UNLUCKY, 1.0000017881377445, 0.1):
+        for bound in (1.0, 1.3):
+            private = Private(nn.Sequential(layer), bound, loss_reduction="sum", plan={"0": way})
+            sums = private.backward((torch.full((1, *shape), value),), value, lambda out, c: (out * c).sum())
+            assert sum(s.double().square().sum() for s in sums.values()).sqrt().item() <= bound * SLACK
