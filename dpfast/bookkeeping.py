@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping import Clipping
-from dpfast.layers.forms import Form, combine, squared_norm
+from dpfast.layers.forms import Form, clipped_sums, combine, squared_norm
 from dpfast.layers.shift import Shift
 from dpfast.layers.tap import Recorder
 from dpfast.ops import compute_dtype
@@ -106,6 +106,7 @@ class Book(Recorder):
             if self.counts_unclipped:
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
             some_left_out = self._any_left_out(factors, lost)
+            owners, parts = [], []
             for p in list(combined):
                 forms = combined.pop(p)
                 factor = factors[self.clipping.group_of(p)]
@@ -113,8 +114,10 @@ class Book(Recorder):
                 if some_left_out:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
                     index = factor.nonzero().squeeze(1).to(p.device)
                     forms, weights = [form.select(index) for form in forms], weights[index]
-                for form in forms:
-                    self._accumulate(p, form.clipped_sum(weights))
+                owners += [p] * len(forms)
+                parts += [(form, weights) for form in forms]
+            for k, clipped in clipped_sums(parts):
+                self._accumulate(owners[k], clipped)
 
     def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
         """Squared norms ``[groups, B]`` and the bounds on their errors."""

@@ -8,7 +8,7 @@ over the parameter's forms (tied or re-used weights have several), and norms of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -206,6 +206,25 @@ def squared_norm(forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
         term, slack = _cross_term(one, other)
         squared, bound = squared + 2 * term, bound + 2 * slack
     return squared.clamp_min(0), bound
+
+
+def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """Each form's clipped sum with its factors, and its place in ``parts``; all that are written out in one launch.
+
+    ``parts`` is emptied on the way: what a sum was made of can go.
+    """
+    written: dict[tuple[object, ...], list[tuple[int, Instantiated, Tensor]]] = {}
+    while parts:
+        form, factors = parts.pop()
+        if isinstance(form, Instantiated):
+            kind = (form.samples.dtype, form.samples.device, form.batch)
+            written.setdefault(kind, []).append((len(parts), form, factors))
+        else:
+            yield len(parts), form.clipped_sum(factors)
+        del form
+    for group in written.values():
+        places, forms, weights = zip(*group, strict=True)
+        yield from zip(places, ops.weighted_sums([form.samples for form in forms], weights), strict=True)
 
 
 def _cross_term(one: Form, other: Form) -> tuple[Tensor, Tensor]:

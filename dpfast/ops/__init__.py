@@ -28,6 +28,7 @@ from dpfast.ops.reductions import (
     squared_norm,
     sum_positions,
     weighted_sum,
+    weighted_sums,
 )
 from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
 from dpfast.reference import (
@@ -76,5 +77,6 @@ __all__ = [
     "sum_positions",
     "tile_squared_norm",
     "weighted_sum",
+    "weighted_sums",
     "why_no_triton",
 ]

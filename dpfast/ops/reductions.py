@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,18 +27,27 @@ def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
     """``Σ_i factor_i · g_i`` of ``samples [B, *]``, float32 (float64 for float64); factor 0 leaves a sample out."""
-    factors = factors.to(compute_dtype(samples.dtype)).contiguous()
-    order = sorted(range(1, samples.dim()), key=samples.stride, reverse=True)
-    stored = samples.permute(0, *order)  # as they lie in memory: a transposed view is not copied
-    if is_native("weighted_sums", samples.device):
-        total = torch.ops.dpfast.weighted_sums([stored.contiguous()], factors)[0]
-    elif is_triton("weighted_sums", samples):
-        from dpfast_kernels.weighted_sum import weighted_sums
+    return weighted_sums([samples], [factors])[0]
 
-        total = weighted_sums([stored], factors)[0]
+
+def weighted_sums(samples: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`weighted_sum` of several tensors of one B, dtype and device, each with factors ``[B]``, in one launch."""
+    dtype, device = samples[0].dtype, samples[0].device
+    stacked = torch.stack([row.to(compute_dtype(dtype)) for row in factors])
+    orders = [sorted(range(1, x.dim()), key=x.stride, reverse=True) for x in samples]
+    stored = [x.permute(0, *order) for x, order in zip(samples, orders, strict=True)]  # as they lie in memory: no copy
+    if is_native("weighted_sums", device):
+        totals = torch.ops.dpfast.weighted_sums([x.contiguous() for x in stored], stacked)
+    elif is_triton("weighted_sums", *samples):
+        from dpfast_kernels.weighted_sum import weighted_sums as kernel
+
+        totals = kernel(stored, stacked)
     else:
-        total = reference.weighted_sum(stored, factors)
-    return total.view(stored.shape[1:]).permute([order.index(dim) for dim in range(1, samples.dim())])
+        totals = [reference.weighted_sum(x, row) for x, row in zip(stored, stacked, strict=True)]
+    return [
+        total.view(x.shape[1:]).permute([order.index(dim) for dim in range(1, x.dim())])
+        for total, x, order in zip(totals, stored, orders, strict=True)
+    ]
 
 
 def certified(squared: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
