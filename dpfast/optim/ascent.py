@@ -209,7 +209,7 @@ class Ascending:
         if not isinstance(state, Mapping) or state.get("ascent") != type(self.ascent).__name__:
             found = state.get("ascent") if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"ascent state: of {found!r}, and this optimizer has {self.ascent!r}")
-        if name := self.ascent.scaled_by:
+        if self.ascent is not None and (name := self.ascent.scaled_by):
             settings = state.get("settings")
             check_number(
                 f"ascent state: settings: {name}", settings.get(name) if isinstance(settings, Mapping) else None
@@ -267,8 +267,7 @@ def normalised(tensors: Sequence[Tensor], length: float) -> list[Tensor]:
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     """Over all ``tensors``, in float64."""
-    devices = {x.device for x in tensors}
-    if len(devices) == 1 and is_native("squared_norms", *devices):
+    if all(x.device.type == "cpu" for x in tensors) and is_native("squared_norms", tensors[0].device):
         squares = torch.ops.dpfast.squared_norms([x.contiguous().view(1, -1) for x in tensors])
         if 2.0**-900 < (squared := float(squares.sum())) < math.inf:  # else squares may have left the range
             return math.sqrt(squared)

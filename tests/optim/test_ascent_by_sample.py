@@ -83,8 +83,8 @@ def test_one_sample_at_a_time(make, kw):
         squares(run, x)
         shifted_by_hand(plain, optimizer, x)
     close(run.values(), [p.detach() for p in plain.parameters()], 1e-7)
-    torch.testing.assert_close(run.wrapped.eval()(x), plain.eval()(x))
     copy.deepcopy(run.wrapped)
+    torch.testing.assert_close(run.wrapped.eval()(x), plain.eval()(x))
 
 
 def test_sample_by_sample():
@@ -99,6 +99,9 @@ def test_sample_by_sample():
             q.copy_(p + run.optimizer.ascending.shift.shifts[p])
     torch.testing.assert_close(run.wrapped(x), twin(x))
     squares(run, torch.randn(4, 6, 3, dtype=F64))
+    fresh = Private(BySample().double(), sgd, ascent=RHO, data_loader=loader_of(4))
+    fresh.optimizer.ascending.load_state_dict(run.optimizer.ascending.state_dict())
+    squares(fresh, x)
 
 
 def test_a_parameter_past_its_module_is_refused_by_name():

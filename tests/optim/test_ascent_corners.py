@@ -65,6 +65,7 @@ def test_weights_changed_between_steps(how, ascent):
     """The shift is kept, and is from the weights as they are at the forward."""
     run, batch = started(ascent), data()
     other = Net().double()
+    run.wrapped(*batch)
     shifts = dict(run.optimizer.ascending.shift.shifts)
     if how == "load_state_dict":
         run.model.load_state_dict(other.state_dict())
@@ -95,12 +96,12 @@ def test_frozen_and_unfrozen(ascent):
         norm = sum(s.square().sum() for s in run.optimizer.ascending.shift.shifts.values()).sqrt()
         torch.testing.assert_close(norm, torch.tensor(0.3, dtype=F64))
     model.block.norm.requires_grad_(True)
-    model.fc.requires_grad_(False)
+    model.fc.bias.requires_grad_(False)
     twin, batch = Net().double(), data()
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-            if not name.startswith(("block.norm", "fc")):
+            if not name.startswith(("block.norm", "fc.bias")):
                 q += run.optimizer.ascending.shift.shifts[p]
     torch.testing.assert_close(run.wrapped(*batch), twin(*batch))
     run.step(batch)
@@ -228,5 +229,19 @@ def test_a_step_hook_sees_what_the_optimizer_uses():
             run.step(data())
         if hooked:
             assert torch.equal(seen[-1], run.model.block.gate.grad)
+        ends.append(run.values())
+    assert same(*ends)
+
+
+@each_ascent
+def test_gradients_belong_to_the_user(ascent):
+    """What is done to them after the step, such as ``zero_grad(set_to_none=False)``, changes no later step."""
+    model, steps, ends = Net().double(), [data() for _ in range(3)], []
+    for kept in (False, True):
+        run = Private(copy.deepcopy(model), sgd, ascent=ascent)
+        for batch in steps:
+            run.step(batch)
+            if kept:
+                run.optimizer.zero_grad(set_to_none=False)
         ends.append(run.values())
     assert same(*ends)
