@@ -1,4 +1,8 @@
-"""The command line: ``python -m dpfast doctor`` says what dpfast runs on here, and why not on more."""
+"""The command line.
+
+``python -m dpfast doctor`` says what dpfast runs on here, and why not on more; ``python -m dpfast reproduce`` tries
+what the papers say: see :mod:`dpfast.analysis.reproduce`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ import torch
 
 import dpfast
 from dpfast import native
+from dpfast.analysis import reproduce
 from dpfast.native import build, cache
 
 MEANT = ("native", "triton", "torch")  # backends in dpfast.ops.backends() that nothing better stands above
@@ -25,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     doctor = commands.add_parser("doctor", help="versions, devices, native libraries, and the backend of each op")
     doctor.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
+    reproduce.add_arguments(commands.add_parser("reproduce", help="the papers' claims, tried on small data"))
     asked = parser.parse_args(arguments)
     if asked.command is None:
         parser.print_help()
         return 0
+    if asked.command == "reproduce":
+        return reproduce.main(asked.experiment, asked.seeds, asked.out, asked.quick)
     return report(asked.strict)
 
 

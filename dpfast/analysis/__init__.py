@@ -1,1 +1,1 @@
-"""Audits of the guarantee on a user's own model."""
+"""Audits of the guarantee on a user's own model; calibration, convergence, and what papers say of them, tried."""

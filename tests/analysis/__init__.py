@@ -1,0 +1,1 @@
+"""Calibration, convergence and the reproductions."""
