@@ -120,8 +120,12 @@ class CustomClipping(ClippingFunction):
     so that the sensitivity is C, as with every other function. Promised at all n, and not at those of the grid alone:
     a factor above ``C/n`` is cut to that, one that is negative or NaN to 0.
 
+    It is called under ``torch.vmap``, for one sample's norm at a time: a factor that depends on other samples' norms
+    (their maximum, their median) would move everyone's gradient with one sample. For the same reason it must not
+    remember norms from call to call.
+
     Args:
-        function: called with float64 norms that are finite and not negative.
+        function: of a float64 norm ``[]`` that is finite and not negative.
         sensitivity: the most that ``factor(n) · n`` can be; checked on a grid of norms from 1e-9 to 1e9 times it.
 
     Raises:
@@ -135,9 +139,12 @@ class CustomClipping(ClippingFunction):
         _check("CustomClipping", "sensitivity", self.sensitivity)
         norms = torch.cat([torch.zeros(1).double(), torch.logspace(-9, 9, 3601, dtype=torch.float64)])
         norms *= self.sensitivity
-        found = self.function(norms)
+        try:
+            found = self._each(norms)
+        except Exception as error:
+            raise ValueError(f"CustomClipping: the function does not run under torch.vmap: {error}") from error
         if not isinstance(found, Tensor) or found.shape != norms.shape:
-            raise ValueError(f"CustomClipping: the function must return a factor for each of {len(norms)} norms")
+            raise ValueError("CustomClipping: the function must return one factor, a tensor [], for a norm []")
         found = found.double()
         wrong = ~((found >= 0) & (found * norms <= self.sensitivity * (1 + 1e-9)))
         if bool(wrong.any()):
@@ -151,10 +158,14 @@ class CustomClipping(ClippingFunction):
         C = thresholds.unsqueeze(1)
         n = (squared + bounds).sqrt() * scale
         usable = torch.where(n.isfinite(), n, 0.0)
-        rows = [self.function(row * (self.sensitivity / c)).double() for row, c in zip(usable, thresholds, strict=True)]
+        rows = [self._each(row * (self.sensitivity / c)).double() for row, c in zip(usable, thresholds, strict=True)]
         most = torch.where(n > 0, C * (1 - 2.0**-50) / n, torch.inf)
         factors = torch.stack(rows).nan_to_num(0.0).clamp(0.0, LARGEST_FACTOR).minimum(most)
         return torch.where(n.isfinite(), factors, 0.0)
+
+    def _each(self, norms: Tensor) -> Tensor:
+        """The function of every norm ``[B]`` alone."""
+        return torch.vmap(self.function)(norms) if len(norms) else norms
 
 
 NAMED: dict[str, type[ClippingFunction]] = {

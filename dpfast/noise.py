@@ -49,6 +49,7 @@ class NoiseStream:
         self.step = 0
         self.key: tuple[int, ...] | None = None
         self._rounding_key: tuple[int, int] | None = None
+        self._used: dict[tuple[int, ...], int] = {}  # of every key of this stream the first step that it has not used
 
     def next(self, noise_multiplier: float, sensitivity: float, elements: int, scale: float) -> Noise:
         """The noise of one step, which then counts as used.
@@ -62,12 +63,18 @@ class NoiseStream:
         Raises:
             OverflowError: the step counter is at its end (2³² steps); nothing was drawn.
         """
-        if self.step >= 1 << 32:
-            raise OverflowError(f"noise step {self.step} does not fit in 32 bits: start a new run, with a new key")
+        self.check()
         key = self._key_of_step() if noise_multiplier * sensitivity > 0 else (0,) * KEY_WORDS
         noise = Noise(key, self.step, *self._std_and_grid(noise_multiplier, sensitivity, elements), scale)
         self.step += 1
+        if self.key is not None:
+            self._used[self.key] = max(self.step, self._used.get(self.key, 0))
         return noise
+
+    def check(self) -> None:
+        """OverflowError if there is no step left."""
+        if self.step >= 1 << 32:
+            raise OverflowError(f"noise step {self.step} does not fit in 32 bits: start a new run, with a new key")
 
     def beside(self, noise: Noise, noise_multiplier: float, sensitivity: float, elements: int, scale: float) -> Noise:
         """Noise of the same step as ``noise``, for other sums: they must have parameter indices of their own."""
@@ -111,17 +118,17 @@ class NoiseStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; a key of another mode is not taken over.
 
-        A stream that has used the key past that step already takes a new key, and says so: the same noise on other
-        batches would lay bare what it hides.
+        A stream that has ever used the key past that step takes a new key, and says so: the same noise on other batches
+        would lay bare what it hides.
 
         Raises:
             ValueError: the state is not one of a noise stream; nothing is changed.
         """
         key, step, rounding = check_state(state)
         loaded = None if self.secure or state.get("secure") else key
-        if loaded is not None and loaded == self.key and step < self.step:
+        if loaded is not None and (used := self._used.get(loaded, 0)) > step:
             warnings.warn(
-                f"noise state of step {step}, and this optimizer is at step {self.step} of the same key: a new key is "
+                f"noise state of step {step}, and this optimizer has used the same key up to step {used}: a new key is "
                 f"drawn, as the same noise on other batches would not hide them",
                 stacklevel=2,
             )

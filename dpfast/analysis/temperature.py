@@ -16,7 +16,7 @@ the same, or overlapping               ``(ε_model + ε_T, δ_model + δ_T)``, o
 The first row holds though T is fitted on the model's outputs: a sample of the first split reaches T through the
 private model alone (post-processing), one of the second through the fit alone. "Without looking" means that the side a
 sample falls on does not depend on other samples: fixed beforehand, or by a hash of its identifier. A random permutation
-of n samples moves others when one is added, and is covered for neighbours of equal size only.
+of n samples moves others when one is added, and is covered for neighbours in which a sample is replaced by none only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast.analysis.calibration import check_outputs
 from dpfast.engine import PrivacyEngine
+
+LARGEST_LOG = math.log(100.0)  # a fitted T stays between 1/100 and 100
 
 
 class TemperatureScaling(nn.Module):
@@ -94,6 +96,8 @@ def fit_temperature(
 ) -> TemperatureFit:
     """Fit a temperature by DP-SGD on Poisson batches; the mean of the second half of the iterates is returned.
 
+    T stays between 1/100 and 100.
+
     The gradient of a sample's loss with respect to log T is ``(z_label − Σ_k p_k z_k) / T``: large, of either sign,
     where the model is surely wrong. Clipping cuts those off, and T then ends below the best one (seen on logits of
     standard deviation 4, best T = 2: 1.1 at C = 0.5, 1.5 at C = 1, 2.0 at C = 4). Averaging iterates is
@@ -151,6 +155,8 @@ def fit_temperature(
             nn.functional.cross_entropy(model(z), y).backward()
             optimizer.step()
             schedule.step()
+            with torch.no_grad():  # post-processing: noise alone must not carry T out of all range
+                module.log_temperature.clamp_(-LARGEST_LOG, LARGEST_LOG)
             seen.append(float(module.log_temperature.detach()))
     kept = seen[len(seen) // 2 :]
     return TemperatureFit(

@@ -57,7 +57,7 @@ class AdaptiveClipping:
                 f"unclipped_num_std={self.unclipped_num_std!r}: must be more than half of the noise multiplier "
                 f"({noise_multiplier!r}), or the count alone spends more than the step's budget"
             )
-        return (noise_multiplier**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5
+        return noise_multiplier / math.sqrt(1 - (noise_multiplier / (2 * self.unclipped_num_std)) ** 2)
 
     def next_threshold(self, threshold: float, fraction: float) -> float:
         """C after a step in which the noisy fraction of unclipped samples was ``fraction``."""

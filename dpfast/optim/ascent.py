@@ -214,6 +214,8 @@ class Ascending:
             check_number(
                 f"ascent state: settings: {name}", settings.get(name) if isinstance(settings, Mapping) else None
             )
+        if isinstance(self.ascent, DiSK) and state.get("settings") != asdict(self.ascent):
+            raise ValueError(f"ascent state: of {state.get('settings')}, and this optimizer has {self.ascent!r}")
         shapes = {name: p.shape for p, name in self.names.items()}
         for key in ("shifts", "filtered"):
             kept = state.get(key)
@@ -243,6 +245,9 @@ class Ascending:
             wide = {p: x.detach().to(p.device, compute_dtype(p.dtype), copy=True) for p, x in wanted.items()}
             return wide if scale == 1 else {p: x * scale for p, x in wide.items()}
 
+        kept = [] if state is None else [x for key in ("shifts", "filtered") for x in state[key].values()]
+        if not all(bool(x.isfinite().all()) for x in kept):
+            raise ValueError("ascent state: it has numbers that are not finite")
         scale = 1.0
         if state is not None and (name := self.ascent.scaled_by):
             scale = getattr(self.ascent, name) / state["settings"][name] if state["settings"][name] else 0.0

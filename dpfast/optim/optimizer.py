@@ -69,10 +69,10 @@ class FusedDPOptimizer(DPOptimizer):
         check_ascent(ascent, optimizer, low_precision)
         other = book.optimizer() if book.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
-        if other is not None and not set(other._all_parameters()) <= mine:
+        if other is not None and set(other._all_parameters()) != mine:
             raise ValueError(
-                "optimizer: another private optimizer of this model has parameters that this one has not, and would be "
-                "left with noise alone; use one optimizer with param groups"
+                "optimizer: another private optimizer of this model has other parameters than this one, and the two "
+                "would end each other's logical batches; delete it, or use one optimizer with param groups"
             )
         self.noise = NoiseStream(generator, secure_mode)
         self.low_precision = low_precision
@@ -194,10 +194,16 @@ class FusedDPOptimizer(DPOptimizer):
     def _pre_step(self) -> bool:
         if not self._begin_step():
             return False
-        self.add_noise()
-        self.scale_grad()
-        self.ascending.filter()
-        self._account()
+        if self.step_hook is self.accounting:  # before anything is released: it may refuse
+            self._call_hook()
+        try:
+            self.add_noise()
+            self.scale_grad()
+            self.ascending.filter()
+            if self.step_hook is not self.accounting:
+                self._call_hook()
+        finally:
+            self._end_logical_batch()
         return True
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -218,10 +224,13 @@ class FusedDPOptimizer(DPOptimizer):
             self.ascending.after_update()
             return loss
         if self._begin_step():
+            self._call_hook()  # before anything is released: it may refuse
             self.ascending.before_update()
-            summed, noise = self._take_sums()
+            try:
+                summed, noise = self._take_sums()
+            finally:
+                self._end_logical_batch()
             key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
-            self._account()
             with torch.no_grad():
                 noisy_step(self.original_optimizer, summed, self.book.index, noise, self.low_precision, key)
                 self.ascending.see_gradients()
@@ -241,12 +250,18 @@ class FusedDPOptimizer(DPOptimizer):
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
+        check_noise_multiplier(self.noise_multiplier)  # what can refuse does so before anything is used up
+        if self.adaptive is not None:
+            self.adaptive.of_sums(self.noise_multiplier)
+        self.noise.check()
         self._is_last_step_skipped = self._check_skip_next_step()
         return not self._is_last_step_skipped
 
-    def _account(self) -> None:
+    def _call_hook(self) -> None:
         if self.step_hook:
             self.step_hook(self)
+
+    def _end_logical_batch(self) -> None:
         self.book.start_logical_batch()
         self._stepped = True
 

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dpfast.optim.update import why_not_fused
+from tests.helpers import make_private
 from tests.ops.noisy import F64, same
 from tests.optim.private import OPTIMIZERS, B, Plain, Run, assert_close, batch, each_optimizer, net
 
@@ -172,3 +173,41 @@ def test_flags_that_need_torchs_own_step(name, flag, passes):
             outcomes.append((type(error), str(error)))
     assert outcomes[0] == outcomes[1]
     assert passes == []
+
+
+@pytest.mark.parametrize("name", ["SGD", "RMSprop"])
+def test_a_step_that_cannot_be_accounted_releases_nothing(name):
+    """Where the accountant refuses, parameters, sums and the noise's step stay as they were; a retry is whole."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    wrapped, optimizer, _ = make_private(model, optimizer=optimizer, noise_multiplier=1.0)
+    wrapped(torch.randn(4, 3)).sum(1).mean().backward()
+    account = optimizer.accounting
+
+    def refuse(_):
+        raise ValueError("no more budget")
+
+    before = [p.detach().clone() for p in model.parameters()], [p.summed_grad.clone() for p in model.parameters()]
+    optimizer.accounting = refuse
+    optimizer.attach_step_hook(refuse)
+    with pytest.raises(ValueError, match="no more budget"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before[0], strict=True))
+    assert all(torch.equal(p.summed_grad, old) for p, old in zip(model.parameters(), before[1], strict=True))
+    assert optimizer.noise.step == 0 and all(p.grad is None for p in model.parameters())
+    optimizer.accounting = account
+    optimizer.attach_step_hook(account)
+    optimizer.step()
+    assert optimizer.noise.step == 1 and all(p.grad.any() for p in model.parameters())
+
+
+def test_a_second_optimizer_with_other_parameters_is_refused():
+    """It would end the first one's logical batch: sums that wait would get noise for another sensitivity."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    wrapped, first, _ = make_private(model, optimizer=SGD(model.parameters(), lr=0.1))
+    for params in (model[0].parameters(), [p for p in model.parameters()][:3]):
+        with pytest.raises(ValueError, match="another private optimizer of this model"):
+            make_private(wrapped, optimizer=SGD(params, lr=0.1))
+    _, again, _ = make_private(wrapped, optimizer=SGD(model.parameters(), lr=0.1))
+    assert again is not first

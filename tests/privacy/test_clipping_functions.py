@@ -176,13 +176,23 @@ def test_bad_numbers(value):
         (lambda n: torch.where(n < 1e8, 1 / (n + 1), 1.0), "is exceeded: at n=1"),
         (lambda n: -1 / (n + 1), "no negative factors"),
         (lambda n: n / 0, "is exceeded"),
-        (lambda n: 1.0, "must return a factor for each"),
-        (lambda n: n[:3], "must return a factor for each"),
+        (lambda n: 1.0, "does not run under torch.vmap"),
+        (lambda n: torch.stack([n, n]) * 0, "must return one factor"),
+        (lambda n: n * 0 + torch.rand_like(n), "does not run under torch.vmap"),
     ],
 )
 def test_a_function_that_does_more_than_it_says(function, message):
     with pytest.raises(ValueError, match=message):
         dpfast.CustomClipping(function, sensitivity=2.0)
+
+
+@pytest.mark.parametrize("coupled", [lambda n: 1 / n.max(), lambda n: 1 / n.median(), lambda n: 1 / n.mean()])
+def test_a_function_sees_one_norm_alone(coupled):
+    """The largest, or the median, of one norm is that norm: others' norms move nothing."""
+    function = dpfast.CustomClipping(lambda n: torch.where(n > 0, coupled(n.clamp_min(1e-300)), 0.0), 1.0)
+    alone, _ = factors(function, [2.0], 1.0)
+    among, _ = factors(function, [2.0, 1e3, 1e-3], 1.0)
+    assert alone[0, 0] == among[0, 0] == pytest.approx(0.5)
 
 
 def test_a_function_that_behaves_on_the_grid_alone():

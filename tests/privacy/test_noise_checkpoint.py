@@ -209,3 +209,20 @@ def test_checkpoints_without_an_optimizer():
     run.engine.save_checkpoint(path=buffer, module=run.wrapped)
     buffer.seek(0)
     assert NOISE_STATE not in torch.load(buffer, weights_only=False)
+
+
+def test_going_back_twice_never_repeats_noise():
+    """The second return knows what was used before the first one."""
+    run = Run().train(batches(2))
+    kept = run.save()
+    seen = [run.noise()]
+    for _ in range(3):
+        kept.seek(0)
+        with pytest.warns(UserWarning, match="a new key is drawn"):
+            run.load(kept)
+        kept.seek(0)
+        with pytest.warns(UserWarning, match="a new key is drawn"):
+            run.load(kept)
+        seen.append(run.noise())
+    for k, one in enumerate(seen):
+        assert not any(same(one, other) for other in seen[:k])
