@@ -21,8 +21,13 @@ NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find c
 demo: $(READY)
 	$(RUN) -m bench.demo
 
+# Two at a time, as each test works on one thread: half of the folders, and all that is not in these.
+HALF := tests/kernels tests/analysis tests/layers tests/ops tests/optim
+
 test: lint
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(HALF) & half=$$!; \
+	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
+	wait $$half && exit $$rest
 
 bench: $(READY)
 	$(RUN) -m bench.side_by_side
