@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bench import measure
 from dpfast import ops, planner, reference
-from dpfast.layers.forms import Factored
+from dpfast.layers.forms import Factored, by
 
 TOLERANCE = 1e-3  # of the relative error: sums are made in float32, of inputs that float64 holds exactly
 NORM, WEIGHT, MEMORY = 0.60, 1 / 1.10, 0.80  # targets, as shares of the reference's rate
@@ -385,7 +385,7 @@ def planned(B: int, T: int, d: int, p: int, device: torch.device, seconds: float
 
     def both(plan: planner.Plan) -> None:
         """Norm and clipped sum."""
-        way = form.by(plan)
+        way = by(form, plan)
         way.squared_norm()
         way.clipped_sum(factors)
 

@@ -65,8 +65,7 @@ class Clipping:
         if isinstance(max_grad_norm, Mapping):
             return cls._named_groups(max_grad_norm, parameters)
         if isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool) and parameters:
-            share = check_threshold("max_grad_norm", max_grad_norm) / math.sqrt(len(parameters))
-            max_grad_norm = [share] * len(parameters)
+            max_grad_norm = _shares(max_grad_norm, len(parameters))
         if not isinstance(max_grad_norm, Sequence) or len(max_grad_norm) != len(parameters):
             raise ValueError(
                 f"max_grad_norm={max_grad_norm!r} with clipping='per_layer': give one number, a list of "
@@ -98,8 +97,7 @@ class Clipping:
         cls, max_grad_norm: float, groups: Sequence[str], parameters: Mapping[str, nn.Parameter]
     ) -> Clipping:
         """Groups of parameters by name prefixes, with ``C/√M`` each of the M groups (Bu et al.; He et al. 2022)."""
-        C = check_threshold("max_grad_norm", max_grad_norm)
-        return cls._named_groups({name: C / math.sqrt(len(groups)) for name in groups}, parameters)
+        return cls._named_groups(dict(zip(groups, _shares(max_grad_norm, len(groups)), strict=True)), parameters)
 
     @property
     def sensitivity(self) -> float:
@@ -138,3 +136,8 @@ class Clipping:
     def within(self, squared: Tensor, bounds: Tensor, scale: float) -> Tensor:
         """``1[n ≤ C]`` in the first group, for the norms of :meth:`factors`: ``[B]``, float64."""
         return ((squared[0] + bounds[0]).sqrt() * scale <= self.thresholds[0]).double()
+
+
+def _shares(max_grad_norm: Any, count: int) -> list[float]:
+    """``C/√M`` for each of M groups: together they have the sensitivity C."""
+    return [check_threshold("max_grad_norm", max_grad_norm) / math.sqrt(count)] * count

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpfast.forwards import Forward
 from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Form
+from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Form, by
 from dpfast.planner import Plan, Planner, segments, small
 from dpfast.rates import seconds
 from dpfast.separation import observed
@@ -71,7 +71,7 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     factors = torch.ones(form.batch, device=device)
 
     def run() -> None:
-        planned = form.by(plan) if isinstance(form, Factored | Convolved) else form
+        planned = by(form, plan) if isinstance(form, Factored | Convolved) else form
         planned.squared_norm()
         planned.clipped_sum(factors)
 

@@ -86,11 +86,6 @@ class Factored:
         samples, squares = ops.grad_samples(self.A, self.G)
         return Instantiated(_place_rows(samples, self.row, self.rows, 1), self.plan, squares)
 
-    def by(self, plan: Plan) -> Factored | Instantiated:
-        """As the plan says: kept as factors, or written out now so that A and G can go."""
-        planned = replace(self, plan=plan)
-        return planned.instantiate() if plan.way == "instantiate" else planned
-
     def touched(self) -> Tensor:
         return _any_nonzero(self.G)
 
@@ -156,16 +151,17 @@ class Convolved:
         samples, squares = ops.convolution_grad_samples(*sides, self.batch)
         return Instantiated(samples, self.plan, squares)
 
-    def by(self, plan: Plan) -> Convolved | Instantiated:
-        """As the plan says: kept as it is, or written out now so that x and G can go."""
-        planned = replace(self, plan=plan)
-        return planned.instantiate() if plan.way == "instantiate" else planned
-
     def touched(self) -> Tensor:
         return _any_nonzero(self.G.unflatten(0, (self.batch, -1)))
 
 
 Form = Instantiated | Factored | EmbeddingRows | Convolved
+
+
+def by(form: Factored | Convolved, plan: Plan) -> Form:
+    """The form as the plan says: kept, or written out now so that its sides can go."""
+    planned = replace(form, plan=plan)
+    return planned.instantiate() if plan.way == "instantiate" else planned
 
 
 def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
@@ -180,7 +176,7 @@ def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
         one: Form = factored[0]
         if len(factored) > 1:
             whole = _concatenate(factored)
-            one = whole.by(planner.choose(name, whole.shape))
+            one = by(whole, planner.choose(name, whole.shape))
         if isinstance(one, Instantiated):
             written.append(one.samples)
         else:

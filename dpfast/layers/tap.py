@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpfast.layers.forms import Convolved, Factored, Form, Instantiated
+from dpfast.layers.forms import Convolved, Factored, Form, Instantiated, by
 from dpfast.layers.shift import Shift
 from dpfast.planner import Planner
 
@@ -261,7 +261,7 @@ class Call:
 
     def planned(self, form: Factored | Convolved) -> Form:
         """The form as the model's planner wants it."""
-        return form.by(self.tap.recorder.planner.choose(self.tap.name, form.shape))
+        return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape))
 
 
 def _reaches(accumulator: Any) -> bool:

@@ -17,9 +17,9 @@ from dpfast.ops.matmul import product_reach
 from dpfast.ops.reductions import certified
 from dpfast.reference import Geometry
 from dpfast.reference.matmul import ghost_bound
-from dpfast.reference.rounding import product_units, unit_roundoff, with_safety
+from dpfast.reference.rounding import of_slip, product_units, unit_roundoff, with_safety
 
-AXES = 3  # of the compiled ops: fewer come with 1s in front
+AXES, TRITON_AXES = 3, 2  # of the compiled ops and of Triton's: fewer come with 1s in front
 
 
 def convolution_grad_samples(
@@ -32,7 +32,7 @@ def convolution_grad_samples(
     if _is_triton("convolution_grad_samples", x, G):
         from dpfast_kernels.convolution import convolution_sample_gradients
 
-        sides, sizes = _flat(x, G, weight, geometry)
+        sides, sizes = _in_axes(TRITON_AXES, x, G, weight, geometry)
         samples, squares = convolution_sample_gradients(*sides, *sizes, geometry.groups, batch, True)
         return samples.view(batch, *weight.shape), squares
     return reference.convolution_grad_samples(x, G, weight, geometry, batch), None
@@ -52,7 +52,7 @@ def convolution_squared_norm(
         if extra:
             sides = (side.unflatten(0, (batch, -1)).flatten(1).double().square().sum(1) for side in (x, G))
             slip = extra * math.prod(sides, start=math.prod(weight.shape[2:])).sqrt()
-            bound = bound + 2 * squared.sqrt() * slip + slip**2
+            bound = bound + of_slip(squared, slip)
         return squared, bound
     sums = torch.ops.dpfast.convolution_ghost(*_arguments(x, G, weight, geometry, batch))
     signed, absolute, *lengths = sums
@@ -65,7 +65,7 @@ def convolution_clipped_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry:
     if _is_triton("convolution_clipped_gradient", x, G):
         from dpfast_kernels.convolution import convolution_clipped_gradient as kernel
 
-        sides, sizes = _flat(x, G, weight, geometry)
+        sides, sizes = _in_axes(TRITON_AXES, x, G, weight, geometry)
         return kernel(*sides, factors.float().contiguous(), *sizes, geometry.groups).view(weight.shape)
     dtype = reference.compute_dtype(G.dtype)
     by_row = factors.to(dtype).repeat_interleave(len(x) // max(len(factors), 1))
@@ -82,27 +82,17 @@ def _from_tiles(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch:
     """Norms of gradients that are made in tiles and dropped; what is summed later errs alike (see ops.matmul)."""
     from dpfast_kernels.convolution import convolution_sample_gradients
 
-    sides, sizes = _flat(x, G, weight, geometry)
+    sides, sizes = _in_axes(TRITON_AXES, x, G, weight, geometry)
     squares = convolution_sample_gradients(*sides, *sizes, geometry.groups, batch, False)[1]
     squared, bound = certified(squares, weight.unsqueeze(0))
     energies = (side.unflatten(0, (batch, -1)).flatten(1).float().square().sum(1).double() for side in sides)
     # A pixel is in at most as many patches as a kernel has elements.
     reach = product_reach(T, *sides) * (math.prod(energies, start=math.prod(sizes[0]))).sqrt()
-    return squared, bound + 2 * squared.sqrt() * reach + reach**2
+    return squared, bound + of_slip(squared, reach)
 
 
 def _is_triton(op: str, x: Tensor, G: Tensor) -> bool:
-    """In one and two dimensions."""
-    return x.dim() <= 4 and is_triton(op, x, G)
-
-
-def _flat(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry) -> tuple[list[Tensor], list[list[int]]]:
-    """``[unfolded, rows]`` and ``[kernel, stride, padding, dilation]`` in two dimensions."""
-    front = 2 - (x.dim() - 2)
-    unfolded, rows = (G, x) if geometry.transposed else (x, G)  # see reference.convolution
-    sides = [side.reshape(*side.shape[:2], *[1] * front, *side.shape[2:]) for side in (unfolded, rows)]
-    sizes = (weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-    return sides, [[fill] * front + list(size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]
+    return x.dim() - 2 <= TRITON_AXES and is_triton(op, x, G)
 
 
 def _is_native(op: str, x: Tensor, G: Tensor) -> bool:
@@ -111,9 +101,17 @@ def _is_native(op: str, x: Tensor, G: Tensor) -> bool:
 
 
 def _arguments(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int) -> tuple[Any, ...]:
-    front = AXES - (x.dim() - 2)
+    """Of the compiled ops."""
+    sides, sizes = _in_axes(AXES, x, G, weight, geometry)
+    return (*(side.contiguous() for side in sides), batch, geometry.groups, *sizes)
+
+
+def _in_axes(
+    axes: int, x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[list[Tensor], list[list[int]]]:
+    """``[unfolded, rows]`` and ``[kernel, stride, padding, dilation]`` in so many dimensions, 1s in front."""
+    front = axes - (x.dim() - 2)
     unfolded, rows = (G, x) if geometry.transposed else (x, G)  # see reference.convolution
-    sides = [side.reshape(*side.shape[:2], *[1] * front, *side.shape[2:]).contiguous() for side in (unfolded, rows)]
+    sides = [side.reshape(*side.shape[:2], *[1] * front, *side.shape[2:]) for side in (unfolded, rows)]
     sizes = (weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-    filled = [[fill] * front + list(size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]
-    return (*sides, batch, geometry.groups, *filled)
+    return sides, [[fill] * front + list(size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]

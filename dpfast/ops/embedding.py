@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
-from dpfast.reference.rounding import compute_dtype, drift, unit_roundoff, with_safety
+from dpfast.reference.rounding import compute_dtype, drift, of_slip, unit_roundoff, with_safety
 
 
 def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +24,7 @@ def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         bound = 2 * drift(d) * unit_roundoff(G.dtype) * absolute.double()
         # What is summed later is a sum of up to T rows of a segment, rounded at every addition.
         reach = T * unit_roundoff(G.dtype) * absolute.double().clamp_min(0).sqrt()
-        bound = bound + 2 * squared.double().clamp_min(0).sqrt() * reach + reach**2
-        return with_safety(squared, bound, G.dtype, squares=T * T * d)
+        return with_safety(squared, bound + of_slip(squared.double(), reach), G.dtype, squares=T * T * d)
     return reference.embedding_squared_norm(ids, G)
 
 

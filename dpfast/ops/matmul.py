@@ -11,13 +11,11 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_triton
-from dpfast.reference.rounding import drift, product_units, smallest, unit_roundoff, with_safety
+from dpfast.reference.rounding import drift, of_slip, product_units, smallest, unit_roundoff, with_safety
 
 # Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
 # two bfloat16, and those that a kernel's float32 sum of squares may be off: a tree in each block, then the blocks.
 SPLIT_UNITS, BLOCK_UNITS = 2.0**8, 64.0
-# Positions from which a sample's tile is summed before it is scaled.
-BY_SAMPLE = 32
 # Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
 WIDE = 1024
 
@@ -86,13 +84,15 @@ def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -
     u = unit_roundoff(torch.float32)
     norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products) or BLOCK_UNITS
     reach = product_reach(T, A, G) * (energy_a * energy_g).sqrt()
-    bound = norm_units * u * absolute + 2 * squared.clamp_min(0).sqrt() * reach + reach**2
+    bound = norm_units * u * absolute + of_slip(squared, reach)
     bound = bound + lost * T * (d * energy_g + p * energy_a + T)
     return with_safety(squared.sum(1), bound.sum(1), torch.float32)
 
 
 def product_reach(T: int, A: Tensor, G: Tensor) -> float:
     """What a per-sample gradient may be off for its norm, and again for its contribution, over ``‖A_i‖·‖G_i‖``."""
+    from dpfast_kernels.weight_gradient import BY_SAMPLE
+
     split = SPLIT_UNITS if T < BY_SAMPLE else 0.0
     return (2 * drift(T) + 2 * _units_of_a_product(A, G) + split) * unit_roundoff(torch.float32)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpfast.reference.rounding import compute_dtype, drift, product_units, smallest, unit_roundoff, with_safety
+from dpfast.reference.rounding import compute_dtype, drift, of_slip, product_units, smallest, unit_roundoff, with_safety
 
 # Gram matrices are made in strips of so many rows, of which only the part s >= t is formed and counted twice off the
 # diagonal: at most four strips (a tenth more work than the triangle has), none thinner than matrix products like.
@@ -80,7 +80,7 @@ def ghost_bound(
     of_norm = (drift(d) + drift(p) + 2 * gram_units) * u * absolute
     of_norm = of_norm + lost * (d * lengths_g**2 + p * lengths_a**2 + T**2)
     slip = (drift(T) + sum_units) * u * reach
-    return of_norm + 2 * squared.clamp_min(0).sqrt() * slip + slip**2
+    return of_norm + of_slip(squared, slip)
 
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How far a floating-point result may be from the truth."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,19 +37,23 @@ def product_units(device: torch.device, convolution: bool = False) -> float:
 
     cuDNN's convolutions have tf32 allowed from the start.
     """
-    backends = torch.backends.cuda if device.type == "cuda" and not convolution else torch.backends.cudnn
-    if device.type != "cuda":
-        backends = torch.backends.mkldnn
-    part = backends.conv if convolution else backends.matmul
-    precision = next(
-        (p for p in (part.fp32_precision, getattr(torch.backends, "fp32_precision", "none")) if p != "none"), "ieee"
-    )
+    library: Any = torch.backends.mkldnn
+    if device.type == "cuda":
+        library = torch.backends.cudnn if convolution else torch.backends.cuda
+    part = library.conv if convolution else library.matmul
+    asked = (part.fp32_precision, getattr(torch.backends, "fp32_precision", "none"))
+    precision = next((precision for precision in asked if precision != "none"), "ieee")
     return {"tf32": 2.0**15, "bf16": 2.0**18}.get(precision, 0.0)
 
 
 def smallest(dtype: torch.dtype) -> float:
     """The most that a product may lose to underflow, where subnormal numbers are flushed to zero too."""
     return torch.finfo(compute_dtype(dtype)).tiny
+
+
+def of_slip(squared: Tensor, slip: Tensor) -> Tensor:
+    """What a squared norm may be off where the gradient itself is, by ``slip`` in norm."""
+    return 2 * squared.clamp_min(0).sqrt() * slip + slip**2
 
 
 def with_safety(squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squares: int = 0) -> tuple[Tensor, Tensor]:
