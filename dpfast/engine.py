@@ -18,8 +18,6 @@ from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import UnsupportedModuleError
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn, optim
-from torch.distributed._composable.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dpfast.clipping import Clipping
@@ -34,6 +32,8 @@ from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
 from dpfast.planner import check_state as check_plan
+from dpfast.ranks import apart
+from dpfast.sampling import PoissonBatches, check_shares, shared_out
 
 FUSED = "fused"
 # In a checkpoint:
@@ -48,6 +48,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
     mode is Opacus', untouched. (ε, δ) is that of the accountant for the sampled Gaussian mechanism with the given
     noise multiplier, sample rate and number of steps: one sample moves the clipped sum by at most
     ``max_grad_norm`` (L2), and noise of ``noise_multiplier · max_grad_norm`` is added once a step.
+
+    On several ranks give ``make_private`` the model in ``DistributedDataParallel``, on each rank, and use the model
+    that it returns. A step is then the step of one process on the union of the ranks' batches: the same noise, bit for
+    bit, and the same sums but for the order of adding up. The loader's batch size and the expected batch size are
+    those of all ranks together, unless the loader has a ``DistributedSampler``, whose batch size is each rank's.
 
     Example:
         >>> engine = PrivacyEngine()
@@ -134,6 +139,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping_functions`.
             grad_sample_mode: ``"fused"``, or any mode of Opacus.
             wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
+            module: the model, or the model in torch's ``DistributedDataParallel`` or in Opacus'.
             max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
                 sample at a time, through ``BatchMemoryManager(max_physical_batch_size=1)``, which is exact for any
                 model.
@@ -217,6 +223,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 stacklevel=2,
             )
         optimizer = wrapped
+        module, ranks = apart(module)
         model = module._module if isinstance(module, FusedModule) else module
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
         thresholds.function = clipping_function(clipping_fn)
@@ -227,13 +234,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
         sample_rate = 1 / len(data_loader)
         expected_batch_size = int(len(data_loader.dataset) * sample_rate)  # type: ignore[arg-type]
-        private_loader = self._prepare_data_loader(
-            data_loader,
-            distributed=False,
-            poisson_sampling=poisson_sampling,
-            batch_first=batch_first,
-            rand_on_empty=rand_on_empty,
-        )
+        check_shares(data_loader, ranks, poisson_sampling)
+        private_loader = data_loader
+        if not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
+            private_loader = self._prepare_data_loader(
+                data_loader,
+                distributed=False,
+                poisson_sampling=poisson_sampling,
+                batch_first=batch_first,
+                rand_on_empty=rand_on_empty,
+            )
+            if poisson_sampling and ranks.world_size > 1:
+                private_loader = shared_out(private_loader, ranks, self.secure_mode)
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size)
         hooks.book.planner = planner
@@ -253,6 +265,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             low_precision=low_precision,
             adaptive=adaptive,
             ascent=ascent,
+            ranks=ranks,
         )
         private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader))
         private_optimizer.attach_step_hook(private_optimizer.accounting)
@@ -359,18 +372,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
         )
 
     def _check_model(self, module: nn.Module, max_physical_batch_size: int | None) -> None:
-        if isinstance(
-            module,
-            (
-                DistributedDataParallel,
-                opacus.distributed.DifferentiallyPrivateDistributedDataParallel,
-                FSDPModule,
-            ),
-        ):
-            raise ValueError(
-                f"module is a {type(module).__name__}: the fused mode trains on one device so far; use "
-                f"grad_sample_mode='hooks' with Opacus' DifferentiallyPrivateDistributedDataParallel"
-            )
         if isinstance(module, FusedModule):
             return
         if isinstance(module, AbstractGradSampleModule):

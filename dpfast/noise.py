@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from dpfast.ops import KEY_WORDS, Noise
+from dpfast.ranks import Ranks
 from dpfast.reference.rounding import rounded_up
 
 # The secure mode works in whole steps of this many bits below the noise's standard deviation.
@@ -39,13 +41,15 @@ class NoiseStream:
     Args:
         generator: where the fast mode draws its key from.
         secure: the mode; a secure stream takes no generator.
+        ranks: who has to draw the same noise; keys are rank 0's.
     """
 
-    def __init__(self, generator: torch.Generator | None = None, secure: bool = False):
+    def __init__(self, generator: torch.Generator | None = None, secure: bool = False, ranks: Ranks | None = None):
         if secure and generator is not None:
             raise ValueError("noise_generator: secure_mode takes its keys from the operating system, never from a seed")
         self.generator = generator
         self.secure = secure
+        self.ranks = ranks or Ranks()
         self.step = 0
         self.key: tuple[int, ...] | None = None
         self._rounding_key: tuple[int, int] | None = None
@@ -89,7 +93,7 @@ class NoiseStream:
 
     def _key_of_step(self) -> tuple[int, ...]:
         if self.secure:
-            return tuple(secrets.randbits(32) for _ in range(KEY_WORDS))
+            return self.ranks.from_first(tuple(secrets.randbits(32) for _ in range(KEY_WORDS)))
         if self.key is None:
             self.key = (*self._draw(2), *(0,) * (KEY_WORDS - 2))
         return self.key
@@ -103,7 +107,15 @@ class NoiseStream:
 
     def _draw(self, words: int) -> list[int]:
         device = self.generator.device if self.generator is not None else "cpu"
-        return torch.randint(0, 1 << 32, (words,), generator=self.generator, device=device).tolist()
+        drawn = torch.randint(0, 1 << 32, (words,), generator=self.generator, device=device).tolist()
+        return self.ranks.from_first(drawn)
+
+    def fingerprint(self) -> int:
+        """48 bits that tell keys apart and do not give them away; -1 before there is one."""
+        if self.key is None:
+            return -1
+        words = b"".join(word.to_bytes(4, "little") for word in self.key)
+        return int.from_bytes(hashlib.blake2b(words, digest_size=6, person=b"dpfast key").digest(), "little")
 
     def state_dict(self) -> dict[str, Any]:
         """Key and step of the fast mode, for a run that goes on bit for bit; of the secure mode only the step.

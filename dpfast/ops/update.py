@@ -53,6 +53,7 @@ def noisy_step_(
     noise: Noise,
     rounding: str = "nearest",
     rounding_key: tuple[int, int] = (0, 0),
+    offsets: Sequence[int] | None = None,
 ) -> None:
     """:func:`noisy_grad_` and the optimizer's update in one pass over memory, by the compiled library alone.
 
@@ -69,11 +70,13 @@ def noisy_step_(
             empty list. Where a parameter is not its copy's rounding it was set from outside, and counts.
         rounding: ``"nearest"``, or ``"stochastic"``: 16-bit parameters keep the update's mean.
         rounding_key: two words of 32 bits for stochastic rounding.
+        offsets: where in its parameter a tensor starts (0), for shards.
 
     Raises:
         ValueError: names the tensor that does not fit; nothing is written.
     """
-    check_places(params, parameters, [0] * len(params))
+    offsets = [0] * len(params) if offsets is None else list(offsets)
+    check_places(params, parameters, offsets)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: use one of {ROUNDINGS}")
     lists = {"summed": summed, "params": params, "grads": grads}
@@ -91,7 +94,7 @@ def noisy_step_(
         tensors = [
             [items[k] for k in mine] if len(items) else [] for items in (summed, grads, params, *states, masters)
         ]
-        places = [[parameters[k] for k in mine], [0] * len(mine)]
+        places = [[items[k] for k in mine] for items in (parameters, offsets)]
         common = [*places, list(noise.key), noise.step, noise.std, noise.grid, noise.scale]
         rounded = [ROUNDINGS.index(rounding), list(rounding_key)]
         numbers: list[Any]

@@ -18,6 +18,7 @@ from dpfast.noise import NoiseStream
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
+from dpfast.ranks import Ranks
 
 
 class FusedDPOptimizer(DPOptimizer):
@@ -45,6 +46,7 @@ class FusedDPOptimizer(DPOptimizer):
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
         adaptive: how C follows a quantile of the norms; it is part of the ``noise_multiplier``'s budget.
         ascent: where the next step takes its gradients: see :mod:`dpfast.optim.ascent`.
+        ranks: how the processes of a run share the step; clipped sums are added up over them, noise is added once.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class FusedDPOptimizer(DPOptimizer):
         low_precision: str = "nearest",
         adaptive: AdaptiveClipping | None = None,
         ascent: Ascent | None = None,
+        ranks: Ranks | None = None,
     ):
         check_noise_multiplier(noise_multiplier)
         if adaptive is not None:
@@ -74,7 +77,8 @@ class FusedDPOptimizer(DPOptimizer):
                 "optimizer: another private optimizer of this model has other parameters than this one, and the two "
                 "would end each other's logical batches; delete it, or use one optimizer with param groups"
             )
-        self.noise = NoiseStream(generator, secure_mode)
+        self.ranks = ranks or Ranks()
+        self.noise = NoiseStream(generator, secure_mode, self.ranks)
         self.low_precision = low_precision
         self.adaptive = adaptive
         self.ascending = Ascending(ascent, optimizer, book.names)
@@ -140,20 +144,23 @@ class FusedDPOptimizer(DPOptimizer):
 
     def add_noise(self) -> None:
         """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
-        summed, noise = self._take_sums()
-        grads = {
-            p: total.view(p.shape) if p.dtype == total.dtype else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            for p, total in summed.items()
-        }
-        ops.noisy_grad_(list(summed.values()), list(grads.values()), [self.book.index[p] for p in summed], noise)
+        sums, noise = self._take_sums()
         for p in self._all_parameters():
-            p.grad = grads.get(p)
+            p.grad = None
+        for summed in self.ranks.totals(sums):
+            grads = {
+                p: total.view(p.shape) if p.dtype == total.dtype else torch.empty_like(total, dtype=p.dtype)
+                for p, total in summed.items()
+            }
+            ops.noisy_grad_(list(summed.values()), list(grads.values()), [self.book.index[p] for p in summed], noise)
+            for p, grad in grads.items():
+                p.grad = grad
 
     def scale_grad(self) -> None:
         """Nothing is left to do: :meth:`add_noise` divides in the same pass."""
 
     def _take_sums(self) -> tuple[dict[Any, torch.Tensor], ops.Noise]:
-        """The clipped sums of the logical batch, and the noise that they get."""
+        """This rank's clipped sums of the logical batch, and the noise that their totals get."""
         check_noise_multiplier(self.noise_multiplier)
         divisor = 1.0
         if self.loss_reduction == "mean":
@@ -227,12 +234,13 @@ class FusedDPOptimizer(DPOptimizer):
             self._call_hook()  # before anything is released: it may refuse
             self.ascending.before_update()
             try:
-                summed, noise = self._take_sums()
+                sums, noise = self._take_sums()
             finally:
                 self._end_logical_batch()
             key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
             with torch.no_grad():
-                noisy_step(self.original_optimizer, summed, self.book.index, noise, self.low_precision, key)
+                for summed in self.ranks.totals(sums):
+                    noisy_step(self.original_optimizer, summed, self.book.index, noise, self.low_precision, key)
                 self.ascending.see_gradients()
                 self.ascending.after_update()
         return None
@@ -255,7 +263,35 @@ class FusedDPOptimizer(DPOptimizer):
             self.adaptive.of_sums(self.noise_multiplier)
         self.noise.check()
         self._is_last_step_skipped = self._check_skip_next_step()
-        return not self._is_last_step_skipped
+        if self._is_last_step_skipped:
+            return False
+        self._agree()
+        return True
+
+    def _agree(self) -> None:
+        """What the noise depends on is the same on all ranks: the largest where shares may differ, else refused.
+
+        Raises:
+            ValueError: the ranks are not at the same step of the same run; nothing was released.
+        """
+        book = self.book
+        mine = (book.sensitivity or self.clipping.sensitivity, float(book.accumulated), book.unclipped)
+        alike = {
+            "noise_multiplier": float(self.noise_multiplier),
+            "the noise's step": float(self.noise.step),
+            "the noise's key": float(self.noise.fingerprint()),
+        }
+        rows = self.ranks.gathered([*mine, *alike.values()])
+        for name, values in zip(alike, list(zip(*rows, strict=True))[len(mine) :], strict=True):
+            if len(set(values)) > 1:
+                shown = "" if "key" in name else f": {list(values)}"
+                raise ValueError(
+                    f"step: {name} differs between the ranks{shown}. Load the same checkpoint, and change the same "
+                    f"settings, on all of them"
+                )
+        sensitivities, accumulated, unclipped, *_ = zip(*rows, strict=True)
+        book.sensitivity, book.accumulated = max(sensitivities), int(max(accumulated))
+        book.unclipped = sum(unclipped)
 
     def _call_hook(self) -> None:
         if self.step_hook:

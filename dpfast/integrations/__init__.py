@@ -1,0 +1,1 @@
+"""dpfast under other libraries' training loops. Nothing here is imported by the rest of the package."""

@@ -1,0 +1,120 @@
+"""Poisson sampling as a pure function of seed and step: resumable anywhere, and one logical batch for all ranks."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from dpfast.ranks import Ranks
+
+
+class PoissonBatches(Sampler[list[int]]):
+    """Batches of indices; each sample is in each batch with probability ``sample_rate``, independently.
+
+    Every rank draws the whole logical batch from the common seed and takes each ``world_size``-th of its samples: the
+    union over the ranks is the very batch that a single process draws, whatever the number of ranks, the ranks' shares
+    differ by one sample at most, and no rank skips a step because its share is empty. (Opacus' sampler splits the
+    data set instead, skips empty shares, which leaves the other ranks waiting, and draws the same positions on all
+    ranks if these are seeded alike.)
+
+    Args:
+        num_samples: size of the data set.
+        steps_per_epoch: ``1 / sample_rate``.
+        seed: up to 128 bits; the same on all ranks.
+        rank, world_size: whose share this is.
+
+    Attributes:
+        step: the number of the next batch, counted from the beginning of training; set it to resume. With workers that
+            prefetch, it is ahead of what training has seen.
+    """
+
+    def __init__(self, num_samples: int, steps_per_epoch: int, *, seed: int, rank: int = 0, world_size: int = 1):
+        if num_samples < 1 or steps_per_epoch < 1:
+            raise ValueError(f"num_samples={num_samples}, steps_per_epoch={steps_per_epoch}: both must be at least 1")
+        if not 0 <= seed < 1 << 128:
+            raise ValueError(f"seed={seed}: give an integer of at most 128 bits that is not negative")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks count from 0")
+        self.num_samples, self.steps_per_epoch, self.seed = num_samples, steps_per_epoch, seed
+        self.rank, self.world_size = rank, world_size
+        self.step = 0
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability of each sample to be in a batch."""
+        return 1 / self.steps_per_epoch
+
+    def logical_batch(self, step: int) -> list[int]:
+        """Indices of the whole batch of ``step``, over all ranks, in order."""
+        words = np.random.SeedSequence(self.seed, spawn_key=(step,))
+        draws = np.random.Generator(np.random.Philox(words)).random(self.num_samples)
+        return np.flatnonzero(draws < self.sample_rate).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's shares, to the end of the epoch that :attr:`step` is in."""
+        end = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
+        while self.step < end:
+            self.step += 1
+            yield self.logical_batch(self.step - 1)[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+
+def shared_out(loader: DataLoader, ranks: Ranks, secure: bool) -> DataLoader:
+    """The Poisson loader of one process, of the same sample rate, as this rank's share of common batches.
+
+    The seed is rank 0's: of the operating system if ``secure``, else from the loader's generator or torch's global one.
+    """
+    if secure:
+        seed = secrets.randbits(128)
+    else:
+        words = torch.randint(0, 1 << 32, (4,), generator=loader.generator).tolist()
+        seed = sum(word << 32 * k for k, word in enumerate(words))
+    batches = PoissonBatches(
+        len(loader.dataset),  # type: ignore[arg-type]
+        len(loader),
+        seed=ranks.from_first(seed),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> None:
+    """Refuse batches that hold a sample on two ranks: it would move the sum twice.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    sampler = loader.batch_sampler
+    if isinstance(sampler, PoissonBatches):
+        if (sampler.rank, sampler.world_size) != (ranks.rank, ranks.world_size):
+            raise ValueError(
+                f"data_loader: its batches are the share of rank {sampler.rank} of {sampler.world_size}, and this is "
+                f"rank {ranks.rank} of {ranks.world_size}"
+            )
+        return
+    if ranks.world_size == 1 or poisson_sampling:
+        return
+    whole = len(loader.dataset) % ranks.world_size == 0  # type: ignore[arg-type]
+    if not isinstance(loader.sampler, DistributedSampler) or not (whole or loader.sampler.drop_last):
+        raise ValueError(
+            "data_loader with poisson_sampling=False on several ranks: a sample must be on one rank only. Give it a "
+            "torch.utils.data.DistributedSampler with drop_last=True (which repeats none), or use poisson_sampling=True"
+        )
