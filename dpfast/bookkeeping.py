@@ -19,6 +19,7 @@ from dpfast.layers.forms import Form, clipped_sums, combine, squared_norm
 from dpfast.layers.shift import Shift
 from dpfast.layers.tap import Recorder
 from dpfast.ops import compute_dtype
+from dpfast.ranks import Ranks, local
 
 
 class Book(Recorder):
@@ -53,7 +54,7 @@ class Book(Recorder):
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None, "shift": Shift()}  # those of this run
+        return {**vars(self), "optimizer": None, "shift": Shift(), "ranks": Ranks()}  # those of this run
 
     def start_logical_batch(self) -> None:
         """Nothing is summed: a step has used it, or ``zero_grad`` has dropped it."""
@@ -93,6 +94,8 @@ class Book(Recorder):
         self.sensitivity = max(self.sensitivity, self.clipping.sensitivity)
         if not uses:
             self.per_sample_gradient_norms = torch.zeros(batch or 0)
+            if self.ranks.sharded:
+                self._share({})
             return
 
         with torch.no_grad():
@@ -106,7 +109,7 @@ class Book(Recorder):
             if self.counts_unclipped:
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
             some_left_out = self._any_left_out(factors, lost)
-            owners, parts = [], []
+            parts: dict[nn.Parameter, list[tuple[Form, Tensor]]] = {}
             for p in list(combined):
                 forms = combined.pop(p)
                 factor = factors[self.clipping.group_of(p)]
@@ -114,10 +117,25 @@ class Book(Recorder):
                 if some_left_out:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
                     index = factor.nonzero().squeeze(1).to(p.device)
                     forms, weights = [form.select(index) for form in forms], weights[index]
-                owners += [p] * len(forms)
-                parts += [(form, weights) for form in forms]
-            for k, clipped in clipped_sums(parts):
+                parts[p] = [(form, weights) for form in forms]
+            if self.ranks.sharded:
+                self._share(parts)
+                return
+            owners = [p for p, its in parts.items() for _ in its]
+            flat = [part for its in parts.values() for part in its]
+            parts.clear()  # what a sum was made of can go
+            for k, clipped in clipped_sums(flat):
                 self._accumulate(owners[k], clipped)
+
+    def _share(self, parts: dict[nn.Parameter, list[tuple[Form, Tensor]]]) -> None:
+        """All ranks add up the same parameters in the same order, whatever each one's batch has reached."""
+        for p in self.names:
+            if not p.requires_grad or (self.tracked is not None and p not in self.tracked):
+                continue
+            total = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
+            for _, clipped in clipped_sums(parts.pop(p, [])):
+                total += clipped.reshape(p.shape)
+            self._accumulate(p, self.ranks.share(p, total))
 
     def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
         """Squared norms ``[groups, B]`` and the bounds on their errors."""
@@ -158,7 +176,7 @@ class Book(Recorder):
 
     @staticmethod
     def _accumulate(p: nn.Parameter, clipped: Tensor) -> None:
-        clipped = clipped.reshape(p.shape)
+        clipped = clipped.reshape(local(p).shape)
         p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]
 
 

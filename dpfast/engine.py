@@ -32,7 +32,7 @@ from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
 from dpfast.planner import check_state as check_plan
-from dpfast.ranks import apart
+from dpfast.ranks import Ranks, apart
 from dpfast.sampling import PoissonBatches, check_shares, shared_out
 
 FUSED = "fused"
@@ -53,6 +53,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     that it returns. A step is then the step of one process on the union of the ranks' batches: the same noise, bit for
     bit, and the same sums but for the order of adding up. The loader's batch size and the expected batch size are
     those of all ranks together, unless the loader has a ``DistributedSampler``, whose batch size is each rank's.
+    A model that was sharded by ``fully_shard`` is given as it is: every rank keeps its shard of the clipped sums, makes
+    its shard of the noise, and has its shard of the optimizer's state.
 
     Example:
         >>> engine = PrivacyEngine()
@@ -139,7 +141,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping_functions`.
             grad_sample_mode: ``"fused"``, or any mode of Opacus.
             wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
-            module: the model, or the model in torch's ``DistributedDataParallel`` or in Opacus'.
+            module: the model; or the model in torch's ``DistributedDataParallel`` or Opacus' own, or after
+                ``torch.distributed.fsdp.fully_shard``.
             max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
                 sample at a time, through ``BatchMemoryManager(max_physical_batch_size=1)``, which is exact for any
                 model.
@@ -224,6 +227,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         optimizer = wrapped
         module, ranks = apart(module)
+        if ascent is not None and ranks.sharded:
+            raise ValueError(f"ascent={ascent!r}: a sharded model has no ascent; use DistributedDataParallel")
         model = module._module if isinstance(module, FusedModule) else module
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
         thresholds.function = clipping_function(clipping_fn)
@@ -247,7 +252,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             if poisson_sampling and ranks.world_size > 1:
                 private_loader = shared_out(private_loader, ranks, self.secure_mode)
 
-        hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size)
+        hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.book.planner = planner
         if poisson_sampling:
             hooks.forbid_grad_accumulation()
@@ -386,6 +391,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         batch_first: bool,
         loss_reduction: str,
         max_physical_batch_size: int | None,
+        ranks: Ranks,
     ) -> FusedHooks:
         if isinstance(module, FusedModule):
             if (module.batch_first, module.loss_reduction) != (batch_first, loss_reduction):
@@ -400,6 +406,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             batch_first=batch_first,
             loss_reduction=loss_reduction,
             max_physical_batch_size=max_physical_batch_size,
+            ranks=ranks,
         )
 
 

@@ -66,8 +66,11 @@ class LayerForward(Forward):
     def __init__(self, module: nn.Module, layer: Layer, tap: Tap):
         super().__init__(module)
         self.layer, self.tap = layer, tap
+        self._own = dict(module._parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.tap.recorder.ranks.sharded:
+            self.tap.recorder.link(self.module._parameters, self._own)
         if self.tap.recorder.paused or not trains(self.module):
             return self.untapped(self.tap.recorder, *args, **kwargs)
         return self.layer.run(self.module, self.tap, *args, **kwargs)

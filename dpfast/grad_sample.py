@@ -12,6 +12,7 @@ from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
+from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 
 from dpfast.bookkeeping import Book
@@ -21,6 +22,7 @@ from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
 from dpfast.model_forward import ModelForward
+from dpfast.ranks import Ranks
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
@@ -40,6 +42,7 @@ class FusedHooks(AbstractGradSampleHooks):
         loss_reduction: ``"mean"`` or ``"sum"``, over the batch.
         clipping: thresholds and groups; those of the optimizer, once there is one.
         max_physical_batch_size: 1 if a model that no path serves is to be trained one sample at a time.
+        ranks: how the processes of a run share the model.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class FusedHooks(AbstractGradSampleHooks):
         loss_reduction: str = "mean",
         clipping: Clipping | None = None,
         max_physical_batch_size: int | None = None,
+        ranks: Ranks | None = None,
     ):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
@@ -58,6 +62,7 @@ class FusedHooks(AbstractGradSampleHooks):
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         self.book = Book(parameter_names(m), clipping or Clipping.flat(1.0), loss_reduction)
         self.book.verifies = self.book.needs_model = True
+        self.book.ranks = ranks or Ranks()
         self._forwards: list[Forward] = []
         self._attach(0 if batch_first else 1, loss_reduction, max_physical_batch_size)
 
@@ -74,10 +79,16 @@ class FusedHooks(AbstractGradSampleHooks):
             if module in served and layer is not None:
                 tap = Tap(self.book, layer, name or type(module).__name__, batch_dims.get(module, batch_dim))
                 forward = LayerForward(module, layer, tap)
-            elif max_physical_batch_size == 1 and own:
+            elif max_physical_batch_size == 1 and own and not self.book.ranks.sharded:
                 forward = UnservedForward(module, name, self.book)
             elif own or any(_is_container(child) and child._parameters for child in module.children()):
                 below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
+                if self.book.ranks.sharded and any(p.requires_grad for p in below):
+                    raise UnsupportedModuleError(
+                        f"{name or 'the model'} ({type(module).__name__}): no layer family serves its parameters, and "
+                        f"vmap, which could, does not know parameters that fully_shard has gathered. Freeze it with "
+                        f"requires_grad_(False), or use DistributedDataParallel"
+                    )
                 forward = GenericForward(module, Generic(module, below, self.book, batch_dim))
             if forward is not None:
                 self._forwards.append(forward)

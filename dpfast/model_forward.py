@@ -14,7 +14,7 @@ from dpfast.layers.generic import ONE_BY_ONE, Generic
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import LayoutError, Recorder
 from dpfast.separation import aside, same, untouched_buffers, why_mixed
-from dpfast.trees import packed_sequences, tensors
+from dpfast.trees import map_tensors, packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class ModelForward(Forward):
         self.batch_dim = batch_dim
         self.one_by_one = one_by_one
         self.runs_by_sample = False
-        self._guards: dict[nn.Parameter, Any] = {}
+        self._guards: dict[Any, Any] = {}
+        self._agreed = False  # the ranks of a sharded model have made the first check
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_guards": {}}  # hooks stay with the parameters that they are on
@@ -81,8 +82,42 @@ class ModelForward(Forward):
                 x.register_hook(partial(_opens, recorder, batch))
         return out
 
+    def install(self) -> None:
+        super().install()
+        if self.recorder.ranks.sharded:  # before its parameters are gathered
+            self._guards[self.module] = self.module.register_forward_pre_hook(
+                self._check_together, prepend=True, with_kwargs=True
+            )
+
+    def _check_together(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The first check of a sharded model: every rank runs it, on the batch of the rank that has most samples.
+
+        Its forwards and backwards gather parameters, which takes all ranks. A layout that comes up later stays
+        untrusted: gradients through it are refused.
+        """
+        recorder = self.recorder
+        if self._agreed or recorder.paused or recorder.observer or not (module.training and trains(module)):
+            return
+        given = tensors((args, kwargs))
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        rows = [row[0] for row in recorder.ranks.gathered([max(sizes, default=0)])]
+        if max(rows) < 2:
+            return
+        device = given[0].device if given else torch.device("cpu")
+        held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
+        held = recorder.ranks.from_rank(rows.index(max(rows)), held)
+        args, kwargs = map_tensors(lambda x: x.to(device), held)
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
+        recorder.new_layouts = set()
+        if why := self._why_mixed(args, kwargs, lambda args, kwargs: module(*args, **kwargs)):
+            raise LayoutError(f"{why}, and a sharded model cannot be run sample by sample: use DistributedDataParallel")
+        self._agreed = True
+
     def _run_checked(self, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
+        if recorder.ranks.sharded:
+            return self._run(args, kwargs)
         recorder.new_layouts = set()
         try:
             if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
@@ -102,7 +137,7 @@ class ModelForward(Forward):
             return self._run(args, kwargs)
         return out
 
-    def _why_mixed(self, args: Any, kwargs: Any) -> str:
+    def _why_mixed(self, args: Any, kwargs: Any, run: Any = None) -> str:
         """Why samples are not kept apart, or an empty string."""
         recorder = self.recorder
         if not recorder.verifies or self.runs_by_sample or recorder.batch_size in (0, 1):
@@ -113,7 +148,7 @@ class ModelForward(Forward):
                 f"batch first"
             )
         with untouched_buffers(self.module):
-            return why_mixed(self._run, args, kwargs, recorder, self.batch_dim)
+            return why_mixed(run or self._run, args, kwargs, recorder, self.batch_dim)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:

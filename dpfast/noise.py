@@ -93,7 +93,7 @@ class NoiseStream:
 
     def _key_of_step(self) -> tuple[int, ...]:
         if self.secure:
-            return self.ranks.from_first(tuple(secrets.randbits(32) for _ in range(KEY_WORDS)))
+            return self.ranks.from_rank(0, tuple(secrets.randbits(32) for _ in range(KEY_WORDS)))
         if self.key is None:
             self.key = (*self._draw(2), *(0,) * (KEY_WORDS - 2))
         return self.key
@@ -108,7 +108,7 @@ class NoiseStream:
     def _draw(self, words: int) -> list[int]:
         device = self.generator.device if self.generator is not None else "cpu"
         drawn = torch.randint(0, 1 << 32, (words,), generator=self.generator, device=device).tolist()
-        return self.ranks.from_first(drawn)
+        return self.ranks.from_rank(0, drawn)
 
     def fingerprint(self) -> int:
         """48 bits that tell keys apart and do not give them away; -1 before there is one."""

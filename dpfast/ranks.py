@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's buckets
@@ -35,8 +37,8 @@ class Ranks:
         """How many physical batches this rank has to run, where it has ``count`` of its own."""
         return count
 
-    def from_first(self, value: T) -> T:
-        """``value`` of rank 0."""
+    def from_rank(self, rank: int, value: T) -> T:
+        """That rank's ``value``: nested Python objects and CPU tensors."""
         return value
 
     def gathered(self, values: Sequence[float]) -> list[list[float]]:
@@ -59,10 +61,10 @@ class Replicated(Ranks):
         self.group = group if group is not None else dist.group.WORLD
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
-    def from_first(self, value: T) -> T:
+    def from_rank(self, rank: int, value: T) -> T:
         held = [value]
         with _all_present("agreeing on a value"):
-            dist.broadcast_object_list(held, group=self.group, group_src=0)
+            dist.broadcast_object_list(held, group=self.group, group_src=rank)
         return held[0]
 
     def gathered(self, values: Sequence[float]) -> list[list[float]]:
@@ -88,6 +90,79 @@ class Replicated(Ranks):
         if flat is None:
             flat = next(iter(bucket.values())).view(-1)
         return flat, dist.all_reduce(flat, group=self.group, async_op=True)
+
+
+class Sharded(Replicated):
+    """Every rank has a shard of each parameter (``fully_shard``), and whole ones only while a layer runs.
+
+    The ranks gather parameters together in every forward and backward, so they run equally many. Clipped sums of
+    whole parameters are made one at a time and reduce-scattered at once: a rank keeps its shard's.
+    """
+
+    sharded = True
+
+    def most(self, count: int) -> int:
+        return int(max(row[0] for row in self.gathered([count])))
+
+    def share(self, p: Any, clipped: Tensor) -> Tensor:
+        parts = [Partial() for _ in p.placements]
+        whole = DTensor.from_local(clipped, p.device_mesh, parts, run_check=False)
+        with _all_present("adding up the clipped sums"):
+            return whole.redistribute(placements=p.placements).to_local().contiguous()
+
+    def totals(self, summed: Mapping[Any, Tensor]) -> Iterator[Mapping[Any, Tensor]]:
+        yield summed
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def like(part: Tensor, p: Any) -> Tensor:
+    """``part`` as this rank's part of a tensor that is spread as ``p`` is."""
+    if not isinstance(p, DTensor):
+        return part
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def first_element(p: Tensor) -> int:
+    """Where in the whole parameter this rank's part begins, counted in elements."""
+    if not isinstance(p, DTensor):
+        return 0
+    rows = p.shape[0] if p.dim() else 1
+    for dim, placement in enumerate(p.placements):
+        if isinstance(placement, Shard):  # torch.chunk's pieces
+            begin = min(rows, p.device_mesh.get_local_rank(dim) * -(-rows // p.device_mesh.size(dim)))
+            return begin * (p.numel() // rows if rows else 0)
+    return 0
+
+
+def _sharded(module: nn.Module) -> Sharded:
+    meshes = {}
+    for name, p in module.named_parameters():
+        if not isinstance(p, DTensor):
+            if p.requires_grad:
+                raise ValueError(
+                    f"module: parameter {name!r} is trained and not sharded: call fully_shard on the whole model too"
+                )
+            continue
+        if sum(isinstance(s, Shard) for s in p.placements) != 1 or not all(
+            isinstance(s, Replicate) or s == Shard(0) for s in p.placements
+        ):
+            raise ValueError(
+                f"module: parameter {name!r} is placed as {p.placements}: the fused mode knows shards along "
+                f"dimension 0, as fully_shard makes them by default"
+            )
+        meshes[p.device_mesh] = name
+    if len(meshes) != 1:
+        raise ValueError(f"module: its parameters lie on {len(meshes)} device meshes: shard the model over one")
+    mesh = next(iter(meshes))
+    if mesh.size() == dist.get_world_size():
+        return Sharded()
+    if mesh.ndim > 1:
+        raise ValueError("module: a mesh of several dimensions has to hold all ranks")
+    return Sharded(mesh.get_group())
 
 
 def _buckets(summed: Mapping[Any, Tensor]) -> list[dict[Any, Tensor]]:
@@ -127,4 +202,6 @@ def apart(module: nn.Module) -> tuple[nn.Module, Ranks]:
         return module.module, Replicated(module.process_group)
     if isinstance(module, DifferentiallyPrivateDistributedDataParallel):
         return module.module, Replicated()
+    if isinstance(module, FSDPModule):
+        return module, _sharded(module)
     return module, Ranks()

@@ -78,7 +78,7 @@ def shared_out(loader: DataLoader, ranks: Ranks, secure: bool) -> DataLoader:
     batches = PoissonBatches(
         len(loader.dataset),  # type: ignore[arg-type]
         len(loader),
-        seed=ranks.from_first(seed),
+        seed=ranks.from_rank(0, seed),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )

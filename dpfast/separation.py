@@ -48,6 +48,7 @@ def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorde
 class _Check:
     def __init__(self, run: Callable[..., Any], recorder: Recorder, batch_dim: int):
         self.run, self.recorder, self.batch_dim = run, recorder, batch_dim
+        self.scales: dict[int, Tensor] = {}  # of the outputs, on the unchanged batch
 
     @property
     def batch(self) -> int:
@@ -80,7 +81,9 @@ class _Check:
     ) -> dict[str, list[Tensor]]:
         """What a forward and backward records, by layer, in sketches ``[B, n]``.
 
-        Random numbers are the same in every call, but for the output gradient of sample ``cotangent_of``.
+        Random numbers are the same in every call, but for the output gradient of sample ``cotangent_of``. Each output
+        gradient depends on its element, as a loss's does: samples that meet linearly in an output (a mean over the
+        batch taken off) would not be seen to change each other's gradients else.
         """
         found: dict[str, list[Tensor]] = {}
 
@@ -93,14 +96,21 @@ class _Check:
             with watch or nullcontext():
                 outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             cotangents = []
-            for output in outputs:
+            for k, output in enumerate(outputs):
                 cotangent, other = torch.randn_like(output), torch.randn_like(output)
+                cotangent *= self._sized(k, output.detach())
                 has_batch = output.dim() > self.batch_dim and output.shape[self.batch_dim] == self.batch
                 if cotangent_of is not None and has_batch:
                     cotangent.select(self.batch_dim, cotangent_of).copy_(other.select(self.batch_dim, cotangent_of))
                 cotangents.append(cotangent)
             torch.autograd.backward(outputs, cotangents)
         return found
+
+    def _sized(self, k: int, output: Tensor) -> Tensor:
+        """``1 + output``, in units of what the ``k``-th output was on the unchanged batch."""
+        wide = output.to(torch.promote_types(output.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+        scale = self.scales.setdefault(k, wide.square().mean().sqrt())
+        return (1 + (wide / scale.clamp_min(1e-30)).clamp(-8, 8)).to(output.dtype)
 
 
 def _replace_sample(inputs: Any, batch: int, batch_dim: int, sample: int) -> Any:

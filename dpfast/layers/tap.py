@@ -18,11 +18,13 @@ from torch.autograd.function import once_differentiable
 from dpfast.layers.forms import Convolved, Factored, Form, Instantiated, by
 from dpfast.layers.shift import Shift
 from dpfast.planner import Planner
+from dpfast.ranks import Ranks
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
 
 OUTSIDE = -1  # torch's id of "no backward pass is running in this thread"
+SHARDED_AS = "dpfast_sharded_as"  # attribute of a gathered parameter: the one of which each rank has a shard
 Layout = tuple[str, int, str]  # a layer, its input's number of dimensions, and what its rows are taken for
 
 
@@ -45,6 +47,7 @@ class Recorder:
     def __init__(self, names: Mapping[nn.Parameter, str]):
         self.names = dict(names)
         self.planner = Planner()
+        self.ranks = Ranks()
         self.shift = Shift()
         # Set by the model's forward:
         self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
@@ -140,8 +143,9 @@ class Recorder:
             )
         self.close()
 
-    def record(self, parameter: nn.Parameter, form: Form, call: Call | None = None) -> None:
+    def record(self, parameter: Any, form: Form, call: Call | None = None) -> None:
         """Keep one use's form."""
+        parameter = getattr(parameter, SHARDED_AS, parameter)
         if self.observer is not None:
             self.open()
             self.observer(call.tap.name if call else self.names[parameter], form)
@@ -178,6 +182,12 @@ class Recorder:
         self._bypassed.add(parameter)
         if self._pass_batch == 1:
             self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)))
+
+    def link(self, whole: Mapping[str, Any], sharded: Mapping[str, Any]) -> None:
+        """Parameters that ``fully_shard`` has gathered for a module stand for those that the optimizer has."""
+        for name, p in whole.items():
+            if p is not None and p is not sharded[name] and not hasattr(p, SHARDED_AS):
+                setattr(p, SHARDED_AS, sharded[name])
 
     def check_inside(self, tap: Tap) -> None:
         """Layers are called inside of the model's forward, or when a checkpoint computes it again."""

@@ -18,7 +18,7 @@ from dpfast.noise import NoiseStream
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
-from dpfast.ranks import Ranks
+from dpfast.ranks import Ranks, first_element, like, local
 
 
 class FusedDPOptimizer(DPOptimizer):
@@ -86,6 +86,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.book = book
         self._stepped = False  # and not cleared since
         self.accounting: Callable[[DPOptimizer], None] | None = None  # a step hook that needs no gradients
+        book.ranks = self.ranks
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -149,12 +150,13 @@ class FusedDPOptimizer(DPOptimizer):
             p.grad = None
         for summed in self.ranks.totals(sums):
             grads = {
-                p: total.view(p.shape) if p.dtype == total.dtype else torch.empty_like(total, dtype=p.dtype)
+                p: total.view(local(p).shape) if p.dtype == total.dtype else torch.empty_like(total, dtype=p.dtype)
                 for p, total in summed.items()
             }
-            ops.noisy_grad_(list(summed.values()), list(grads.values()), [self.book.index[p] for p in summed], noise)
+            places = [self.book.index[p] for p in summed], noise, [first_element(p) for p in summed]
+            ops.noisy_grad_(list(summed.values()), list(grads.values()), *places)
             for p, grad in grads.items():
-                p.grad = grad
+                p.grad = like(grad, p)
 
     def scale_grad(self) -> None:
         """Nothing is left to do: :meth:`add_noise` divides in the same pass."""
@@ -175,9 +177,14 @@ class FusedDPOptimizer(DPOptimizer):
             self._adapt(self.adaptive, noise)
         summed = {}
         for p in trained:
+            if self.ranks.sharded and p.grad is not None and bool(local(p.grad).any()):
+                raise RuntimeError(
+                    f"parameter {self.book.names[p]!r} got a gradient outside of its own module's forward, which "
+                    f"nobody has clipped: call the module that owns it, or set requires_grad_(False)"
+                )
             total = getattr(p, "summed_grad", None)
             if total is None:
-                total = torch.zeros(p.shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
+                total = torch.zeros(local(p).shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
             summed[p] = total.contiguous()
             p.summed_grad = None
         return summed, noise

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from dpfast import ops
+from dpfast.ranks import first_element, like, local
 
 LOW_PRECISION = ("nearest", "stochastic", "master")
 MASTER = "master_param"  # in the optimizer's state, beside torch's own
@@ -37,16 +38,16 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
         for p in group["params"]:
             if not p.requires_grad:
                 continue
-            if p.dtype not in ops.PARAMETER_DTYPES or not p.is_contiguous():
-                return f"a parameter is {p.dtype if p.is_contiguous() else 'not contiguous'}"
+            if p.dtype not in ops.PARAMETER_DTYPES or not local(p).is_contiguous():
+                return f"a parameter is {p.dtype if local(p).is_contiguous() else 'not contiguous'}"
             if not ops.is_native(op, p.device):
                 return f"no compiled library for {p.device.type}"
             if p.device.type != "cpu" and group.get("fused"):
                 return "fused=True keeps its step counter on the device"
             moments = (value for name, value in optimizer.state.get(p, {}).items() if name not in ("step", MASTER))
-            if any(isinstance(m, Tensor) and (m.dtype != p.dtype or not m.is_contiguous()) for m in moments):
+            if any(isinstance(m, Tensor) and (m.dtype != p.dtype or not local(m).is_contiguous()) for m in moments):
                 return "optimizer state of another dtype or layout"
-    if _share_memory([p for group in optimizer.param_groups for p in group["params"]]):
+    if _share_memory([local(p) for group in optimizer.param_groups for p in group["params"]]):
         return "parameters share memory"
     return None
 
@@ -88,12 +89,16 @@ def noisy_step(
                 rounds[_rule(optimizer, group, p), p.dtype].append(p)
         for (rule, dtype), params in rounds.items():
             narrow = dtype != torch.float32
-            grads = [torch.empty_like(p) if narrow else summed[p].view(p.shape) for p in params]
+            parts = [local(p.detach()) for p in params]
+            grads = [
+                torch.empty_like(part) if narrow else summed[p].view(part.shape)
+                for p, part in zip(params, parts, strict=True)
+            ]
             masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
             all_states = _states(optimizer, group, params)
             ops.noisy_step_(
                 rule,
-                params,
+                parts,
                 [summed[p] for p in params],
                 grads,
                 all_states,
@@ -102,11 +107,12 @@ def noisy_step(
                 noise,
                 "stochastic" if narrow and low_precision == "stochastic" else "nearest",
                 rounding_key,
+                [first_element(p) for p in params],
             )
             changed = [*params, *masters, *(state for states in all_states for state in states)]
             torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
             for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
+                p.grad = like(grad, p)
     if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -148,11 +154,11 @@ def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any
         used = {"momentum_buffer": group["momentum"] != 0}
     else:
         used = {"exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": group["amsgrad"]}
-    return [[optimizer.state[p][name] for p in params] if here else [] for name, here in used.items()]
+    return [[local(optimizer.state[p][name]) for p in params] if here else [] for name, here in used.items()]
 
 
 def _master(optimizer: Optimizer, p: Any) -> Tensor:
     state = optimizer.state[p]
     if MASTER not in state or state[MASTER].dtype != torch.float32:  # torch's load_state_dict rounds it
         state[MASTER] = p.detach().float()
-    return state[MASTER]
+    return local(state[MASTER])

@@ -280,3 +280,20 @@ def test_the_whole_model_in_a_checkpoint(model, reentrant):
         return checkpoint(model, x.detach().requires_grad_(), use_reentrant=reentrant)
 
     examine(model(), (torch.randn(B, T, D),), classes(), cross_entropy, call=call)
+
+
+class OffTheMean(nn.Module):
+    """Samples meet in the outputs alone, linearly: in no layer does a gradient change for fixed output gradients."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.l, self.scale = nn.Linear(D, 3), scale
+
+    def forward(self, x):
+        out = self.l(x.mean(1)) * self.scale
+        return out - out.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_outputs_that_samples_meet_in_linearly(scale):
+    refuse(OffTheMean(scale).double(), (torch.randn(B, T, D, dtype=F64),), classes(), cross_entropy, "meet in l")

@@ -1,0 +1,210 @@
+"""``fully_shard``: a step over shards is the step of one process on the union of the batches, at any world size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpfast import PrivacyEngine
+from dpfast.ranks import first_element
+from dpfast.sampling import PoissonBatches
+
+STEPS, N, PER_EPOCH, SEED, V, T = 6, 24, 8, 21, 11, 5
+
+
+class Block(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Widths that three ranks do not share evenly; a head of one row, which two ranks have nothing of."""
+
+    def __init__(self, tied: bool = False, d: int = 7):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(V, d), nn.Embedding(T, d)
+        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.gate, self.head = nn.Linear(d, 1), nn.Linear(d, V, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.position(torch.arange(T)[None])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x * torch.sigmoid(self.gate(x)))
+
+
+def data() -> TensorDataset:
+    draw = torch.Generator().manual_seed(3)
+    return TensorDataset(*torch.randint(0, V, (2, N, T), generator=draw))
+
+
+def net(tied: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return Net(tied)
+
+
+def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "sgd": lambda: torch.optim.SGD(trained, lr=0.1, momentum=0.9),
+        "adamw": lambda: torch.optim.AdamW(trained, lr=0.01),
+        "own step": lambda: torch.optim.RMSprop(trained, lr=0.01),
+    }[name]()
+
+
+def private(rank: int, world_size: int, optimizer: str, tied: bool = False, frozen: str = "", **options: Any) -> tuple:
+    model = net(tied)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or frozen not in name)
+    if world_size > 1:
+        policy = MixedPrecisionPolicy(**options.pop("policy", {}))
+        for block in model.blocks:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    engine = PrivacyEngine(accountant="rdp")
+    batches = PoissonBatches(N, PER_EPOCH, seed=SEED, rank=rank, world_size=world_size)
+    settings = dict(noise_multiplier=0.7, max_grad_norm=0.5, poisson_sampling=False)
+    private_model, private_optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=optimizer_of(optimizer, model),
+        data_loader=DataLoader(data(), batch_sampler=batches),
+        noise_generator=torch.Generator().manual_seed(5 + 100 * rank),
+        **(settings | options),
+    )
+    return engine, private_model, private_optimizer, loader
+
+
+def whole(x: Any) -> torch.Tensor:
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
+def train(model: Any, optimizer: Any, batches: Any, steps: int = STEPS) -> list:
+    x, y = data().tensors
+    seen = []
+    for _, indices in zip(range(steps), batches, strict=False):
+        loss = F.cross_entropy(model(x[indices]).flatten(0, 1), y[indices].flatten(), reduction="sum")
+        loss.div(max(1, len(indices))).backward()
+        optimizer.step()
+        seen.append(torch.cat([whole(p.grad).flatten() for p in model.parameters() if p.requires_grad]))
+        optimizer.zero_grad()
+    return [*seen, torch.cat([whole(p).flatten() for p in model.parameters()])]
+
+
+def train_rank(rank: int, world_size: int, kind: str, options: dict) -> list:
+    engine, model, optimizer, loader = private(rank, world_size, kind, **options)
+    return [*train(model, optimizer, loader.batch_sampler), engine.accountant.history]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sgd", {}),
+        ("adamw", {"clipping": "per_layer", "tied": True}),
+        ("own step", {"frozen": "blocks.0"}),
+    ],
+    ids=["sgd", "adamw, per layer, tied", "an optimizer without a fused update, frozen layers"],
+)
+def test_shards_together_are_one_process(kind, options, ranks):
+    alone = train_rank(0, 1, kind, options)
+    for found in ranks(train_rank, 3, kind, options):
+        for got, want in zip(found[:-1], alone[:-1], strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+        assert found[-1] == alone[-1]
+
+
+def noise_alone(rank: int, world_size: int) -> torch.Tensor:
+    _, model, optimizer, _ = private(rank, world_size, "sgd")
+    return train(model, optimizer, [[]], steps=1)[0]
+
+
+def test_each_rank_makes_its_shard_of_the_same_noise(ranks):
+    alone = noise_alone(0, 1)
+    assert alone.abs().min() > 0
+    for found in ranks(noise_alone, 3):
+        assert torch.equal(found, alone)
+
+
+def moments(rank: int) -> tuple:
+    _, model, optimizer, _ = private(rank, 3, "adamw")
+    train(model, optimizer, [[rank]], steps=1)
+    local = sum(optimizer.state[p]["exp_avg"].to_local().numel() for p in model.parameters())
+    return local, sum(p.numel() for p in model.parameters()), [first_element(p) for p in model.parameters()]
+
+
+def test_the_optimizers_state_is_sharded(ranks):
+    found = ranks(moments)
+    assert sum(local for local, *_ in found) == found[0][1]
+    assert [of_rank[2][0] for of_rank in found] == [0, 4 * 7, 8 * 7]  # 11 rows in chunks of 4, 4, 3
+
+
+def in_bfloat16(rank: int) -> list:
+    policy = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    _, model, optimizer, _ = private(rank, 3, "sgd", policy=policy, noise_multiplier=0.0)
+    return train(model, optimizer, [[rank]], steps=1)[0]
+
+
+def test_mixed_precision_clips_in_float32(ranks):
+    """The sum moves by at most C for each of the three samples, and goes the way of the float32 one."""
+    _, model, optimizer, _ = private(0, 1, "sgd", noise_multiplier=0.0)
+    exact = train(model, optimizer, [[0, 1, 2]], steps=1)[0]
+    for found in ranks(in_bfloat16):
+        assert found.norm() <= 0.5 * 3 / 3 * (1 + 1e-6)  # expected batch of 3
+        assert torch.cosine_similarity(found, exact, dim=0) > 0.99
+
+
+class Mixing(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out = super().forward(ids)
+        return out - out.mean(0, keepdim=True)
+
+
+class Bare(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(7))
+
+
+class Around(Net):
+    """Uses a layer's weight past the layer."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + F.linear(self.embed(ids), self.head.weight)
+
+
+def refused(rank: int) -> list[str]:
+    found = []
+    for kind, batch in ((Mixing, [rank, rank + 3, rank + 6]), (Bare, [0]), (Around, [rank])):
+        torch.manual_seed(0)
+        model = fully_shard(kind())
+        try:
+            model, optimizer, _ = PrivacyEngine(accountant="rdp").make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=DataLoader(data(), batch_size=3),
+                noise_multiplier=0.0,
+                max_grad_norm=0.5,
+            )
+            train(model, optimizer, [batch], steps=1)
+            found.append("")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_what_cannot_be_kept_apart_is_refused(ranks):
+    for mixing, bare, around in ranks(refused):
+        assert "gradients of several samples meet" in mixing
+        assert "no layer family serves its parameters" in bare and "Bare" in bare
+        assert "outside of its own module's forward" in around and "head.weight" in around
