@@ -36,13 +36,18 @@ class Verdict:
         return self.reason is None
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 @functools.lru_cache(maxsize=1)
 def oracle(work: Workload, variant: str) -> tuple[float, dict[str, Tensor]]:
     """The clipping norm (the median of the samples' norms, so that about half are clipped) and the clipped sum."""
     model = work.model(variant).double()
     x, y = work.batch(work.check_size)
     x = x.double() if x.is_floating_point() else x
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*trained(model).items(), strict=True)
     grads, norms = [], []
     for i in range(len(x)):
         loss = sequence_loss(nn.CrossEntropyLoss(), model(x[i : i + 1]), y[i : i + 1])
@@ -58,7 +63,7 @@ def clipped_sum(work: Workload, method: Method, variant: str, max_grad_norm: flo
     """The clipped sum that the method's optimizer applied: with SGD, the change of the parameters over the rate."""
     x, y = work.batch(work.check_size)
     model = work.model(variant)
-    parameters = dict(model.named_parameters())
+    parameters = trained(model)
     before = {name: p.detach().double() for name, p in parameters.items()}
     trainer = prepare(
         method,

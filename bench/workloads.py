@@ -176,6 +176,37 @@ def _gpt(name: str, length: int, batch_size: int, target_time: float, target_mem
     )
 
 
+class Logits(nn.Module):
+    """A Transformers model as a function from ids to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def _gpt2_lora(variant: str) -> nn.Module:
+    """Adapters of rank 16 at every linear layer of the blocks; neither side is zero, so that both have gradients."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8192, n_positions=128, n_embd=512, n_layer=6, n_head=8, **drops))
+    targets = ["c_attn", "c_proj", "c_fc"]
+    adapters = LoraConfig(r=16, lora_alpha=16, target_modules=targets, fan_in_fan_out=True, init_lora_weights=False)
+    return Logits(get_peft_model(model, adapters))
+
+
+def _llama(variant: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    return Logits(LlamaForCausalLM(LlamaConfig(vocab_size=8192, max_position_embeddings=256, **sizes, **heads)))
+
+
 WORKLOADS: dict[str, Workload] = {
     work.name: work
     for work in (
@@ -200,6 +231,25 @@ WORKLOADS: dict[str, Workload] = {
             inputs=lambda n: torch.randn(n, 3, 32, 32),
             classes=10,
             target_time=1.35,
+        ),
+        Workload(
+            name="gpt2_lora",
+            title="Transformers' GPT-2 with LoRA rank 16 (PEFT), 6 layers, d 512, vocabulary 8192, T 128, batch 16",
+            batch_size=16,
+            build=_gpt2_lora,
+            inputs=lambda n: torch.randint(8192, (n, 128)),
+            classes=8192,
+            target_time=1.10,
+        ),
+        Workload(
+            name="llama",
+            title="Transformers' Llama, all parameters, 8 layers, d 512, 8 heads on 2, vocabulary 8192, T 256, batch 8",
+            batch_size=8,
+            build=_llama,
+            inputs=lambda n: torch.randint(8192, (n, 256)),
+            classes=8192,
+            target_time=1.2,
+            target_memory=1.2,
         ),
     )
 }

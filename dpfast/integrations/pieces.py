@@ -13,7 +13,7 @@ from dpfast.trees import map_tensors, tensors
 
 
 def pieces(batch: Any, size: int, count: int | None = None) -> Iterator[Any]:
-    """``batch`` in pieces of at most ``size`` samples: nested mappings, tuples, lists of tensors with the samples first.
+    """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces of at most ``size``.
 
     There are at least ``count`` of them, and at least one: what is missing at the end are empty ones.
     """

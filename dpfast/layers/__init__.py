@@ -11,12 +11,14 @@ from dpfast.layers.attention import AppendedRow, MultiheadAttention, OpacusAtten
 from dpfast.layers.base import Layer
 from dpfast.layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from dpfast.layers.embedding import Embedding, EmbeddingBag
-from dpfast.layers.linear import Linear
+from dpfast.layers.linear import Linear, TransposedLinear
 from dpfast.layers.norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
+from dpfast.layers.rms import as_rms_norm
 from dpfast.layers.rnn import UNSERVED, Recurrent
 
 FAMILIES: tuple[Layer, ...] = (
     Linear(),
+    TransposedLinear(),
     Embedding(),
     EmbeddingBag(),
     Conv1d(),
@@ -46,13 +48,17 @@ def family(module: nn.Module) -> Layer | None:
     not plain ones of its own (parametrised, weight-normed, patched) is not.
     """
     bases: tuple[Any, ...] = type(module).__mro__
-    base = next((cls for cls in bases if cls in _BY_TYPE), None)
-    if base is None or torch.nn.utils.parametrize.is_parametrized(module):
+    if torch.nn.utils.parametrize.is_parametrized(module):
         return None
-    layer = _BY_TYPE[base]
     forward = vars(module).get("forward")
     if forward is not None and not type(forward).__module__.startswith("dpfast."):
         return None
+    known = {cls: _BY_TYPE.get(cls) or _BY_TYPE.get(f"{cls.__module__}.{cls.__qualname__}") for cls in bases}
+    base = next((cls for cls in bases if known[cls] is not None), None)
+    if base is None:
+        return as_rms_norm(module)
+    layer = known[base]
+    assert layer is not None
     for name in ("forward", *layer.inherits):
         if getattr(bases[0], name) is not getattr(base, name) or (name != "forward" and name in vars(module)):
             return None

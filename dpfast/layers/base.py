@@ -21,7 +21,7 @@ class Layer:
     first: ``call.batch`` of them, each with ``len(x) / call.batch`` rows.
     """
 
-    types: ClassVar[tuple[Any, ...]] = ()  # module classes
+    types: ClassVar[tuple[Any, ...]] = ()  # module classes; by full name where their library may not be there
     inherits: ClassVar[tuple[str, ...]] = ()  # methods besides forward that a subclass must have kept to be served
     least_dims: ClassVar[int] = 1  # dimensions of the smallest x that has a batch dimension
     needs_batch: ClassVar[bool] = False  # the op takes the dimension before the features for the batch (convolutions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
@@ -58,3 +59,28 @@ class Linear(Layer):
                 if before or rest
                 else summed,
             )
+
+
+class TransposedLinear(Linear):
+    """``y = x W + b`` with W ``[d, p]``, as Transformers' GPT-2 has it: ``g_i = A_iᵀ G_i``."""
+
+    types: ClassVar[tuple[Any, ...]] = ("transformers.pytorch_utils.Conv1D",)
+
+    def run(self, module: Any, tap: Tap, x: Tensor) -> Tensor:
+        return tap(x, module.weight, module.bias)
+
+    def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
+        weight, bias = params
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(bias))
+
+    def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        return (G @ params[0].to(G.dtype).T).to(x.dtype)
+
+    def forms(
+        self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
+    ) -> Iterator[tuple[int, Form]]:
+        A, G = (by_sample(side, call.batch) for side in (x, G))
+        if 0 in needed:
+            yield 0, call.planned(Factored(G.unsqueeze(1), A.unsqueeze(1), len(params[0])))
+        if 1 in needed:
+            yield 1, sum_positions(G)
