@@ -1,7 +1,8 @@
 """The command line.
 
 ``python -m dpfast doctor`` says what dpfast runs on here, and why not on more; ``python -m dpfast reproduce`` tries
-what the papers say: see :mod:`dpfast.analysis.reproduce`.
+what the papers say: see :mod:`dpfast.analysis.reproduce`; ``python -m dpfast finetune`` trains a language model
+privately: see :mod:`dpfast.integrations.finetune`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import dpfast
 from dpfast import native
 from dpfast.analysis import reproduce
+from dpfast.integrations.finetune import command
 from dpfast.native import build, cache
 
 MEANT = ("native", "triton", "torch")  # backends in dpfast.ops.backends() that nothing better stands above
@@ -31,12 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="versions, devices, native libraries, and the backend of each op")
     doctor.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
     reproduce.add_arguments(commands.add_parser("reproduce", help="the papers' claims, tried on small data"))
+    tuned = commands.add_parser("finetune", help="fine-tune a Transformers model with differential privacy")
+    command.add_arguments(tuned)
     asked = parser.parse_args(arguments)
     if asked.command is None:
         parser.print_help()
         return 0
     if asked.command == "reproduce":
         return reproduce.main(asked.experiment, asked.seeds, asked.out, asked.quick)
+    if asked.command == "finetune":
+        return command.main(asked)
     return report(asked.strict)
 
 

@@ -237,8 +237,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
-        sample_rate = 1 / len(data_loader)
-        expected_batch_size = int(len(data_loader.dataset) * sample_rate)  # type: ignore[arg-type]
+        # Opacus takes int(N · (1/steps)), which floats may make one less than N/steps, down to 0.
+        expected_batch_size = len(data_loader.dataset) // len(data_loader)  # type: ignore[arg-type]
         check_shares(data_loader, ranks, poisson_sampling)
         private_loader = data_loader
         if not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are

@@ -1,0 +1,123 @@
+"""The private part of a run: how much noise, from which seed, and the engine that adds it."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from opacus.accountants import create_accountant
+from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier
+
+from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
+from dpfast.noise import NoiseStream
+
+# What a seed is used for: independent streams of one seed.
+BATCHES, NOISE, WEIGHTS, HELD_OUT, DROPOUT = range(5)
+TOLERANCE = 0.01  # of epsilon, when the noise is searched for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run spends: its steps, and the noise of each."""
+
+    samples: int
+    steps_per_epoch: int
+    steps: int
+    noise_multiplier: float
+    delta: float
+
+    @property
+    def expected_batch_size(self) -> int:
+        """What the noisy sum is divided by."""
+        return self.samples // self.steps_per_epoch
+
+
+def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None = None) -> Plan:
+    """Steps and noise for ``samples`` samples; ``noise_multiplier`` if it is known from a checkpoint.
+
+    Raises:
+        FinetuneError: a batch larger than the data, a delta that promises nothing, an epsilon that cannot be met.
+    """
+    if config.batch_size > samples:
+        raise FinetuneError(f"--batch-size {config.batch_size}: there are {samples} samples: give at most that")
+    delta = config.target_delta or min(1e-5, 0.1 / samples)
+    if delta >= 1 / samples:
+        raise FinetuneError(f"--target-delta {delta:g}: with {samples} samples it has to be below {1 / samples:.1g}")
+    per_epoch = max(1, round(samples / config.batch_size))
+    epochs = config.epochs or (3 if config.train is not None else 20)
+    steps = config.max_steps or max(1, round(epochs * per_epoch))
+    if noise_multiplier is None:
+        noise_multiplier = config.noise_multiplier
+    if noise_multiplier is None:
+        noise_multiplier = _noise_for(config.target_epsilon or 8.0, delta, 1 / per_epoch, steps, config.accountant)
+    return Plan(samples, per_epoch, steps, noise_multiplier, delta)
+
+
+def _noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str) -> float:
+    def spent(noise_multiplier: float) -> float:
+        counter = create_accountant(mechanism=accountant)
+        counter.history = [(noise_multiplier, sample_rate, steps)]
+        return float(counter.get_epsilon(delta=delta))
+
+    with quiet_accounting():
+        least = spent(MAX_SIGMA)  # asked first: the search takes long to find out that there is nothing
+        if epsilon <= least:
+            raise FinetuneError(
+                f"--target-epsilon {epsilon:g} cannot be met over {steps} steps: the {accountant} accountant sees no "
+                f"less than {least:.2g}; give {2 * least:.1g} or more"
+            )
+        return get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=sample_rate,
+            steps=steps,
+            accountant=accountant,
+            epsilon_tolerance=min(TOLERANCE, (epsilon - least) / 10),
+        )
+
+
+@contextmanager
+def quiet_accounting() -> Iterator[None]:
+    """Without the accountants' warnings about grids of theirs that nobody can set here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha")
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="opacus")
+        yield
+
+
+def draw_seed() -> int:
+    """128 bits of the operating system."""
+    return secrets.randbits(128)
+
+
+def words(seed: int, *purpose: int, count: int = 4) -> list[int]:
+    """``count`` words of 32 bits: another stream for every purpose."""
+    return np.random.SeedSequence(seed, spawn_key=purpose).generate_state(count).tolist()
+
+
+def number(seed: int, *purpose: int, bits: int = 128) -> int:
+    """An integer of up to 128 bits."""
+    return sum(word << 32 * k for k, word in enumerate(words(seed, *purpose))) & ((1 << bits) - 1)
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """The generator that the noise's key is drawn from; all bits of the seed count (``manual_seed`` takes 32)."""
+    generator = torch.Generator()
+    state = generator.get_state()
+    twister = torch.tensor(words(seed, NOISE, count=624), dtype=torch.int64)
+    state[24 : 24 + 8 * 624] = twister.view(torch.uint8)
+    generator.set_state(state)
+    return generator
+
+
+def noise_key(seed: int) -> tuple[int, ...]:
+    """The key that a stream of noise draws from :func:`noise_generator`."""
+    stream = NoiseStream(noise_generator(seed))
+    stream.next(1.0, 1.0, 1, 1.0)
+    assert stream.key is not None
+    return stream.key

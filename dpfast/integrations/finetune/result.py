@@ -1,0 +1,118 @@
+"""What a run leaves: a model that ``from_pretrained`` loads, its tokenizer, and a page that says what was promised."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
+from dpfast.integrations.finetune.privacy import Plan
+
+BASE = "base"  # the frozen model of a LoRA result, if it is to be had nowhere else
+PARTS = ".result"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run.
+
+    Attributes:
+        model: in eval mode, its own class again (with LoRA a ``PeftModel``).
+        tokenizer: saved beside it.
+        epsilon, delta: what the run has spent, over all its steps.
+        noise_multiplier, steps: with which noise, and how many.
+        figures: of the last evaluation; empty without ``eval``.
+        output: the folder.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    steps: int
+    figures: dict[str, float]
+    output: Path
+
+
+def prepare(output: Path, resume: bool) -> None:
+    """Make the folder, and see that nothing of another run is in it.
+
+    Raises:
+        FinetuneError: it holds a run already, or cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for name in ("checkpoints", "config.json", "adapter_config.json"):
+                there = output / name
+                if there.is_file() or (there.is_dir() and any(there.iterdir())):
+                    raise FinetuneError(
+                        f"--output {output} holds a run already: --resume goes on with it, or give another"
+                    )
+        probe = output / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise FinetuneError(f"--output {output} cannot be written to: {error.strerror or error}") from error
+
+
+def save(output: Path, model: Any, tokenizer: Any, text: str, state: dict[str, Any] | None = None) -> None:
+    """Save model, tokenizer and README.md, each file whole or not at all."""
+    parts = output / PARTS
+    try:
+        shutil.rmtree(parts, ignore_errors=True)
+        model.save_pretrained(parts, **({} if state is None else {"state_dict": state}))
+        tokenizer.save_pretrained(parts)
+        (parts / "README.md").write_text(text, encoding="utf-8")
+        for path in sorted(parts.iterdir()):
+            os.replace(path, output / path.name)
+        parts.rmdir()
+    except OSError as error:
+        raise FinetuneError(
+            f"the result cannot be written to {output} ({error.strerror or error}): make room, then --resume"
+        ) from error
+
+
+def page(
+    config: FinetuneConfig, plan: Plan, epsilon: float, figures: dict[str, float], classes: list[Any] | None
+) -> str:
+    """README.md of a result."""
+    kind = "SequenceClassification" if config.task == "classification" else "CausalLM"
+    auto = f"AutoPeftModelFor{kind}" if config.lora_rank else f"AutoModelFor{kind}"
+    count = f", num_labels={len(classes)}" if classes and config.lora_rank else ""
+    lines = [
+        "# A model fine-tuned with differential privacy",
+        "",
+        f"(ε, δ) = ({epsilon:.3f}, {plan.delta:g}) towards adding or removing one row of the training data, by the "
+        f"{config.accountant} accountant: {plan.steps} steps of DP-SGD (AdamW) on Poisson batches with sample rate "
+        f"1/{plan.steps_per_epoch}, noise multiplier {plan.noise_multiplier:.4f}, per-sample gradients clipped to "
+        f"{config.max_grad_norm:g} ({config.clipping_fn}), {'secure' if config.secure else 'fast'} noise.",
+        "",
+        "Not covered: someone with several rows is protected less; which classes there are, the number of rows, the "
+        "sizes of batches, and figures on rows that were held out for evaluation.",
+        "",
+        "```python",
+        f"from {'peft' if config.lora_rank else 'transformers'} import {auto}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("."{count})',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+    ]
+    if config.lora_rank:
+        lines += [
+            "",
+            f"This is a LoRA adapter of rank {config.lora_rank}; `model.merge_and_unload()` gives a whole model.",
+        ]
+    if classes:
+        lines += ["", "Classes: " + ", ".join(f"{k}: {name}" for k, name in enumerate(classes))]
+    if figures:
+        lines += ["", "On the evaluation data: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())]
+    lines += ["", "Publish the files in this folder; never `checkpoints/`, which holds the key of the noise."]
+    return "\n".join(lines) + "\n"

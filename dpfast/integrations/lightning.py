@@ -1,0 +1,305 @@
+"""Differentially private training in Lightning, with automatic optimisation: a callback that makes the rest private."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from dpfast.engine import PrivacyEngine
+from dpfast.grad_sample import FusedHooks
+from dpfast.integrations.pieces import pieces
+from dpfast.noise import check_state
+from dpfast.ops import KEY_WORDS
+from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.planner import check_state as check_plan
+from dpfast.sampling import PoissonBatches
+from dpfast.trees import tensors
+
+
+class DPCallback(Callback):
+    """Makes a ``LightningModule`` train with (ε, δ)-differential privacy for one sample added or left out.
+
+    Example:
+        >>> class Net(L.LightningModule):
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return F.cross_entropy(self(x), y)
+        ...     def configure_optimizers(self):
+        ...         return self.privacy.make_private(self, torch.optim.Adam(self.parameters()))
+        >>> net = Net()
+        >>> net.privacy = DPCallback(data, batch_size=256, noise_multiplier=1.0, max_grad_norm=1.0)
+        >>> L.Trainer(callbacks=[net.privacy], max_epochs=3).fit(net, net.privacy.train_dataloader())
+        >>> net.privacy.get_epsilon(delta=1e-5)
+
+    Each batch is Poisson-sampled: every sample is in it with probability 1/(steps per epoch), independently, and its
+    expected size is about ``batch_size``. One batch is one step, with noise, and accounted for once; an empty one too
+    (``training_step`` is then not called).
+
+    The loss that ``training_step`` returns must be the mean (or, with ``loss_reduction="sum"``, the sum) over the
+    samples of losses that look at one sample each: a mean over all tokens of a batch couples samples and breaks the
+    guarantee, see :mod:`dpfast.losses`. What ``training_step`` logs is not private.
+
+    A Lightning checkpoint holds the noise's key and the seed of the batches: **publish the model, never the
+    checkpoint.** A run that goes on from it is bit-equal to one that was not interrupted, random transforms of the
+    data apart (in secure mode up to the noise).
+
+    Args:
+        dataset: with a length.
+        batch_size: expected size of a batch, about: ``len(dataset)`` over it, rounded up, are the steps per epoch.
+        noise_multiplier: noise standard deviation over ``max_grad_norm``.
+        max_grad_norm: the norm that each sample's gradient is clipped to.
+        max_physical_batch_size: most samples that ``training_step`` sees at once; None for whole batches. The parts of
+            a batch are cut from its tensors, which all have the samples first.
+        accountant, secure_mode: as for :class:`dpfast.PrivacyEngine`.
+        seed: repeats noise and batches, for experiments on public data; None takes both from the operating system,
+            whatever ``L.seed_everything`` was given.
+        collate_fn: from a list of samples to a batch; torch's default if None.
+        loader: more arguments of the ``DataLoader``, such as ``num_workers``.
+        private: more arguments of :meth:`dpfast.PrivacyEngine.make_private`, such as ``clipping``.
+
+    Raises:
+        ValueError: an argument that cannot be had; at ``fit``: gradient clipping or accumulation by Lightning, float16,
+            several devices, manual optimisation, or a checkpoint of a run that was not accounted for.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        noise_multiplier: float,
+        max_grad_norm: Any,
+        max_physical_batch_size: int | None = None,
+        accountant: str = "prv",
+        secure_mode: bool = False,
+        seed: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        loader: dict[str, Any] | None = None,
+        **private: Any,
+    ):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
+            raise ValueError(f"dataset={type(dataset).__name__}: Poisson sampling needs a length, and samples")
+        for name, value in (("batch_size", batch_size), ("max_physical_batch_size", max_physical_batch_size or 1)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: give at least 1")
+        if secure_mode and seed is not None:
+            raise ValueError(f"seed={seed} with secure_mode=True, whose keys no seed repeats: leave it out")
+        for name in ("data_loader", "module", "optimizer", "poisson_sampling", "wrap_model", "criterion"):
+            if name in private:
+                raise ValueError(f"{name}: DPCallback sets this itself; leave it out")
+        self.engine = PrivacyEngine(accountant=accountant, secure_mode=secure_mode)
+        self.optimizer: FusedDPOptimizer | None = None
+        self.hooks: FusedHooks | None = None
+        self._size = max_physical_batch_size
+        self._seed, self._secure = seed, secure_mode
+        self._loss_reduction = private.pop("loss_reduction", "mean")
+        self._private = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **private}
+        steps = -(-len(dataset) // batch_size)
+        drawn = secrets.randbits(128) if seed is None else seed
+        self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            collate_fn=_Collate(collate_fn or default_collate),
+            # Not the global generator, of which a resumed run would draw once more than one that was not interrupted.
+            generator=torch.Generator().manual_seed(0),
+            **(loader or {}),
+        )
+        self._pending: dict[str, Any] | None = None  # a checkpoint's state, until there is an optimizer
+        self._rng: dict[str, Any] | None = None
+
+    def train_dataloader(self) -> DataLoader:
+        """The Poisson-sampled batches, for ``fit`` or for a module's or data module's ``train_dataloader``."""
+        return self._loader
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε of all steps so far, of a resumed run since its beginning."""
+        return float(self.engine.get_epsilon(delta))
+
+    def make_private(self, module: L.LightningModule, optimizer: Optimizer) -> FusedDPOptimizer:
+        """The private optimizer of ``module``, to be returned (or given to a scheduler) by ``configure_optimizers``.
+
+        The module stays what it is, with its layers' ``forward`` replaced in place.
+        """
+        if self.hooks is not None:
+            self.hooks.cleanup()  # an earlier fit's
+        module.train()
+        self.hooks, private, _ = self.engine.make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=self._loader,
+            poisson_sampling=False,  # it is Poisson-sampled already
+            wrap_model=False,
+            loss_reduction=self._loss_reduction,
+            **self._private,
+        )
+        private.loss_reduction = "mean"  # of the sum over samples the expected batch size is left to divide by
+        if not self._secure:
+            # Lightning users seed torch with small numbers: a key drawn from there could be guessed. A fit that goes on
+            # from an earlier one of the same seed must not use its noise again.
+            key = [secrets.randbits(32) for _ in range(2)]
+            if self._seed is not None:
+                key = np.random.SeedSequence([self._seed, self.steps_accounted()]).generate_state(2).tolist()
+            private.noise.key = (*key, *(0,) * (KEY_WORDS - 2))
+        self.optimizer = private
+        return private
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what would break the guarantee, before anything is changed."""
+        if stage != "fit":
+            return
+        for name, wrong, remedy in (
+            ("gradient_clip_val", bool(trainer.gradient_clip_val), "gradients are clipped per sample; leave it out"),
+            ("accumulate_grad_batches", trainer.accumulate_grad_batches != 1, "give DPCallback a larger batch_size"),
+            ("precision", str(trainer.precision).startswith(("16", "transformer")), "use 'bf16-mixed' or '32-true'"),
+            ("strategy", not isinstance(trainer.strategy, SingleDeviceStrategy), "give devices=1 and no strategy"),
+            (
+                "overfit_batches",
+                bool(getattr(trainer, "overfit_batches", 0)),
+                "batches must be Poisson-sampled; leave it out",
+            ),
+        ):
+            if wrong:
+                value = getattr(trainer, name)
+                raise ValueError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
+        if not pl_module.automatic_optimization:
+            raise ValueError("automatic_optimization=False: DPCallback needs Lightning's automatic optimisation")
+        pl_module.training_step = _Cut(_whole(pl_module.training_step), self, self._size)  # type: ignore[method-assign]
+        self._batches.step = self.steps_accounted()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that it is the private optimizer that steps."""
+        if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not self.optimizer:
+            raise ValueError(
+                "configure_optimizers must return one optimizer: that of callback.make_private(self, optimizer)"
+            )
+        if trainer.ckpt_path is not None and self._pending is None:
+            raise ValueError(
+                f"ckpt_path={trainer.ckpt_path!r} has no state of a DPCallback: that run was not accounted for. To "
+                f"start from its weights load them into the module"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on from a checkpoint, if there is one."""
+        if getattr(trainer.train_dataloader, "batch_sampler", None) is not self._batches:
+            raise ValueError("train_dataloader: train on callback.train_dataloader(), whose batches are accounted for")
+        state, self._pending = self._pending, None
+        if state is not None:
+            assert self.optimizer is not None and self.hooks is not None
+            self.optimizer.noise.load_state_dict(state["noise"])
+            self.hooks.book.planner.load_state_dict(state["plan"])
+            self.engine.accountant.load_state_dict(state["accountant"])
+            self._rng = state["rng"]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The random state of the interrupted run (dropout), which Lightning does not keep."""
+        if self._rng is not None:
+            torch.set_rng_state(self._rng["cpu"])
+            if torch.cuda.is_available() and self._rng["cuda"]:
+                torch.cuda.set_rng_state_all(self._rng["cuda"])
+            self._rng = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the module its own ``training_step`` back."""
+        step = _whole(vars(pl_module).pop("training_step", None))
+        if step is not None and getattr(step, "__func__", None) is not type(pl_module).training_step:
+            pl_module.training_step = step  # type: ignore[method-assign]
+
+    def steps_accounted(self) -> int:
+        """Steps that the accountant has counted."""
+        return sum(steps for _, _, steps in self.engine.accountant.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: noise, accountant, plan, the batches' seed, and torch's random state. Secret."""
+        if self.optimizer is None or self.hooks is None:
+            return {}
+        return {
+            "noise": self.optimizer.noise.state_dict(),
+            "accountant": dict(self.engine.accountant.state_dict()),
+            "plan": self.hooks.book.planner.state_dict(),
+            "batch_seed": self._batches.seed,
+            "sampled": (self._batches.num_samples, self._batches.steps_per_epoch),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Checked at once; noise and accounting are taken over when training starts, and there is an optimizer."""
+        check_state(state_dict["noise"])
+        check_plan(state_dict["plan"])
+        mine = (self._batches.num_samples, self._batches.steps_per_epoch)
+        if tuple(state_dict["sampled"]) != mine:
+            raise ValueError(
+                f"ckpt_path: samples and steps per epoch are {mine}, and were {tuple(state_dict['sampled'])}: resume "
+                f"with the same dataset and batch_size"
+            )
+        held = sum(steps for *_, steps in state_dict["accountant"]["history"])
+        if (done := self.steps_accounted()) > held:
+            raise ValueError(
+                f"ckpt_path: {done} steps were taken and the checkpoint accounts for {held} of them; the others would "
+                f"be forgotten. Resume from the last checkpoint"
+            )
+        self._pending = state_dict
+        self._batches.seed, self._batches.step = state_dict["batch_seed"], held  # before a worker asks for a batch
+
+
+class _Cut:
+    """A ``training_step`` that sees a physical batch at a time; Lightning runs the backward of the last one."""
+
+    def __init__(self, whole: Callable[..., Any], callback: DPCallback, size: int | None):
+        self.__wrapped__, self.callback, self.size = whole, callback, size  # the name by which Lightning looks inside
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self.callback.optimizer
+        assert optimizer is not None
+        optimizer.zero_grad()  # Lightning's comes after the forward of the last, and then keeps the sums
+        if not tensors(batch):
+            return torch.zeros((), requires_grad=True)
+        parts = [batch] if self.size is None else list(pieces(batch, self.size))
+        for part in parts[:-1]:
+            loss = _loss(self.__wrapped__(part, *args, **kwargs))
+            with torch.autocast(loss.device.type, enabled=False):  # Lightning's is still on
+                loss.backward()
+            optimizer.signal_skip_step(True)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.signal_skip_step(False)
+        out = self.__wrapped__(parts[-1], *args, **kwargs)
+        _loss(out)
+        return out
+
+
+def _whole(training_step: Any) -> Any:
+    """The user's own: a fit that ended in an exception leaves it cut."""
+    return training_step.__wrapped__ if isinstance(training_step, _Cut) else training_step
+
+
+class _Collate:
+    """An empty batch, which no ``collate_fn`` takes, is an empty list."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]):
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self.collate_fn(samples) if samples else []
+
+
+def _loss(out: Any) -> Tensor:
+    loss = out["loss"] if isinstance(out, dict) else out
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"training_step returned {out!r}: a step without a loss would be accounted for; return one")
+    return loss

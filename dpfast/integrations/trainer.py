@@ -1,0 +1,420 @@
+"""``DPTrainer``: ``transformers.Trainer`` with differential privacy, for one changed line of a training script."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.accountants.utils import get_noise_multiplier
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dpfast.engine import PrivacyEngine
+from dpfast.grad_sample import FusedHooks
+from dpfast.integrations.pieces import backward_in_pieces
+from dpfast.integrations.task_losses import task_loss
+from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
+from dpfast.noise import check_state
+from dpfast.ops import KEY_WORDS
+from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.planner import check_state as check_plan
+from dpfast.sampling import PoissonBatches
+
+__all__ = ["DPArguments", "DPTrainer"]
+
+PRIVACY_NAME = "privacy.pt"  # in a checkpoint's folder
+
+
+class DPTrainer(Trainer):
+    """``transformers.Trainer`` whose training is (ε, δ)-differentially private for one sample added or left out.
+
+    Arguments are the Trainer's, and ``privacy``. One step accounts for one logical batch: each sample of
+    ``train_dataset`` is in it with probability 1/(steps per epoch), independently, and its expected size is about
+    ``per_device_train_batch_size · gradient_accumulation_steps · world size``. It runs forward and backward
+    ``per_device_train_batch_size`` samples at a time. Gradients are clipped per sample, by ``privacy.max_grad_norm``;
+    the Trainer's ``max_grad_norm`` is not used. Each step adds noise and is accounted for once, an empty batch's too.
+
+    Losses are per sample. Causal language models, masked and sequence-to-sequence language models, token and
+    sequence classification and image classification are known by the model's class; a language model's loss is the
+    mean over a sample's own tokens, never over those of the batch. For any other model, pass ``compute_loss_func``
+    (or override ``compute_loss``): from outputs and labels to losses ``[B]``.
+
+    ``epsilon`` is logged with the learning rate. The training loss and gradient norms are not private and are not
+    logged, unless ``privacy.log_training_loss``; ``train()`` then returns 0 as ``training_loss``. What evaluation says
+    of ``eval_dataset`` is not private either.
+
+    A checkpoint holds the noise's key and the seed of the batches, in ``privacy.pt``: **publish the model, never the
+    checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise).
+
+    On several processes (torchrun, ``accelerate launch``) every rank clips its share of the logical batch, and the
+    clipped sums are added up; the model is not left in ``DistributedDataParallel``.
+
+    Example:
+        >>> trainer = DPTrainer(model, args, train_dataset=data, privacy=DPArguments(target_epsilon=8))
+        >>> trainer.train()
+        >>> epsilon, delta = trainer.privacy_spent()
+
+    Raises:
+        ValueError: an argument that cannot be had with privacy, or a model whose per-sample loss is not known.
+    """
+
+    optimizer: Any  # private from the beginning of training
+    model: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        privacy: DPArguments | None = None,
+        **keywords: Any,
+    ):
+        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args)
+        self.privacy = DPArguments() if privacy is None else privacy
+        self.engine = PrivacyEngine(accountant=self.privacy.accountant, secure_mode=self.privacy.secure_mode)
+        self.hooks: FusedHooks | None = None
+        self._resumed: dict[str, Any] | None = None  # what privacy.pt of the checkpoint holds
+        self._batch_seed: int | None = None
+        self._logical_batch_size = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        )
+        args = copy.copy(args)  # the user's own stays as it is
+        args.gradient_accumulation_steps = 1  # the loop sees one logical batch a step
+        args.max_grad_norm = 0.0  # the sum of clipped gradients and noise is not to be clipped again
+        args.ignore_data_skip = True  # batches are a function of the step: a resumed run has none to skip
+        if args.n_gpu > 1:
+            warnings.warn(f"DPTrainer uses one of {args.n_gpu} GPUs in one process; use torchrun for all", stacklevel=2)
+            args._n_gpu = 1
+        super().__init__(model, args, *positional, **keywords)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "accelerate was launched with DeepSpeed or FSDP: DPTrainer keeps a whole model on each rank"
+            )
+        self._task_loss = None if self.compute_loss_func is not None else task_loss(self.model)
+        own = self.compute_loss_func is not None or type(self).compute_loss is not DPTrainer.compute_loss
+        if self._task_loss is None and not own:
+            raise ValueError(
+                f"model is a {type(self.model).__name__}, whose per-sample loss is not known: pass compute_loss_func, "
+                f"from (outputs, labels, num_items_in_batch) to losses [B]"
+            )
+        self.add_callback(_Epochs())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; but accelerate must not put a private model into DDP, nor replace its ``forward``."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = lambda model, *_, **__: model
+        self.accelerator.prepare_optimizer = lambda optimizer, *_, **__: optimizer
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Mixed precision, which accelerate would have built into the model's ``forward``."""
+        return self.accelerator.autocast()
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The expected size of a logical batch."""
+        return self._logical_batch_size
+
+    @property
+    def _samples(self) -> int:
+        data: Any = self.train_dataset
+        if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not len(data):
+            raise ValueError(
+                f"train_dataset={type(data).__name__}: Poisson sampling needs a data set with a length and samples"
+            )
+        return len(data)
+
+    def _batches(self, seed: int) -> _Batches:
+        steps_per_epoch = math.ceil(self._samples / self._logical_batch_size)
+        rank, ranks = self.args.process_index, self.args.world_size
+        batches = _Batches(self._samples, steps_per_epoch, seed=seed, rank=rank, world_size=ranks)
+        epochs, steps = self.args.num_train_epochs, self.args.max_steps
+        batches.total = steps if steps > 0 else math.ceil(epochs * steps_per_epoch)
+        return batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Whole logical batches, this rank's share, already cut into physical ones.
+
+        Raises:
+            ValueError: the data set has no length, or no samples.
+        """
+        if self._batch_seed is None:
+            self._batch_seed = self._secret(4)
+        batches = self._batches(self._batch_seed)
+        if self._resumed is not None:
+            batches.step = self._resumed["step"]
+        data: Any = self.train_dataset
+        collator = self.data_collator
+        if hasattr(data, "remove_columns"):  # a data set of the library datasets
+            data = self._remove_unused_columns(data, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            data,
+            batch_sampler=batches,
+            collate_fn=_Pieces(collator, self._train_batch_size),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            # The workers' seeds must not be drawn from the global generator: a run that is resumed within an epoch
+            # would draw once more than one that was not interrupted.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's optimizer, or the user's, made private; with it the model, in place."""
+        if isinstance(self.optimizer, FusedDPOptimizer):
+            return self.optimizer
+        plain = super().create_optimizer(model)
+        batches = self._batches(0)
+        if (delta := self.privacy.target_delta) >= 1 / batches.num_samples:
+            warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
+        sigma = self._noise_multiplier(batches)
+        model = self.model.train()
+        if self.args.world_size > 1:  # tells make_private of the ranks, and makes their parameters equal
+            model = DistributedDataParallel(model)
+        privacy = self.privacy
+        self.hooks, optimizer, _ = self.engine.make_private(
+            module=model,
+            optimizer=plain,
+            data_loader=DataLoader(range(batches.num_samples), batch_sampler=batches),  # type: ignore[arg-type]
+            noise_multiplier=sigma,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping=privacy.clipping,
+            clipping_fn=privacy.clipping_fn,
+            low_precision=privacy.low_precision,
+            memory_budget=privacy.memory_budget,
+            poisson_sampling=False,  # the batches are Poisson-sampled by our own loader
+            loss_reduction="sum",  # a loss divided by the size of a physical batch would be rounded by it in 16 bit
+            wrap_model=False,
+        )
+        optimizer.loss_reduction = "mean"  # the update divides by the expected size of a logical batch
+        if not privacy.secure_mode:
+            # The Trainer seeds torch with 42 if not told otherwise: a key drawn from there would be known to anyone.
+            key = self._secret(2)
+            optimizer.noise.key = (key & 0xFFFFFFFF, key >> 32, *(0,) * (KEY_WORDS - 2))
+        self.optimizer = optimizer
+        return optimizer
+
+    def _noise_multiplier(self, batches: _Batches) -> float:
+        privacy = self.privacy
+        if privacy.noise_multiplier is not None:
+            return privacy.noise_multiplier
+        sigma = get_noise_multiplier(
+            target_epsilon=privacy.target_epsilon,  # type: ignore[arg-type]
+            target_delta=privacy.target_delta,
+            sample_rate=batches.sample_rate,
+            steps=batches.total,
+            accountant=privacy.accountant,
+        )
+        if self._resumed is not None and sigma != self._resumed["noise_multiplier"]:
+            raise ValueError(
+                f"target_epsilon={privacy.target_epsilon} asks for noise_multiplier={sigma} with these arguments, and "
+                f"the checkpoint was trained with {self._resumed['noise_multiplier']}: resume with the arguments that "
+                f"it was trained with, or give noise_multiplier"
+            )
+        return sigma
+
+    def _secret(self, words: int) -> int:
+        """A number of so many 32-bit words: the operating system's, or of ``privacy.seed``; the same on all ranks."""
+        if self.privacy.seed is not None:
+            drawn = np.random.SeedSequence([self.privacy.seed, words, self.steps_accounted()]).generate_state(words)
+            return sum(int(word) << 32 * k for k, word in enumerate(drawn))
+        held = [secrets.randbits(32 * words)]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def steps_accounted(self) -> int:
+        """Steps that the accountant has counted."""
+        return sum(steps for _, _, steps in self.engine.accountant.history)
+
+    def privacy_spent(self) -> tuple[float, float]:
+        """``(ε, δ)`` of all steps so far, of a resumed run since its beginning; δ is ``privacy.target_delta``."""
+        history = self.engine.accountant.history
+        delta = self.privacy.target_delta
+        if not history or any(sigma == 0 for sigma, _, _ in history):
+            return (math.inf if history else 0.0), delta
+        return float(self.engine.get_epsilon(delta)), delta
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            ValueError: the checkpoint was not accounted for (it has no ``privacy.pt``), or is of other data, other
+                batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
+        """
+        self._resumed, self._batch_seed = None, None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self._resumed = self._read(os.path.join(resume_from_checkpoint, PRIVACY_NAME))
+            self._batch_seed = self._resumed["batch_seed"]
+        elif self.privacy.target_epsilon is not None and self.steps_accounted():
+            raise ValueError(
+                f"target_epsilon={self.privacy.target_epsilon}: this trainer's first train() was planned to spend it; "
+                f"resume from a checkpoint, or give noise_multiplier, with which any number of runs adds up"
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _read(self, path: str) -> dict[str, Any]:
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"resume_from_checkpoint: there is no {path}; the checkpoint is of a run that was not accounted for, "
+                f"or was saved with save_only_model=True. To start from its weights load them into the model"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_state(state["noise"])
+        check_plan(state["plan"])
+        batches = self._batches(0)
+        for name in ("num_samples", "steps_per_epoch"):
+            mine = getattr(batches, name)
+            if state[name] != mine:
+                raise ValueError(
+                    f"resume_from_checkpoint: {name} is {mine}, and was {state[name]} in {path}: resume with the same "
+                    f"train_dataset and the same batch size over all"
+                )
+        if (done := self.steps_accounted()) > (held := sum(steps for *_, steps in state["accountant"]["history"])):
+            raise ValueError(
+                f"resume_from_checkpoint: this trainer has taken {done} steps and {path} accounts for {held} of them; "
+                f"the others would be forgotten. Resume from the last checkpoint"
+            )
+        return state
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._resumed is not None:
+            assert self.hooks is not None
+            self.optimizer.noise.load_state_dict(self._resumed["noise"])
+            self.hooks.book.planner.load_state_dict(self._resumed["plan"])
+            self.engine.accountant.load_state_dict(self._resumed["accountant"])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        assert self.hooks is not None and self._batch_seed is not None
+        batches = self._batches(self._batch_seed)
+        state = {
+            "noise": self.optimizer.noise.state_dict(),
+            "accountant": dict(self.engine.accountant.state_dict()),
+            "plan": self.hooks.book.planner.state_dict(),
+            "noise_multiplier": self.optimizer.noise_multiplier,
+            "batch_seed": batches.seed,
+            "step": self.state.global_step,
+            "num_samples": batches.num_samples,
+            "steps_per_epoch": batches.steps_per_epoch,
+        }
+        path = os.path.join(output_dir, PRIVACY_NAME)
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one logical batch; returns its loss, or 0 where that is not logged."""
+        model.train()
+        optimizer: FusedDPOptimizer = self.optimizer
+        optimizer.zero_grad()  # the Trainer calls the model's, which knows nothing of clipped sums
+        size, parts = self._train_batch_size, inputs["pieces"]
+
+        def loss_of(piece: Any) -> Tensor:
+            rows = piece["rows"]
+            if not len(rows):  # many models cannot run on no samples
+                return torch.zeros((), device=self.args.device, requires_grad=True)
+            part = self._prepare_inputs(parts[int(rows[0]) // size])
+            with self.compute_loss_context_manager():
+                losses = self.compute_loss(model, part)
+            if losses.shape != rows.shape:
+                raise ValueError(
+                    f"the loss has shape {list(losses.shape)} for a batch of {len(rows)} samples: compute_loss and "
+                    f"compute_loss_func must return one loss for each sample, [B]; one number for all couples them"
+                )
+            return losses.sum()
+
+        total = backward_in_pieces(optimizer, {"rows": torch.arange(inputs["samples"])}, size, loss_of)
+        if not self.privacy.log_training_loss:
+            return torch.zeros_like(total)
+        return total * self.args.world_size / self._logical_batch_size
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Losses ``[B]``, one for each sample; the Trainer's, one number for all, would couple the samples."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        outputs = model(**inputs)
+        if self.compute_loss_func is not None:
+            losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        else:
+            if labels is None:
+                raise ValueError(f"the batch has no labels, only {sorted(inputs)}; pass a data_collator that adds them")
+            assert self._task_loss is not None
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            losses = self._task_loss(logits, labels)
+        if not return_outputs:
+            return losses
+        return losses, outputs if isinstance(outputs, dict) else (losses, *outputs)  # the Trainer drops the first
+
+    def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
+        """The number of tokens in a batch is no divisor for a per-sample loss."""
+
+    def _clip_grad_norm(self, model: Any) -> None:
+        """Not done, and not logged: there are no gradients before the private step."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
+        """Not private, so not had."""
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with ``epsilon`` wherever training itself logs, and without what is not private."""
+        if not self.privacy.log_training_loss:
+            for name in ("loss", "train_loss"):
+                logs.pop(name, None)
+        if "learning_rate" in logs or "train_runtime" in logs:
+            logs["epsilon"] = self.privacy_spent()[0]
+        super().log(logs, *args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: every trial looks at the data, and choosing among them is not accounted for."""
+        raise ValueError("hyperparameter_search: its trials are not accounted for; search on public data")
+
+
+class _Batches(PoissonBatches):
+    """Those of a run of :attr:`total` steps: none past its end, where the Trainer would take one more if it resumes."""
+
+    total: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            if self.step > self.total:
+                return
+            yield batch
+
+
+class _Pieces:
+    """Collates a logical batch a physical batch at a time, so that padding is to the longest sample of each."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any], size: int):
+        self.collator, self.size = collator, size
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        starts = range(0, len(samples), self.size)
+        return {"samples": len(samples), "pieces": [self.collator(samples[k : k + self.size]) for k in starts]}
+
+
+class _Epochs(TrainerCallback):
+    """``state.epoch``, which the Trainer counts from the resumed step where it has skipped no data."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / len(kwargs["train_dataloader"])

@@ -1,0 +1,84 @@
+"""What ``DPTrainer`` is told about privacy, and what it refuses of the Trainer's own arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+# Arguments of the Trainer under which the guarantee or the run would break, and what to do instead.
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "fp16": (bool, "its loss scale follows the gradients of the batch, unclipped; use bf16=True"),
+    "deepspeed": (bool, "it has an optimizer and gradients of its own; use torchrun or `accelerate launch` without it"),
+    "fsdp": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
+    "parallelism_config": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
+    "torch_compile": (bool, "a compiled graph does not call the layers one by one; leave it out"),
+    "use_liger_kernel": (bool, "its fused layers have no per-sample gradients; leave it out"),
+    "neftune_noise_alpha": (bool, "its noise depends on the padded length of the batch, which other samples set"),
+    "label_smoothing_factor": (bool, "pass compute_loss_func with per-sample losses [B] that are smoothed"),
+    "auto_find_batch_size": (bool, "it trains again on the same data after a failure; use a smaller "
+                             "per_device_train_batch_size and more gradient_accumulation_steps"),
+    "include_num_input_tokens_seen": (lambda x: x not in (False, "no"), "the size of a Poisson batch is not private"),
+    "train_sampling_strategy": (lambda x: x != "random", "batches are Poisson-sampled; leave it at 'random'"),
+    "optim": (
+        lambda x: any(word in str(x).lower() for word in ("lomo", "layerwise", "schedule_free")),
+        "it steps inside of the backward pass, or needs eval(); use an optimizer with an ordinary step()",
+    ),
+    "hub_strategy": (lambda x: "checkpoint" in str(x).lower(), "a checkpoint has the noise's key; use 'end'"),
+}  # fmt: skip
+
+
+@dataclass
+class DPArguments:
+    """What :class:`DPTrainer` needs to know about privacy.
+
+    Args:
+        target_epsilon: ε to be spent at the end of training; 8 if neither this nor ``noise_multiplier`` is given.
+        target_delta: δ; should be well below one over the number of samples.
+        noise_multiplier: noise standard deviation over ``max_grad_norm``, instead of ``target_epsilon``.
+        max_grad_norm, clipping, clipping_fn, low_precision, memory_budget: as for
+            :meth:`dpfast.PrivacyEngine.make_private`.
+        accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``.
+        secure_mode: noise of ChaCha20, with keys that are never kept.
+        seed: repeats noise and batches, for experiments on data that are public: who knows it can take the noise off.
+            None takes both from the operating system, whatever ``TrainingArguments.seed`` is.
+        log_training_loss: log the loss of the training batches, which is not private.
+    """
+
+    target_epsilon: float | None = None
+    target_delta: float = 1e-5
+    noise_multiplier: float | None = None
+    max_grad_norm: float | Sequence[float] | Mapping[str, float] = 1.0
+    clipping: str | Sequence[str] = "flat"
+    clipping_fn: Any = "abadi"
+    accountant: str = "prv"
+    secure_mode: bool = False
+    seed: int | None = None
+    low_precision: str = "nearest"
+    memory_budget: int | float | None = None
+    log_training_loss: bool = False
+
+    def __post_init__(self):
+        if self.target_epsilon is None and self.noise_multiplier is None:
+            self.target_epsilon = 8.0
+        elif self.target_epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                f"target_epsilon={self.target_epsilon} and noise_multiplier={self.noise_multiplier}: give one of them"
+            )
+        if self.target_epsilon is not None and not 0 < self.target_epsilon < math.inf:
+            raise ValueError(f"target_epsilon={self.target_epsilon}: give a positive number")
+        if not 0 < self.target_delta < 1:
+            raise ValueError(f"target_delta={self.target_delta}: give a number between 0 and 1")
+        if self.secure_mode and self.seed is not None:
+            raise ValueError(f"seed={self.seed} with secure_mode=True, whose keys no seed repeats: leave it out")
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse arguments of the Trainer under which the guarantee or the run would break."""
+    for name, (bad, remedy) in REFUSED.items():
+        value = getattr(args, name, None)
+        if value is not None and bad(value) and (name != "hub_strategy" or args.push_to_hub):
+            raise ValueError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")

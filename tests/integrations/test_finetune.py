@@ -1,0 +1,225 @@
+"""Fine-tuning from Python: a whole run on a tiny model, what it leaves, and that it resumes bit for bit."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, checkpoint, finetune, model
+from dpfast.integrations.finetune.loop import Job
+
+TEXTS = [f"the number {k} comes after {k - 1}" for k in range(1, 41)]
+ROWS = [{"text": text, "label": ["no", "yes"][len(text) % 2]} for text in TEXTS]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(model, "SMALL", {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2})
+    monkeypatch.setattr(model, "NO_DROPOUT", {"resid_pdrop": 0.2})  # some: a resumed run has to repeat it
+    monkeypatch.setattr(model, "VOCABULARY", 300)
+
+
+def config(tmp_path, **changes):
+    given = dict(
+        train=ROWS,
+        output=str(tmp_path / "out"),
+        noise_multiplier=1.0,
+        accountant="rdp",
+        batch_size=8,
+        physical_batch_size=3,
+        max_steps=6,
+        log_every=100,
+        save_every=3,
+    )
+    return FinetuneConfig(**{**given, **changes})
+
+
+def weights(found):
+    return {name: p.detach().clone() for name, p in found.model.named_parameters()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    """The process ends right before that step."""
+    whole = Job.take_step
+
+    def take_step(self, batch):
+        if self.step == step:
+            raise Killed
+        return whole(self, batch)
+
+    monkeypatch.setattr(Job, "take_step", take_step)
+    return lambda: monkeypatch.setattr(Job, "take_step", whole)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "task": "classification", "physical_batch_size": "auto"}])
+def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch, changes):
+    uninterrupted = weights(finetune(config(tmp_path / "a", seed=5, **changes)))
+    alive = killed_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        finetune(config(tmp_path / "b", seed=5, **changes))
+    alive()
+    resumed = finetune(config(tmp_path / "b", resume=True, **changes))  # the seed is in the checkpoint
+    assert resumed.steps == 6
+    found = weights(resumed)
+    assert all(torch.equal(found[name], p) for name, p in uninterrupted.items())
+    other = weights(finetune(config(tmp_path / "c", seed=6, **changes)))
+    assert not all(torch.equal(other[name], p) for name, p in uninterrupted.items())
+
+
+def test_the_result_loads(tmp_path):
+    found = finetune(config(tmp_path, eval=[{"text": "the number 7"}], max_steps=2))
+    assert set(found.figures) == {"loss", "perplexity"}
+    loaded = AutoModelForCausalLM.from_pretrained(found.output)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, dict(found.model.named_parameters())[name])
+    text = "Größe, 数字: any text goes"
+    tokenizer = AutoTokenizer.from_pretrained(found.output)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer("the number 3", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(loaded.eval()(ids).logits, found.model(ids).logits)
+    top = {path.name for path in found.output.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "checkpoints", "logs"} <= top
+    assert not [path for path in found.output.iterdir() if path.suffix == ".pt"]
+    assert f"({found.epsilon:.3f}, 1e-05)" in (found.output / "README.md").read_text()
+
+
+def test_a_classifier_knows_its_classes(tmp_path):
+    rows = [{"text": row["text"], "label": len(row["text"]) % 12} for row in ROWS]
+    found = finetune(config(tmp_path, train=rows, task="classification", eval=rows, max_steps=1))
+    loaded = AutoModelForSequenceClassification.from_pretrained(found.output)
+    labels = sorted({row["label"] for row in rows})  # as numbers: 10 after 9
+    assert loaded.config.id2label == {k: str(label) for k, label in enumerate(labels)}
+    assert 0 <= found.figures["accuracy"] <= 1
+
+
+def test_a_lora_result_loads(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    found = finetune(config(tmp_path, lora_rank=2, max_steps=2))
+    trained = {name: p for name, p in found.model.named_parameters() if "lora_" in name}
+    assert trained and all(p.requires_grad for p in trained.values())
+    loaded = dict(AutoPeftModelForCausalLM.from_pretrained(str(found.output)).named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in found.model.named_parameters())
+    held = torch.load(checkpoint.newest(found.output / "checkpoints"), weights_only=False)
+    assert set(held["module_state_dict"]) == {f"_module.{name}" for name in trained}  # not the frozen base
+
+
+def test_empty_batches_step_too(tmp_path, monkeypatch):
+    sizes, whole = [], Job.take_step
+
+    def take_step(self, batch):
+        sizes.append(len(batch["input_ids"]))
+        before = [p.detach().clone() for p in self.private.parameters()]
+        loss = whole(self, batch)
+        assert not all(torch.equal(a, b) for a, b in zip(before, self.private.parameters(), strict=True))
+        assert sum(steps for _, _, steps in self.engine.accountant.history) == len(sizes)
+        return loss
+
+    monkeypatch.setattr(Job, "take_step", take_step)
+    finetune(config(tmp_path, batch_size=1, max_steps=8, seed=1))
+    assert 0 in sizes and max(sizes) > 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pure_bf16": True}, {"bf16": True, "gradient_checkpointing": True, "secure": True}]
+)
+def test_sixteen_bits(tmp_path, changes):
+    found = finetune(config(tmp_path, max_steps=2, **changes))
+    dtypes = {p.dtype for p in found.model.parameters()}
+    assert dtypes == {torch.bfloat16 if "pure_bf16" in changes else torch.float32}
+    assert all(p.isfinite().all() for p in found.model.parameters())
+
+
+def test_the_noise_spends_the_target(tmp_path):
+    found = finetune(config(tmp_path, noise_multiplier=None, target_epsilon=4.0, max_steps=4))
+    assert 3.9 <= found.epsilon <= 4.0
+
+
+def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    alive = killed_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        finetune(config(tmp_path))
+    alive()
+    folder = tmp_path / "out" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert list(before) == ["step-00000003.pt"]
+
+    def full(self, *, path, **kwargs):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("dpfast.engine.PrivacyEngine.save_checkpoint", full)
+        with pytest.raises(FinetuneError, match=r"step 6 cannot be written .*No space left.*step-00000003.pt is whole"):
+            finetune(config(tmp_path, resume=True))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert finetune(config(tmp_path, resume=True)).steps == 6
+
+
+def test_only_the_same_run_is_resumed(tmp_path):
+    finetune(config(tmp_path, max_steps=3))
+    for changes, message in (
+        ({"seed": 3}, "another noise key"),
+        ({"train": ROWS[1:]}, "other training data"),
+        ({"lora_rank": 2}, "another model"),
+        ({"max_grad_norm": 2.0}, "--max-grad-norm 1.0, and here it is 2.0"),
+        ({"max_steps": 9}, "--max-steps 3, and here it is 9"),
+    ):
+        with pytest.raises(FinetuneError, match=message):
+            finetune(config(tmp_path, **{"max_steps": 3, "resume": True, **changes}))
+    (path,) = (tmp_path / "out" / "checkpoints").iterdir()
+    held = torch.load(path, weights_only=False)
+    held["noise_state_dict"]["key"] = (1, *held["noise_state_dict"]["key"][1:])
+    torch.save(held, path)
+    with pytest.raises(FinetuneError, match="another noise key than its seed gives"):
+        finetune(config(tmp_path, max_steps=3, resume=True))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FinetuneError, match="no checkpoint that can be read"):
+        finetune(config(tmp_path, max_steps=3, resume=True))
+    with pytest.raises(FinetuneError, match="holds a run already"):
+        finetune(config(tmp_path, max_steps=3))
+
+
+def test_memory_that_runs_out_is_one_line_and_takes_no_step(tmp_path, monkeypatch):
+    def too_much(self, piece):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Job, "loss_of", too_much)
+    with pytest.raises(FinetuneError, match=r"3 samples at once do not fit.*--physical-batch-size 1"):
+        finetune(config(tmp_path))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_the_training_loss_is_not_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = finetune(config(tmp_path, eval=0.3, max_steps=2, log_every=1))
+    events = EventAccumulator(str(found.output / "logs"))
+    events.Reload()
+    tags = {"epsilon", "tokens_per_second", "learning_rate", "eval/loss", "eval/perplexity"}
+    assert set(events.Tags()["scalars"]) == tags
+    assert [event.step for event in events.Scalars("epsilon")] == [1, 2]
+
+
+def test_a_model_from_a_folder_or_a_kind(tmp_path):
+    first = finetune(config(tmp_path / "a", max_steps=1))
+    second = finetune(config(tmp_path / "b", max_steps=1, model=str(first.output)))
+    assert len(second.tokenizer) == len(first.tokenizer)
+    settings = json.loads((first.output / "config.json").read_text())
+    folder = tmp_path / "only-config"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    made = finetune(config(tmp_path / "c", max_steps=1, model=str(folder)))
+    assert made.model.config.n_embd == 16
+    with pytest.raises(FinetuneError, match="merge it"):
+        (folder / "adapter_config.json").write_text("{}")
+        finetune(config(tmp_path / "d", model=str(folder)))
