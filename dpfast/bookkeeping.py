@@ -44,6 +44,7 @@ class Book(Recorder):
         self.index = {p: k for k, p in enumerate(names)}  # in the noise stream
         self.clipping = clipping
         self.loss_reduction = loss_reduction
+        self.loss_scale = 1.0  # what the loss is multiplied by besides (a power of two): see dpfast.amp
         self.tracked: set[nn.Parameter] | None = None  # None: all; else those of the optimizer
         self.optimizer: Callable[[], Any] | None = None  # a weak reference to it
         self.accumulation_allowed = True
@@ -63,6 +64,11 @@ class Book(Recorder):
         self.accumulated = 0  # most backward passes between two calls of step
         self._backwards = 0  # since the last call of step
         self.evaluated = False
+
+    @property
+    def used(self) -> bool:
+        """Whether a backward pass has ended since the last step of a logical batch."""
+        return bool(self.accumulated or self._backwards)
 
     def end_physical_batch(self) -> None:
         """``step`` was called, be it to skip."""
@@ -100,7 +106,7 @@ class Book(Recorder):
 
         with torch.no_grad():
             size = self._common_batch(uses)
-            scale = size if self.loss_reduction == "mean" else 1
+            scale = (size if self.loss_reduction == "mean" else 1) / self.loss_scale
             combined = {p: combine(uses.pop(p), self.planner, self.names[p]) for p in list(uses)}
             squared, bounds = self._norms(combined)
             norms = squared.sum(0).sqrt() * scale

@@ -96,6 +96,7 @@ class FusedDPOptimizer(DPOptimizer):
             generator=generator,
             secure_mode=secure_mode,
         )
+        self._step_supports_amp_scaling = True  # torch's GradScaler then comes to step(), which refuses it
         book.clipping = clipping
         book.shift = self.ascending.shift
         book.counts_unclipped = adaptive is not None
@@ -254,6 +255,11 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _begin_step(self) -> bool:
         """Whether this call of step ends a logical batch."""
+        if getattr(self, "found_inf", None) is not None:
+            raise ValueError(
+                "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
+                "its scale on them: use dpfast.amp.GradScaler(optimizer)"
+            )
         if self._stepped:
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
