@@ -6,6 +6,7 @@ from dpfast.engine import PrivacyEngine
 from dpfast.explain import explain
 from dpfast.optim.ascent import DPSAT, DiSK, DPSATMomentum
 from dpfast.registry import register, unregister
+from dpfast.sampling import BatchMemoryManager
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "Abadi",
     "AutoS",
     "AutoV",
+    "BatchMemoryManager",
     "CustomClipping",
     "DPSATMomentum",
     "DiSK",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import opacus.utils.batch_memory_manager
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
@@ -64,6 +66,42 @@ class PoissonBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps_per_epoch
 
+    def physical_batches(self, step: int, size: int) -> list[list[int]]:
+        """This rank's share of ``step`` in parts of at most ``size`` samples: as many, at least one, on every rank."""
+        whole = self.logical_batch(step)
+        largest = -(-len(whole) // self.world_size)
+        parts = np.array_split(np.array(whole[self.rank :: self.world_size], dtype=int), max(1, -(-largest // size)))
+        return [part.tolist() for part in parts]
+
+
+class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
+    """Opacus' ``BatchMemoryManager``, under which all ranks run equally many physical batches, some of them empty.
+
+    A model after ``fully_shard`` needs that: its ranks gather parameters together in every forward and backward. For
+    any other loader than one that is shared out over ranks it is Opacus' own.
+    """
+
+    def __enter__(self) -> DataLoader:
+        batches = self.data_loader.batch_sampler
+        if not isinstance(batches, PoissonBatches):
+            return super().__enter__()
+        return with_batches(self.data_loader, _Physical(batches, self.max_physical_batch_size, self.optimizer))
+
+
+class _Physical(Sampler[list[int]]):
+    def __init__(self, batches: PoissonBatches, size: int, optimizer: Any):
+        self.batches, self.size, self.optimizer = batches, size, optimizer
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.batches.step
+        for step, _ in enumerate(self.batches, first):
+            *others, last = self.batches.physical_batches(step, self.size)
+            for part in others:
+                self.optimizer.signal_skip_step(True)
+                yield part
+            self.optimizer.signal_skip_step(False)
+            yield last
+
 
 def shared_out(loader: DataLoader, ranks: Ranks, secure: bool) -> DataLoader:
     """The Poisson loader of one process, of the same sample rate, as this rank's share of common batches.
@@ -82,6 +120,11 @@ def shared_out(loader: DataLoader, ranks: Ranks, secure: bool) -> DataLoader:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+    return with_batches(loader, batches)
+
+
+def with_batches(loader: DataLoader, batches: Sampler[list[int]]) -> DataLoader:
+    """A loader like ``loader`` with other batches."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import PrivacyEngine
+from dpfast.integrations.distributed import load_checkpoint, save_checkpoint
 from dpfast.ranks import first_element
-from dpfast.sampling import PoissonBatches
+from dpfast.sampling import BatchMemoryManager, PoissonBatches
 
 STEPS, N, PER_EPOCH, SEED, V, T = 6, 24, 8, 21, 11, 5
 
@@ -208,3 +210,48 @@ def test_what_cannot_be_kept_apart_is_refused(ranks):
         assert "gradients of several samples meet" in mixing
         assert "no layer family serves its parameters" in bare and "Bare" in bare
         assert "outside of its own module's forward" in around and "head.weight" in around
+
+
+def with_physical_batches(rank: int, world_size: int) -> torch.Tensor:
+    _, model, optimizer, loader = private(rank, world_size, "sgd")
+    x, y = data().tensors
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=1, optimizer=optimizer) as physical:
+        for indices in physical.batch_sampler:
+            loss = F.cross_entropy(model(x[indices]).flatten(0, 1), y[indices].flatten(), reduction="sum")
+            loss.div(max(1, len(indices))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([whole(p).flatten() for p in model.parameters()])
+
+
+def test_ranks_run_equally_many_physical_batches(ranks):
+    """With Opacus' own manager a rank that has one sample fewer would leave the others waiting."""
+    alone = with_physical_batches(0, 1)
+    for found in ranks(with_physical_batches, 3):
+        torch.testing.assert_close(found, alone, rtol=2e-5, atol=2e-6)
+
+
+def save_half_way(rank: int, folder: Path) -> None:
+    engine, model, optimizer, loader = private(rank, 3, "adamw")
+    train(model, optimizer, loader.batch_sampler, steps=3)
+    for _ in range(2):  # the second replaces the first
+        save_checkpoint(folder, engine=engine, module=model, optimizer=optimizer, extra={"step": 3})
+
+
+def go_on(rank: int, world_size: int, folder: Path) -> list:
+    engine, model, optimizer, loader = private(rank, world_size, "adamw", noise_multiplier=0.7)
+    loader.batch_sampler.step = load_checkpoint(folder, engine=engine, module=model, optimizer=optimizer)["step"]
+    found = train(model, optimizer, loader.batch_sampler, steps=STEPS - 3)
+    return [*found, engine.accountant.history]
+
+
+def test_a_checkpoint_goes_on_at_any_number_of_ranks(ranks, tmp_path):
+    uninterrupted = train_rank(0, 1, "adamw", {})
+    ranks(save_half_way, tmp_path / "checkpoint")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    for found in [go_on(0, 1, tmp_path / "checkpoint"), *ranks(go_on, 3, tmp_path / "checkpoint")]:
+        for got, want in zip(found[:-1], uninterrupted[3:-1], strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+        assert found[-1] == uninterrupted[-1]  # every step is accounted once
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        go_on(0, 1, tmp_path)

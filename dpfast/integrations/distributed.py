@@ -1,0 +1,113 @@
+"""Checkpoints of private training on several ranks, through ``torch.distributed.checkpoint``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as states
+
+from dpfast.engine import PrivacyEngine
+from dpfast.noise import check_state
+from dpfast.optim.optimizer import FusedDPOptimizer
+
+PRIVACY_NAME = "privacy.pt"
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    engine: PrivacyEngine,
+    module: Any,
+    optimizer: FusedDPOptimizer,
+    extra: Any = None,
+) -> None:
+    """A folder with model, optimizer state, accountant, and the noise's key and step; called by all ranks.
+
+    It is written beside ``path`` and renamed when it is whole: an interrupted write leaves what was there before (for
+    a moment as ``path`` with ``.before`` at its end). It can be loaded at another number of ranks, sharded or not, and
+    the noise goes on as it would have. **It holds the noise's key: publish the model, never the checkpoint.**
+
+    Args:
+        path: of the folder; one that is there is replaced.
+        module, optimizer: as ``make_private`` has returned them.
+        extra: what else rank 0 is to keep (the sampler's step, a scheduler's state): plain Python and tensors.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    first = optimizer.ranks.rank == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    optimizer.ranks.from_rank(0, None)  # the folder is there
+    dcp.save(_state(module, optimizer), checkpoint_id=partial, process_group=_group(optimizer))
+    if first:
+        privacy = {
+            "noise": optimizer.noise.state_dict(),
+            "accountant": dict(engine.accountant.state_dict()),
+            "max_grad_norms": optimizer.max_grad_norms,
+            "extra": extra,
+        }
+        torch.save(privacy, partial / PRIVACY_NAME)
+        if path.exists():
+            before = path.with_name(path.name + ".before")
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(path, before)
+            os.replace(partial, path)
+            shutil.rmtree(before)
+        else:
+            os.replace(partial, path)
+    optimizer.ranks.from_rank(0, None)  # it is whole
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, engine: PrivacyEngine, module: Any, optimizer: FusedDPOptimizer
+) -> Any:
+    """Go on from :func:`save_checkpoint`, at any number of ranks; called by all ranks. Returns its ``extra``.
+
+    Raises:
+        ValueError: there is no whole checkpoint, or it is of another kind; nothing is changed.
+    """
+    path = Path(path)
+    if not (path / PRIVACY_NAME).is_file():
+        raise ValueError(f"path={str(path)!r}: no whole checkpoint of private training is there (no {PRIVACY_NAME})")
+    privacy = torch.load(path / PRIVACY_NAME, map_location="cpu", weights_only=True)
+    check_state(privacy["noise"])
+    if len(privacy["max_grad_norms"]) != len(optimizer.max_grad_norms):
+        raise ValueError(
+            f"path={str(path)!r}: saved with {len(privacy['max_grad_norms'])} clipping norms, and this optimizer has "
+            f"{len(optimizer.max_grad_norms)}: give make_private the same clipping"
+        )
+    held = _state(module, optimizer)
+    dcp.load(held, checkpoint_id=path, process_group=_group(optimizer))
+    model = _model(module)
+    states.set_model_state_dict(model, held["model"])
+    states.set_optimizer_state_dict(model, optimizer.original_optimizer, optim_state_dict=held["optimizer"])
+    engine.accountant.load_state_dict(privacy["accountant"])
+    optimizer.noise.load_state_dict(privacy["noise"])
+    optimizer.clipping.thresholds = list(privacy["max_grad_norms"])
+    return privacy["extra"]
+
+
+def _state(module: Any, optimizer: FusedDPOptimizer) -> dict[str, Any]:
+    """Tensors by name, sharded ones as each rank has them."""
+    model = _model(module)
+    # The wrapped optimizer's: to have a state to fill, torch takes a step with it, which must not be a private one.
+    return {
+        "model": states.get_model_state_dict(model),
+        "optimizer": states.get_optimizer_state_dict(model, optimizer.original_optimizer),
+    }
+
+
+def _model(module: Any) -> nn.Module:
+    return getattr(module, "_module", module)
+
+
+def _group(optimizer: FusedDPOptimizer) -> Any:
+    return getattr(optimizer.ranks, "group", None) if dist.is_initialized() else None
