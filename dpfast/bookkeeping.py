@@ -138,9 +138,11 @@ class Book(Recorder):
         for p in self.names:
             if not p.requires_grad or (self.tracked is not None and p not in self.tracked):
                 continue
-            total = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
+            total = None
             for _, clipped in clipped_sums(parts.pop(p, [])):
-                total += clipped.reshape(p.shape)
+                total = clipped.reshape(p.shape) if total is None else total.add_(clipped.reshape(p.shape))
+            if total is None:
+                total = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
             self._accumulate(p, self.ranks.share(p, total))
 
     def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
