@@ -112,9 +112,9 @@ class Job:
             return self.private(**held).logits, labels
 
     def made_up(self, rows: int) -> dict[str, Tensor]:
-        """Samples of the longest length that say nothing."""
-        sample = (self.data.tokens[:1].repeat(self.data.longest) * 0, 0)
-        return self.collate([sample] * rows)
+        """Samples of the longest length that say nothing, no two neighbours alike."""
+        ids = torch.arange(self.data.longest + rows, dtype=self.data.tokens.dtype) % 8
+        return self.collate([(ids[k : k + self.data.longest], 0) for k in range(rows)])
 
     def attempt(self, rows: int) -> None:
         """Forward and backward of made-up samples, and nothing left of them."""
