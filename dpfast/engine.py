@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -22,10 +21,9 @@ from torch.utils.data import DataLoader
 
 from dpfast.clipping import Clipping
 from dpfast.clipping_functions import ClippingFunction, clipping_function
+from dpfast.compatibility import problems
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
-from dpfast.layers import exact_alone, refusal
-from dpfast.layers.generic import ONE_BY_ONE
 from dpfast.noise import check_state
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascent, check_ascent
@@ -33,7 +31,7 @@ from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_
 from dpfast.planner import Planner
 from dpfast.planner import check_state as check_plan
 from dpfast.ranks import Ranks, apart
-from dpfast.sampling import PoissonBatches, check_shares, shared_out
+from dpfast.sampling import PoissonBatches, check_shares, shared_out, system_generator
 
 FUSED = "fused"
 # In a checkpoint:
@@ -75,7 +73,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             super().__init__(accountant=accountant)
         self.secure_mode = secure_mode
         if secure_mode:
-            self.secure_rng = _system_generator()
+            self.secure_rng = system_generator()
 
     def is_compatible(
         self,
@@ -85,7 +83,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         data_loader: DataLoader | None = None,
     ) -> bool:
         """Whether the fused mode can train ``module``."""
-        return not _problems(module)
+        return not problems(module)
 
     def validate(
         self,
@@ -99,8 +97,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         Raises:
             UnsupportedModuleError: names every module that cannot be trained, why, and what to do.
         """
-        if problems := _problems(module):
-            raise UnsupportedModuleError("\n".join(problems))
+        if found := problems(module):
+            raise UnsupportedModuleError("\n".join(found))
 
     def make_private(
         self,
@@ -381,8 +379,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return
         if isinstance(module, AbstractGradSampleModule):
             raise ValueError(f"module is a {type(module).__name__} of another mode: pass module.to_standard_module()")
-        if problems := _problems(module, served_only=max_physical_batch_size != 1):
-            raise UnsupportedModuleError("\n".join(problems))
+        if found := problems(module, served_only=max_physical_batch_size != 1):
+            raise UnsupportedModuleError("\n".join(found))
 
     def _attach(
         self,
@@ -408,39 +406,3 @@ class PrivacyEngine(opacus.PrivacyEngine):
             max_physical_batch_size=max_physical_batch_size,
             ranks=ranks,
         )
-
-
-def _system_generator() -> Any:
-    """A generator for sampling batches that no seed repeats."""
-    if importlib.util.find_spec("torchcsprng") is not None:
-        return importlib.import_module("torchcsprng").create_random_device_generator("/dev/urandom")
-    generator = torch.Generator()
-    state = generator.get_state()
-    # manual_seed takes 32 bits; the twister has 624 words, each in 8 bytes after a header of 24.
-    words = torch.tensor([secrets.randbits(32) for _ in range(624)], dtype=torch.int64)
-    state[24 : 24 + 8 * 624] = words.view(torch.uint8)
-    generator.set_state(state)
-    return generator
-
-
-def _problems(module: nn.Module, served_only: bool = True) -> list[str]:
-    """Why the fused mode cannot train ``module``: a line for each of its modules that stands in the way.
-
-    With ``served_only=False`` modules without a per-sample path are let through, for a physical batch of one.
-    """
-    problems = []
-    if not module.training:
-        problems.append("Model needs to be in training mode: call model.train()")
-    for name, child in module.named_modules():
-        if not any(p.requires_grad for p in child.parameters(recurse=False)):
-            continue
-        where = f"{name or 'the model'} ({type(child).__name__})"
-        validator = ModuleValidator.VALIDATORS.get(type(child))
-        if (reason := refusal(child)) is not None:
-            alone = exact_alone(child)
-            if served_only or not alone:
-                problems.append(f"{where}: {reason}. {ONE_BY_ONE if alone else ''}".strip())
-        elif validator is not None and not isinstance(child, nn.MultiheadAttention):  # that one is served here
-            advice = "opacus.validators.ModuleValidator.fix(model) replaces it"
-            problems += [f"{where}: {error} {advice}" for error in validator(child)]
-    return problems

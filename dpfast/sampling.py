@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -161,3 +163,16 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> No
             "data_loader with poisson_sampling=False on several ranks: a sample must be on one rank only. Give it a "
             "torch.utils.data.DistributedSampler with drop_last=True (which repeats none), or use poisson_sampling=True"
         )
+
+
+def system_generator() -> Any:
+    """A generator for sampling batches that no seed repeats."""
+    if importlib.util.find_spec("torchcsprng") is not None:
+        return importlib.import_module("torchcsprng").create_random_device_generator("/dev/urandom")
+    generator = torch.Generator()
+    state = generator.get_state()
+    # manual_seed takes 32 bits; the twister has 624 words, each in 8 bytes after a header of 24.
+    words = torch.tensor([secrets.randbits(32) for _ in range(624)], dtype=torch.int64)
+    state[24 : 24 + 8 * 624] = words.view(torch.uint8)
+    generator.set_state(state)
+    return generator
