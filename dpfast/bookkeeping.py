@@ -104,7 +104,8 @@ class Book(Recorder):
                 self._share({})
             return
 
-        with torch.no_grad():
+        device = next(iter(uses)).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # a backward may run inside of a region of it
             size = self._common_batch(uses)
             scale = (size if self.loss_reduction == "mean" else 1) / self.loss_scale
             combined = {p: combine(uses.pop(p), self.planner, self.names[p]) for p in list(uses)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dpfast.layers import Layer
 from dpfast.layers.generic import Copies, Generic
+from dpfast.layers.overridden import Overridden
 from dpfast.layers.shift import Shift, swapped
 from dpfast.layers.tap import OUTSIDE, LayoutError, Recorder, Tap, running_backward
-from dpfast.separation import aside, same
-from dpfast.trees import tensors
+from dpfast.separation import aside, same, without_autocast
+from dpfast.trees import map_tensors, tensors
 
 
 class Forward:
@@ -99,7 +100,8 @@ class GenericForward(Forward):
     def _compare(self, args: Any, kwargs: Any) -> None:
         """The module must compute the same sample by sample as on the batch."""
         recorder = self.generic.recorder
-        with aside(self.module), recorder.setting(shift=Shift()):
+        full = without_autocast(self.module, args, kwargs)
+        with aside(self.module), recorder.setting(shift=Shift()), full as (args, kwargs):
             with recorder.setting(paused=True):
                 expected = tensors(self.plain(*args, **kwargs))
             found = tensors(self.generic(self.plain, *args, **kwargs))
@@ -108,6 +110,66 @@ class GenericForward(Forward):
 
     def _trains(self) -> bool:
         return any(p.requires_grad for p in self.generic.parameters)
+
+
+def lend(model: nn.Module, inner: Forward | None, by_sample: Generic, parameters: Sequence[nn.Parameter]) -> bool:
+    """Have ``parameters``, which were seen to be used past their taps, served by copies for every sample.
+
+    They are made by the innermost generic module that holds all owners of a parameter, and by ``by_sample``, which
+    runs the whole model; ``inner`` is the model's own forward as a layer. If that was not enough, the next call goes
+    further. False: nothing is left to try.
+    """
+    first: dict[nn.Module, nn.Parameter] = {}  # of an owner's parameters: the others go with it
+    for parameter in parameters:
+        owner = next(m for m in model.modules() if any(p is parameter for p in m._parameters.values()))
+        first.setdefault(owner, parameter)
+    return any([_lend(model, inner, by_sample, parameter) for parameter in first.values()])
+
+
+def _lend(model: nn.Module, inner: Forward | None, by_sample: Generic, parameter: nn.Parameter) -> bool:
+    owners = [module for module in model.modules() if any(p is parameter for p in module._parameters.values())]
+    forwards = [inner, *(vars(module).get("forward") for module in model.modules())]
+    generics = [forward for forward in forwards if isinstance(forward, GenericForward)]
+    alone = vars(owners[0]).get("forward")
+    lent = False
+    if len(owners) == 1 and isinstance(alone, LayerForward) and isinstance(alone.layer, Overridden):
+        alone.remove()
+        names = {p: by_sample.recorder.names[p] for p in owners[0].parameters(recurse=False)}
+        generic = Generic(owners[0], names, by_sample.recorder, by_sample.batch_dim)
+        generic.owners.append(owners[0])
+        GenericForward(owners[0], generic).install()
+        lent = True
+    for forward in sorted(generics, key=lambda forward: len(list(forward.module.modules()))):
+        if not lent and forward.generic.lend(parameter, owners):
+            lent = True
+            forward._compared = set()
+    lent = by_sample.lend(parameter, owners) or lent
+    for owner in owners:
+        own = vars(owner).get("forward")
+        if isinstance(own, LayerForward) and owner in by_sample.owners:
+            own.remove()
+    return lent
+
+
+def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim: int) -> Any:
+    """``run(args, kwargs)`` on a batch of no samples, which not all code computes with.
+
+    If it fails, it runs on a row of zeros, and the outputs are emptied: a scalar is 0. No layer records anything.
+    """
+    try:
+        return run(args, kwargs)
+    except RuntimeError:
+        pass
+
+    def one(x: Tensor) -> Tensor:
+        if x.dim() <= batch_dim or x.shape[batch_dim]:
+            return x
+        return x.new_zeros([*x.shape[:batch_dim], 1, *x.shape[batch_dim + 1 :]])
+
+    def none(x: Tensor) -> Tensor:
+        return x.narrow(batch_dim, 0, 0) if x.dim() > batch_dim else x.masked_fill(x.new_ones(()).bool(), 0)
+
+    return map_tensors(none, run(*map_tensors(one, (args, kwargs))))
 
 
 class UnservedForward(Forward):

@@ -175,7 +175,8 @@ def _batch_dims(root: nn.Module, batch_dim: int) -> dict[nn.Module, int]:
 def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Parameter, str]]:
     """Modules that a layer family serves, and the parameters that only the generic path can serve.
 
-    A parameter tied between a served and an unserved module goes through both; its uses add up in the book.
+    One that a served module owns too counts as served: should the unserved owner use it, that is found out in the
+    first forward, and it goes through both; its uses add up in the book.
     """
     served: set[nn.Module] = set()
     loose: dict[nn.Parameter, str] = {}
@@ -187,4 +188,5 @@ def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Paramete
         for name, p in module._parameters.items():
             if p is not None:
                 loose.setdefault(p, f"{prefix}.{name}" if prefix else name)
-    return served, loose
+    taken = {p for module in served for p in module._parameters.values()}
+    return served, {p: name for p, name in loose.items() if p not in taken}

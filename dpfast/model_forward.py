@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpfast.forwards import Forward, trains
+from dpfast.forwards import Forward, lend, on_nobody, trains
 from dpfast.layers.generic import ONE_BY_ONE, Generic
 from dpfast.layers.shift import Shift, inside_checkpoint
-from dpfast.layers.tap import LayoutError, Recorder
-from dpfast.separation import aside, same, untouched_buffers, why_mixed
+from dpfast.layers.tap import BypassError, LayoutError, Recorder, batch_token
+from dpfast.separation import aside, same, try_backward, untouched_buffers, why_mixed, without_autocast
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
@@ -39,10 +42,11 @@ class ModelForward(Forward):
         self.one_by_one = one_by_one
         self.runs_by_sample = False
         self._guards: dict[Any, Any] = {}
+        self._compiler: Any = None  # what torch.compile compiles with, if it does
         self._agreed = False  # the ranks of a sharded model have made the first check
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_guards": {}}  # hooks stay with the parameters that they are on
+        return {**vars(self), "_guards": {}, "_compiler": None}  # hooks stay with the parameters that they are on
 
     def remove(self) -> None:
         super().remove()
@@ -51,6 +55,16 @@ class ModelForward(Forward):
         self._guards = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            from dpfast import compiling
+
+            return compiling.apart(self._call, args, kwargs)
+        return self._call(None, args, kwargs)
+
+    def _call(self, compiler: Any, args: Any, kwargs: Any) -> Any:
+        self._compiler = compiler
+        if "torch._dynamo" in sys.modules:  # blocks of the model may be compiled, if it is not
+            from dpfast import compiling  # noqa: F401
         recorder = self.recorder
         if recorder.paused or recorder.inside or recorder.token is not None:
             return self._run(args, kwargs)
@@ -70,7 +84,7 @@ class ModelForward(Forward):
         if one:
             recorder.batch_sizes = [1]
         recorder.start_forward()
-        with recorder.setting(inside=True):
+        with batch_token(recorder.batch_size), recorder.setting(inside=True):
             out = self._run_checked(args, kwargs)
         if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
             raise ValueError(
@@ -115,9 +129,21 @@ class ModelForward(Forward):
         self._agreed = True
 
     def _run_checked(self, args: Any, kwargs: Any) -> Any:
-        recorder = self.recorder
-        if recorder.ranks.sharded:
+        if self.recorder.ranks.sharded:
             return self._run(args, kwargs)
+        if self.recorder.batch_size == 0:
+            return on_nobody(self._run, args, kwargs, self.batch_dim)
+        while True:
+            try:
+                return self._try_to_run(args, kwargs)
+            except BypassError as error:
+                if not lend(self.module, self.inner, self.by_sample, error.parameters):
+                    if self.runs_by_sample:
+                        raise
+                    self._switch_to_samples(str(error), args, kwargs)
+
+    def _try_to_run(self, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
         recorder.new_layouts = set()
         try:
             if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
@@ -127,8 +153,10 @@ class ModelForward(Forward):
                 why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
         except LayoutError as error:
             why = str(error)
+        except BypassError:
+            raise
         except RuntimeError as error:
-            if not any(rows == "shared" for _, _, rows in recorder.new_layouts):
+            if self._compiler is not None or not any(rows == "shared" for _, _, rows in recorder.new_layouts):
                 raise
             # Copies of what all samples share have a batch dimension, which the model's code may not expect.
             why = f"inputs shared by all samples do not fit ({error})"
@@ -147,13 +175,34 @@ class ModelForward(Forward):
                 f"the batch size cannot be told from the inputs of {type(self.module).__name__}: pass tensors with the "
                 f"batch first"
             )
-        with untouched_buffers(self.module):
+        with untouched_buffers(self.module), self._uncompiled():
             return why_mixed(run or self._run, args, kwargs, recorder, self.batch_dim)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:
-            return self.by_sample(self.plain, *args, **kwargs)
-        return (self.inner or self.plain)(*args, **kwargs)
+            with self._uncompiled():
+                return self.by_sample(self.plain, *args, **kwargs)
+        if self._compiler is None or self.runs_by_sample:
+            return (self.inner or self.plain)(*args, **kwargs)
+        from dpfast import compiling
+
+        own = self.inner or compiling.of_one_model(self.module, self.previous, self.plain)
+        return compiling.within(self._compiler, own, *args, **kwargs)
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Within, nothing is compiled: what runs a few times is not worth it."""
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        from dpfast import compiling
+
+        compiler, self._compiler = self._compiler, None
+        try:
+            with compiling.uncompiled():
+                yield
+        finally:
+            self._compiler = compiler
 
     def _run_without_gradients(self, args: Any, kwargs: Any) -> Any:
         """An evaluation, unless a reentrant checkpoint around the model is to run this again in the backward."""
@@ -192,11 +241,12 @@ class ModelForward(Forward):
         if recorder.batch_size is None:
             raise LayoutError(f"{hint}. {ONE_BY_ONE}")
         try:
-            with aside(self.module), recorder.setting(shift=Shift()):
+            full_precision = without_autocast(self.module, args, kwargs)
+            with aside(self.module), recorder.setting(shift=Shift()), full_precision as full:
                 with recorder.setting(paused=True):
-                    expected = tensors(self._run(args, kwargs))
+                    expected = tensors(self._run(*full))
                 self.runs_by_sample = True
-                found = tensors(self._run(args, kwargs))
+                found = tensors(self._run(*full))
             self.runs_by_sample = same(expected, found)
         except Exception as error:
             self.runs_by_sample = False
@@ -208,6 +258,14 @@ class ModelForward(Forward):
                 f"{hint}. Run sample by sample, the model computes something else: its forward mixes samples (a mean "
                 f"over the batch), depends on the batch size, or draws random numbers. {ONE_BY_ONE}"
             )
+        try:
+            with untouched_buffers(self.module), self._uncompiled():
+                try_backward(self._run, args, kwargs, recorder, self.batch_dim)
+        except BypassError as error:
+            self.runs_by_sample = False
+            if not lend(self.module, self.inner, self.by_sample, error.parameters):
+                raise
+            return self._switch_to_samples(why, args, kwargs)
         logger.warning("%s is run sample by sample from now on: %s", type(self.module).__name__, why)
 
 
@@ -229,6 +287,10 @@ def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
 
 
 def _opens(recorder: Recorder, batch: int | None, gradient: Tensor) -> None:
+    if recorder.opens():  # checkpoints may run compiled layers again
+        during = ExitStack()
+        during.enter_context(batch_token(batch))
+        torch.autograd.Variable._execution_engine.queue_callback(during.close)
     recorder.open(batch)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.layers.forms import Form, sketch
-from dpfast.layers.tap import Recorder
+from dpfast.layers.tap import BypassError, Recorder
 from dpfast.planner import KeepSides
 from dpfast.trees import map_tensors, tensors
 
@@ -43,6 +43,12 @@ def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorde
             if recorder.new_layouts <= recorder.verified:
                 break
     return ""
+
+
+def try_backward(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorder, batch_dim: int) -> None:
+    """A forward and backward that leave no trace: raises what a real one would."""
+    with torch.random.fork_rng():
+        _Check(run, recorder, batch_dim).sketches((args, kwargs))
 
 
 class _Check:
@@ -104,6 +110,8 @@ class _Check:
                     cotangent.select(self.batch_dim, cotangent_of).copy_(other.select(self.batch_dim, cotangent_of))
                 cotangents.append(cotangent)
             torch.autograd.backward(outputs, cotangents)
+            if bypassed := self.recorder.bypassed:
+                raise BypassError(bypassed, self.recorder.names[bypassed[0]])
         return found
 
     def _sized(self, k: int, output: Tensor) -> Tensor:
@@ -244,6 +252,18 @@ def _own_saved_tensors() -> Any:
 
 
 @contextmanager
+def without_autocast(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """The arguments of forwards within, which compute in the dtype of the parameters: two ways to compute the same
+    differ by no more than their rounding."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    if not torch.is_autocast_enabled(device):
+        yield args, kwargs
+        return
+    with torch.autocast(device, enabled=False):
+        yield map_tensors(lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
+
+
+@contextmanager
 def untouched_buffers(module: nn.Module) -> Iterator[None]:
     """Forwards within leave the model's buffers as they were."""
     before = {buffer: buffer.detach().clone() for buffer in module.buffers()}
@@ -252,7 +272,8 @@ def untouched_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before.items():
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a copy would invalidate what a graph has saved of it
+                    buffer.copy_(value)
 
 
 @contextmanager
@@ -263,7 +284,7 @@ def observed(recorder: Recorder, observe: Any) -> Iterator[None]:
     """
     pass_around = recorder.suspend()
     try:
-        with recorder.setting(observer=observe, planner=KeepSides()), _own_saved_tensors():
+        with recorder.setting(observer=observe, planner=KeepSides(), bypassed=[]), _own_saved_tensors():
             yield
     finally:
         recorder.resume(pass_around)

@@ -13,6 +13,7 @@ from dpfast.layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTran
 from dpfast.layers.embedding import Embedding, EmbeddingBag
 from dpfast.layers.linear import Linear, TransposedLinear
 from dpfast.layers.norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
+from dpfast.layers.overridden import OVERRIDDEN
 from dpfast.layers.rms import as_rms_norm
 from dpfast.layers.rnn import UNSERVED, Recurrent
 
@@ -44,8 +45,9 @@ _BY_TYPE: dict[Any, Layer] = {cls: layer for layer in FAMILIES for cls in layer.
 def family(module: nn.Module) -> Layer | None:
     """The family that serves ``module``, or None.
 
-    A subclass is served like its base class if it has kept the base class's forward; a module whose parameters are
-    not plain ones of its own (parametrised, weight-normed, patched) is not.
+    A subclass is served like its base class if it has kept the base class's forward, or is of a family that looks for
+    its op in another one; a module whose parameters are not plain ones of its own (parametrised, weight-normed,
+    patched) is not.
     """
     bases: tuple[Any, ...] = type(module).__mro__
     if torch.nn.utils.parametrize.is_parametrized(module):
@@ -59,9 +61,12 @@ def family(module: nn.Module) -> Layer | None:
         return as_rms_norm(module)
     layer = known[base]
     assert layer is not None
-    for name in ("forward", *layer.inherits):
-        if getattr(bases[0], name) is not getattr(base, name) or (name != "forward" and name in vars(module)):
+    if any(getattr(bases[0], name) is not getattr(base, name) or name in vars(module) for name in layer.inherits):
+        return None
+    if bases[0].forward is not base.forward:
+        if type(layer) not in OVERRIDDEN or not {"weight", "bias"}.issuperset(module._parameters):
             return None
+        layer = OVERRIDDEN[type(layer)]
     tensors = [name for name in ("weight", "bias") if isinstance(getattr(module, name, None), Tensor)]
     return layer if all(name in module._parameters for name in tensors) else None
 

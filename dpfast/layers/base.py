@@ -24,6 +24,7 @@ class Layer:
     types: ClassVar[tuple[Any, ...]] = ()  # module classes; by full name where their library may not be there
     inherits: ClassVar[tuple[str, ...]] = ()  # methods besides forward that a subclass must have kept to be served
     least_dims: ClassVar[int] = 1  # dimensions of the smallest x that has a batch dimension
+    saves: ClassVar[bool] = False  # forward leaves tensors in call.saved for the backward
     needs_batch: ClassVar[bool] = False  # the op takes the dimension before the features for the batch (convolutions)
 
     def refusal(self, module: nn.Module) -> str | None:

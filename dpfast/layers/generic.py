@@ -3,16 +3,25 @@
 Every sample gets its own copy of the module's bare parameters (no memory: an expanded view), so autograd itself
 yields their per-sample gradients; layers with a path of their own inside are tapped as always. What is shared by
 all samples and what is not cannot be confused, whatever the shapes: vmap tracks it through every operation.
+
+A parameter that is used outside of the module that owns it (a Mamba mixer computes with its projection's bias) is
+*borrowed*: it gets copies too, and its owner runs its own forward on them, untapped.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from dpfast import layers
 from dpfast.layers.base import Layer
 from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.shift import swapped
@@ -22,6 +31,10 @@ from dpfast.trees import map_tensors, tensors
 ONE_BY_ONE = (
     "A physical batch of one is exact for any model: make_private(..., max_physical_batch_size=1) and "
     "BatchMemoryManager(max_physical_batch_size=1)"
+)
+EXPERTS = (
+    "Experts that loop over those that the batch hits can do without: "
+    "model.set_experts_implementation('batched_mm') in Transformers. "
 )
 
 
@@ -53,10 +66,29 @@ class Generic:
     ):
         self.module = module
         self.parameters = dict(parameters)
+        # Where copies stand in for parameters: not in layers that are tapped, which have the very same parameter.
+        self.owners = [owner for owner in module.modules() if layers.family(owner) is None]
         self.recorder = recorder
         self.batch_dim = batch_dim
         self.whole_model = whole_model
+        self._plain_attention = False  # PyTorch's fused one fails under vmap
         self._batched: dict[tuple[int, int], bool] = {}  # which tensor inputs, of how many dimensions, have a batch
+
+    def lend(self, parameter: nn.Parameter, owners: Sequence[nn.Module]) -> bool:
+        """Make copies of ``parameter`` too, whose ``owners`` these are; False if it has them, or is used elsewhere.
+
+        First for owners that have no tap, then for all: these are to run their own forward from now on.
+        """
+        if not set(owners) <= set(self.module.modules()):
+            return False
+        untapped = [owner for owner in owners if owner in self.owners]
+        if untapped and parameter not in self.parameters:
+            self.parameters[parameter] = self.recorder.names[parameter]
+            return True
+        self.owners += (tapped := [owner for owner in owners if owner not in untapped])
+        for owner in tapped:
+            self.parameters |= {p: self.recorder.names[p] for p in owner._parameters.values() if p is not None}
+        return bool(tapped)
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``forward(*args, **kwargs)``, sample by sample, outputs stacked again along the batch dimension."""
@@ -86,20 +118,33 @@ class Generic:
 
             args_, kwargs_ = map_tensors(one, (args, kwargs))
             own_copies = dict(zip(trained, copies, strict=True))
-            with recorder.setting(token=token), swapped(self.module.modules(), own_copies):
+            with recorder.setting(token=token), swapped(self.owners, own_copies):
                 results.append(forward(*args_, **kwargs_))
             return tensors(results[0])
 
         inputs = [x.movedim(self.batch_dim, 0) for x, has_batch in zip(given, batched, strict=True) if has_batch]
+
+        def run() -> Any:
+            results.clear()
+            attention = sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext()
+            with _no_branch_on_samples(), attention, _PaddedRows():
+                return torch.func.vmap(one_sample, randomness="different")(token, copies, inputs)
+
         try:
-            stacked = torch.func.vmap(one_sample, randomness="different")(token, copies, inputs)
+            try:
+                stacked = run()
+            except RuntimeError as error:
+                if self._plain_attention or "scaled_dot_product" not in str(error):
+                    raise
+                self._plain_attention = True
+                stacked = run()
         except RuntimeError as error:
             if isinstance(error, LayoutError) or "vmap" not in str(error):
                 raise
             raise LayoutError(
                 f"{type(self.module).__name__} runs one sample at a time, for its parameters "
                 f"{sorted(self.parameters.values())} that no layer family serves, and vmap cannot run it: {error} "
-                f"{ONE_BY_ONE}"
+                f"{EXPERTS if any('expert' in name for name in self.parameters.values()) else ''}{ONE_BY_ONE}"
             ) from error
         whole = iter(stacked)
         return map_tensors(lambda _: self._batch_again(next(whole)), results[0])
@@ -124,3 +169,42 @@ class Generic:
         if x.dim() > 1 + dim and x.shape[1 + dim] == 1:
             return x.squeeze(1 + dim).movedim(0, dim)
         return x.flatten(0, 1)
+
+
+class _PaddedRows(TorchFunctionMode):
+    """Padding gets no gradient from an embedding table with copies: vmap forgets that there is a ``padding_idx``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+
+        def embedding(
+            input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any
+        ) -> Tensor:
+            rows = F.embedding(input, weight, None, *rest, **named)
+            if padding_idx is None:
+                return rows
+            padded = (input == padding_idx % len(weight)).unsqueeze(-1)
+            return torch.where(padded, rows.detach(), rows)
+
+        return embedding(*args, **kwargs)
+
+
+@contextmanager
+def _no_branch_on_samples() -> Iterator[None]:
+    """Transformers takes a tensor that vmap has batched for one that is traced: it does not branch on its values.
+
+    Its masks leave out what is not needed for the very values given (no padding in this batch, say), but for traced
+    tensors; what is computed is the same.
+    """
+    utils: Any = sys.modules.get("transformers.utils.import_utils")
+    known = getattr(utils, "is_fake_tensor", None)
+    if known is None:
+        yield
+        return
+    utils.is_fake_tensor = lambda x: torch._C._functorch.is_batchedtensor(x) or known(x)
+    try:
+        yield
+    finally:
+        utils.is_fake_tensor = known

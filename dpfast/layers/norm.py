@@ -41,6 +41,7 @@ class LayerNorm(Layer):
 
     types: ClassVar[tuple[Any, ...]] = (nn.LayerNorm,)
     least_dims = 2
+    saves = True
 
     def run(self, module: nn.LayerNorm, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, module.weight, module.bias, spec=(module.normalized_shape, module.eps))
@@ -106,6 +107,7 @@ class GroupNorm(Layer):
 
     types: ClassVar[tuple[Any, ...]] = (nn.GroupNorm,)
     least_dims = 2
+    saves = True
     needs_batch = True
 
     def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ the per-sample gradients go to the :class:`Recorder` instead.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +31,27 @@ Layout = tuple[str, int, str]  # a layer, its input's number of dimensions, and 
 
 
 def running_backward() -> int:
-    """Id of the backward pass that this thread is in, or -1."""
+    """Id of the backward pass that this thread is in, or -1; a compiler that traces this takes it to be in none."""
+    if torch.compiler.is_compiling():
+        return OUTSIDE
     return torch._C._current_graph_task_id()
 
 
 class LayoutError(RuntimeError):
     """It cannot be told what belongs to which sample."""
+
+
+class BypassError(RuntimeError):
+    """Parameters were used outside of the modules that own them, past their taps."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], name: str):
+        super().__init__(
+            f"parameter {name!r} got a gradient outside of its own module's forward (as in "
+            f"F.linear(x, model.embedding.weight)), where per-sample gradients cannot be taken. Call the module "
+            f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
+            f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
+        )
+        self.parameters = parameters
 
 
 class Recorder:
@@ -64,6 +81,7 @@ class Recorder:
         self.new_layouts: set[Layout] = set()
         # The backward pass that is being recorded:
         self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
+        self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
         self._forms: dict[nn.Parameter, list[Form]] = {}
         self._untrusted: list[tuple[Layout, Form]] = []
         self._bypassed: set[nn.Parameter] = set()
@@ -126,6 +144,10 @@ class Recorder:
         if batch is not None:
             self._pass_batch = batch
 
+    def opens(self) -> bool:
+        """Whether :meth:`open` would open a pass."""
+        return self._pass is None
+
     def _finish(self) -> None:
         if self._pass is None:
             return
@@ -166,13 +188,13 @@ class Recorder:
         if self.evaluating and self._pass is None:
             self.evaluated = True
             return
+        if self.observer is not None:  # told at the end of the backward, all of them at once
+            self.open()
+            self._bypassed.add(parameter)
+            self.bypassed.append(parameter)
+            return
         if self._pass_batch not in (0, 1):
-            raise RuntimeError(
-                f"parameter {self.names[parameter]!r} got a gradient outside of its own module's forward (as in "
-                f"F.linear(x, model.embedding.weight)), where per-sample gradients cannot be taken. Call the module "
-                f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
-                f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
-            )
+            raise BypassError([parameter], self.names[parameter])
         if self.shift.in_use and self._pass_batch == 1:
             raise RuntimeError(
                 f"parameter {self.names[parameter]!r} was used outside of its own module's forward, where it is not "
@@ -197,15 +219,18 @@ class Recorder:
                 f"are not known: call the model itself"
             )
 
-    def resolve_rows(self, tap: Tap, rows: int, ndim: int) -> tuple[int, Layout | None]:
+    def resolve_rows(self, tap: Tap, rows: int, ndim: int, batch: int | None = None) -> tuple[int, Layout | None]:
         """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.
+
+        ``batch`` is the batch size where the caller knows it.
 
         Raises:
             LayoutError: if the rows cannot be attributed to samples.
         """
-        if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
-            self.batch_sizes = [rows]
-        batch = rows if self.batch_size is None else self.batch_size
+        if batch is None:
+            if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
+                self.batch_sizes = [rows]
+            batch = rows if self.batch_size is None else self.batch_size
         if batch == 0:
             return 0, None
         if rows == batch or rows % batch == 0:
@@ -219,6 +244,44 @@ class Recorder:
         return batch, layout
 
 
+taps: WeakValueDictionary[str, Tap] = WeakValueDictionary()  # by what a compiler takes for a constant
+_handles = itertools.count()
+OF_THIS_PROCESS = ("uses", "forward_pass", "handle")  # attributes of a tap that no copy has
+# A [B] tensor with a gradient, for the compiled graph of the forward that is under way. It is no attribute of what
+# hangs on a module: the compiler takes the sizes of such tensors for constants.
+_token: Tensor | None = None
+
+
+@contextmanager
+def batch_token(batch: int | None) -> Iterator[None]:
+    """For a forward of ``batch`` samples; None where their number is not known, and no layer can be compiled."""
+    global _token
+    before, _token = _token, None if batch is None else torch.zeros(batch, requires_grad=True)
+    try:
+        yield
+    finally:
+        _token = before
+
+
+class Use(NamedTuple):
+    """A way in which a layer has called its tap."""
+
+    spec: Any
+    params: tuple[Any, ...]
+    trained: tuple[bool, ...]
+    accumulators: dict[int, Any]  # where gradients of the trained ones arrive
+
+    def owned(self, *given: Tensor | None) -> tuple[Any, ...]:
+        """The module's parameters, for those that a compiled graph was given: the book knows them by identity."""
+        for p, q in zip(self.params, given, strict=False):
+            if p is not q and (p is None or q is None or p.data_ptr() != q.data_ptr()):
+                raise RuntimeError(
+                    "a parameter was replaced by another object since the model was made private (as in "
+                    "load_state_dict(assign=True)): change its values instead, or make the model private again"
+                )
+        return self.params
+
+
 @dataclass
 class Tap:
     """A layer's way into the book: computes the layer's op and records its per-sample gradients in backward."""
@@ -228,8 +291,23 @@ class Tap:
     name: str
     batch_dim: int = 0
 
+    def __post_init__(self) -> None:
+        self.uses: list[Use] = []
+        self.forward_pass = OUTSIDE  # in which the last forward of a compiled graph ran
+        self.handle = str(next(_handles))
+        taps[self.handle] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in OF_THIS_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
+
     def __call__(self, x: Tensor, *params: Tensor | None, spec: Any = None) -> Tensor:
         """The layer's op on ``x``, batch along ``batch_dim``; ``spec`` is what else the op needs (strides, eps)."""
+        if torch.compiler.is_compiling():
+            return self._in_graph(x, *params, spec=spec)
         recorder = self.recorder
         recorder.start_forward()
         if recorder.token is not None:
@@ -243,12 +321,40 @@ class Tap:
             )
         if recorder.row_order is not None:
             return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
+        if self._use(spec, params) is None:
+            self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
         dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
         x = x.movedim(dim, 0)
         batch, layout = recorder.resolve_rows(self, x.shape[0], x.dim())
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
             x = x.expand(batch, *x.shape[1:])
         return LayerOp.apply(Call(self, spec, batch, layout), None, x, *params).movedim(0, dim)
+
+    def _use(self, spec: Any, params: Sequence[Any]) -> int | None:
+        """The number of such a use, if there was one."""
+        for number, use in enumerate(self.uses):
+            if use.spec == spec and use.trained == _trained(params):
+                return number
+        return None
+
+    def _in_graph(self, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
+        """:meth:`__call__` as ``torch.compile`` traces it; a use that is new or no plain one breaks the graph."""
+        from dpfast.layers import compiled
+
+        recorder, token = self.recorder, _token
+        number = self._use(spec, params)
+        plain = recorder.token is None and recorder.row_order is None and not recorder.ranks.sharded
+        if number is None or token is None or not plain or x.dim() < self.layer.least_dims or len(params) > 2:
+            return compiled.out_of_graph(self, x, *params, spec=spec)
+        dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
+        x = x.movedim(dim, 0)
+        weight, bias = (*params, None)[:2]
+        shared = x.shape[0] == 1 and token.shape[0] > 1
+        if shared:
+            x = x.expand(token.shape[0], *x.shape[1:])
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return compiled.tapped(token, x, weight, bias, self.handle, number, shared, autocast).movedim(0, dim)
 
     def _on_packed_rows(self, x: Tensor, order: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """``x [b, d]``: row r is of sample ``order[r]``; the op sees all samples in their order, else zeros."""
@@ -273,8 +379,36 @@ class Call:
         """The form as the model's planner wants it."""
         return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape))
 
+    def record(
+        self,
+        owners: Sequence[Any],
+        needed: Sequence[int],
+        G: Tensor,
+        x: Tensor,
+        points: Sequence[Any],
+        keep: Callable[[Form], Form] = lambda form: form,
+    ) -> None:
+        """Hand over the per-sample gradients of the ``needed`` ones of the ``owners``, which computed as ``points``."""
+        recorder = self.tap.recorder
+        if needed:
+            recorder.open()
+        if needed and self.batch > 0:
+            # A backward inside of an autocast region would make norms and sums in 16 bits.
+            with torch.autocast(G.device.type, enabled=False):
+                for index, form in self.tap.layer.forms(self, needed, G, x, *points):
+                    recorder.record(owners[index], keep(form), self)
 
-def _reaches(accumulator: Any) -> bool:
+
+def _trained(params: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple([p is not None and p.requires_grad for p in params])
+
+
+def accumulators(params: Sequence[Any]) -> dict[int, Any]:
+    """The nodes of the graph at which gradients of the trained ones arrive, by their place in ``params``."""
+    return {index: torch.autograd.graph.get_gradient_edge(p).node for index, p in enumerate(params) if _trained([p])[0]}
+
+
+def reaches(accumulator: Any) -> bool:
     """Whether the running backward pass trains the parameter: ``torch.autograd.grad(loss, x)`` does not."""
     try:
         return torch._C._will_engine_execute_node(accumulator)
@@ -298,23 +432,14 @@ class LayerOp(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x, *call.tap.recorder.shift.at(params))
         ctx.params = params  # a checkpoint gives back copies of what is saved; the book knows parameters by identity
-        ctx.accumulators = {
-            index: torch.autograd.graph.get_gradient_edge(p).node
-            for index, p in enumerate(params)
-            if p is not None and p.requires_grad
-        }
+        ctx.accumulators = accumulators(params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         call, (x, *params) = ctx.call, ctx.saved_tensors
-        layer, recorder = call.tap.layer, call.tap.recorder
-        needed = [i for i, node in ctx.accumulators.items() if _reaches(node)]
-        if needed:
-            recorder.open()
-        if needed and call.batch > 0:
-            for index, form in layer.forms(call, needed, G, x, *params):
-                recorder.record(ctx.params[index], form, call)
+        layer = call.tap.layer
+        call.record(ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node)], G, x, params)
         gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None
         return (None, None, gx, *(None for _ in params))
 

@@ -131,3 +131,21 @@ def test_disabled_it_does_nothing():
     model, optimizer, x, y = private()
     scaler = GradScaler(optimizer, 2.0**4, device="cpu", enabled=False)
     assert torch.equal(step(model, optimizer, x, y, scaler), step(*private()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_backward_inside_of_autocast_is_clipped_in_float32(dtype):
+    """The sum of what autocast would make of the norms and of the sum is off by 1e-3 and more."""
+    found = []
+    for inside in (True, False):
+        model, _optimizer, x, y = private()
+        with torch.autocast("cpu", dtype):
+            loss = F.cross_entropy(model(x), y)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        sums = [p.summed_grad for p in model.parameters()]
+        assert {total.dtype for total in sums} == {torch.float32}
+        found.append(torch.cat([total.flatten() for total in sums]))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()

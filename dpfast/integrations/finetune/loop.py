@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class Job:
 
     def made_up(self, rows: int) -> dict[str, Tensor]:
         """Samples of the longest length that say nothing, no two neighbours alike."""
-        ids = torch.arange(self.data.longest + rows, dtype=self.data.tokens.dtype) % 8
+        ids = np.arange(self.data.longest + rows, dtype=self.data.tokens.dtype) % 8
         return self.collate([(ids[k : k + self.data.longest], 0) for k in range(rows)])
 
     def attempt(self, rows: int) -> None:
