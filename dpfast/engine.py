@@ -225,6 +225,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         optimizer = wrapped
         module, ranks = apart(module)
+        if isinstance(module, FusedModule) and ranks.world_size == 1:  # it was taken apart when it was made private
+            ranks = module.book.ranks
         if ascent is not None and ranks.sharded:
             raise ValueError(f"ascent={ascent!r}: a sharded model has no ascent; use DistributedDataParallel")
         model = module._module if isinstance(module, FusedModule) else module
@@ -235,6 +237,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
+        if not len(data_loader):
+            raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
         # Opacus takes int(N · (1/steps)), which floats may make one less than N/steps, down to 0.
         expected_batch_size = len(data_loader.dataset) // len(data_loader)  # type: ignore[arg-type]
         check_shares(data_loader, ranks, poisson_sampling)
@@ -252,8 +256,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.book.planner = planner
-        if poisson_sampling:
-            hooks.forbid_grad_accumulation()
+        if poisson_sampling or isinstance(data_loader.batch_sampler, PoissonBatches):
+            hooks.forbid_grad_accumulation()  # a sample may be in two of such batches
         else:
             hooks.allow_grad_accumulation()
         private_optimizer = FusedDPOptimizer(

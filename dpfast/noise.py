@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -151,6 +152,11 @@ class NoiseStream:
     def renew(self) -> None:
         """Draw a new key at the next step, from where keys are drawn."""
         self.key = None
+
+
+def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that another process can compare: those under which the same noise meets the same sums."""
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
 
 
 def check_state(state: Any) -> tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]:

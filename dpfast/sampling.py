@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import secrets
@@ -84,6 +85,7 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     """
 
     def __enter__(self) -> DataLoader:
+        _abandon(self.optimizer)
         batches = self.data_loader.batch_sampler
         if not isinstance(batches, PoissonBatches):
             return super().__enter__()
@@ -95,6 +97,7 @@ class _Physical(Sampler[list[int]]):
         self.batches, self.size, self.optimizer = batches, size, optimizer
 
     def __iter__(self) -> Iterator[list[int]]:
+        _abandon(self.optimizer)
         first = self.batches.step
         for step, _ in enumerate(self.batches, first):
             *others, last = self.batches.physical_batches(step, self.size)
@@ -103,6 +106,12 @@ class _Physical(Sampler[list[int]]):
                 yield part
             self.optimizer.signal_skip_step(False)
             yield last
+
+
+def _abandon(optimizer: Any) -> None:
+    """What a loop that was left half-way has summed must not be added to; Opacus' own optimizers keep it."""
+    if hasattr(optimizer, "abandon"):
+        optimizer.abandon()
 
 
 def shared_out(loader: DataLoader, ranks: Ranks, secure: bool) -> DataLoader:
@@ -142,26 +151,42 @@ def with_batches(loader: DataLoader, batches: Sampler[list[int]]) -> DataLoader:
 
 
 def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> None:
-    """Refuse batches that hold a sample on two ranks: it would move the sum twice.
+    """Refuse batches that hold a sample on two ranks: it would move the sum twice. Called by all ranks.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: with the remedy, on all ranks where they disagree.
     """
-    sampler = loader.batch_sampler
-    if isinstance(sampler, PoissonBatches):
-        if (sampler.rank, sampler.world_size) != (ranks.rank, ranks.world_size):
+    batches, sampler = loader.batch_sampler, loader.sampler
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    share: tuple[int, int] | None = None  # whose it is
+    drawn: tuple[int, ...] = (size, len(loader))  # and of what: that must be the same on all ranks
+    if isinstance(batches, PoissonBatches):
+        share = (batches.rank, batches.world_size)
+        drawn = (batches.num_samples, batches.steps_per_epoch, batches.seed, batches.step)
+    elif ranks.world_size > 1 and not poisson_sampling:
+        if not isinstance(sampler, DistributedSampler) or not (size % ranks.world_size == 0 or sampler.drop_last):
             raise ValueError(
-                f"data_loader: its batches are the share of rank {sampler.rank} of {sampler.world_size}, and this is "
-                f"rank {ranks.rank} of {ranks.world_size}"
+                "data_loader with poisson_sampling=False on several ranks: a sample must be on one rank only. Give it "
+                "a torch.utils.data.DistributedSampler with drop_last=True (which repeats none), or use "
+                "poisson_sampling=True"
             )
-        return
-    if ranks.world_size == 1 or poisson_sampling:
-        return
-    whole = len(loader.dataset) % ranks.world_size == 0  # type: ignore[arg-type]
-    if not isinstance(loader.sampler, DistributedSampler) or not (whole or loader.sampler.drop_last):
+        share = (sampler.rank, sampler.num_replicas)
+        drawn = (size, len(loader), sampler.seed, sampler.epoch, sampler.shuffle)
+    wrong = share not in (None, (ranks.rank, ranks.world_size))
+    digest = hashlib.blake2b(repr(drawn).encode(), digest_size=6).digest()
+    rows = ranks.gathered([float(int.from_bytes(digest, "little")), float(wrong)])
+    if wrong:
+        assert share is not None
         raise ValueError(
-            "data_loader with poisson_sampling=False on several ranks: a sample must be on one rank only. Give it a "
-            "torch.utils.data.DistributedSampler with drop_last=True (which repeats none), or use poisson_sampling=True"
+            f"data_loader: its batches are the share of rank {share[0]} of {share[1]}, and this is rank {ranks.rank} "
+            f"of {ranks.world_size}"
+        )
+    if any(row[1] for row in rows):
+        raise ValueError("data_loader: on another rank its batches are not that rank's share")
+    if len({row[0] for row in rows}) > 1:
+        raise ValueError(
+            "data_loader: the ranks' batches are no shares of the same one, so that a sample may be on two ranks: give "
+            "the sampler the same seed, and the same step or epoch, and the loader the same data and batch size on all"
         )
 
 

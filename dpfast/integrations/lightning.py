@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import pieces
-from dpfast.noise import check_state
+from dpfast.noise import as_text, check_state
 from dpfast.ops import KEY_WORDS
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
@@ -196,7 +197,15 @@ class DPCallback(Callback):
         state, self._pending = self._pending, None
         if state is not None:
             assert self.optimizer is not None and self.hooks is not None
-            self.optimizer.noise.load_state_dict(state["noise"])
+            noise = state["noise"]
+            if state.get("settings") != self._settings() and not self._secure:
+                warnings.warn(
+                    "ckpt_path: the arguments of DPCallback changed; the noise takes a new key, as the same noise on "
+                    "the sums of two runs would lay their difference bare",
+                    stacklevel=2,
+                )
+                noise = {**noise, "key": self.optimizer.noise.key}
+            self.optimizer.noise.load_state_dict(noise)
             self.hooks.book.planner.load_state_dict(state["plan"])
             self.engine.accountant.load_state_dict(state["accountant"])
             self._rng = state["rng"]
@@ -229,6 +238,7 @@ class DPCallback(Callback):
             "noise": self.optimizer.noise.state_dict(),
             "accountant": dict(self.engine.accountant.state_dict()),
             "plan": self.hooks.book.planner.state_dict(),
+            "settings": self._settings(),
             "batch_seed": self._batches.seed,
             "sampled": (self._batches.num_samples, self._batches.steps_per_epoch),
             "rng": {
@@ -236,6 +246,10 @@ class DPCallback(Callback):
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             },
         }
+
+    def _settings(self) -> dict[str, str]:
+        """What has to be as it was for the same noise to meet the same sums."""
+        return as_text(self._private | {"loss_reduction": self._loss_reduction})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checked at once; noise and accounting are taken over when training starts, and there is an optimizer."""
@@ -266,7 +280,7 @@ class _Cut:
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = self.callback.optimizer
         assert optimizer is not None
-        optimizer.zero_grad()  # Lightning's comes after the forward of the last, and then keeps the sums
+        optimizer.abandon()  # Lightning's zero_grad comes after the forward of the last, and then keeps the sums
         if not tensors(batch):
             return torch.zeros((), requires_grad=True)
         parts = [batch] if self.size is None else list(pieces(batch, self.size))

@@ -36,6 +36,7 @@ def backward_in_pieces(
     Returns:
         The sum of the pieces' losses, detached.
     """
+    optimizer.abandon()  # an exception may have ended the logical batch before this one half-way
     parts = list(pieces(batch, size, optimizer.ranks.most(-(-len(tensors(batch)[0]) // size))))
     total = torch.zeros(())
     for k, part in enumerate(parts):

@@ -24,7 +24,7 @@ from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import backward_in_pieces
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
-from dpfast.noise import check_state
+from dpfast.noise import as_text, check_state
 from dpfast.ops import KEY_WORDS
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
@@ -33,6 +33,12 @@ from dpfast.sampling import PoissonBatches
 __all__ = ["DPArguments", "DPTrainer"]
 
 PRIVACY_NAME = "privacy.pt"  # in a checkpoint's folder
+# Of these the sums of a run depend, beside data and model.
+DECISIVE = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "bf16"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "seed"),
+)
 
 
 class DPTrainer(Trainer):
@@ -54,7 +60,9 @@ class DPTrainer(Trainer):
     of ``eval_dataset`` is not private either.
 
     A checkpoint holds the noise's key and the seed of the batches, in ``privacy.pt``: **publish the model, never the
-    checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise).
+    checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise). With
+    other settings, or another ``datasets.Dataset``, it takes a new key. Other data in a plain sequence are not noticed:
+    never resume on them, as the same noise on two sums lays their difference bare.
 
     On several processes (torchrun, ``accelerate launch``) every rank clips its share of the logical batch, and the
     clipped sums are added up; the model is not left in ``DistributedDataParallel``.
@@ -252,8 +260,8 @@ class DPTrainer(Trainer):
         """As the Trainer's.
 
         Raises:
-            ValueError: the checkpoint was not accounted for (it has no ``privacy.pt``), or is of other data, other
-                batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
+            ValueError: the checkpoint was not accounted for (it has no ``privacy.pt``), or is of another number of
+                samples, other batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
         """
         self._resumed, self._batch_seed = None, None
         if resume_from_checkpoint is True:
@@ -296,7 +304,17 @@ class DPTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._resumed is not None:
             assert self.hooks is not None
-            self.optimizer.noise.load_state_dict(self._resumed["noise"])
+            noise, settings = self._resumed["noise"], self._settings()
+            saved = self._resumed.get("settings", {})
+            changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+            if changed and not self.privacy.secure_mode:
+                warnings.warn(
+                    f"resume_from_checkpoint: {', '.join(changed)} changed; the noise takes a new key, as the same "
+                    f"noise on the sums of two runs would lay their difference bare",
+                    stacklevel=2,
+                )
+                noise = {**noise, "key": self.optimizer.noise.key}
+            self.optimizer.noise.load_state_dict(noise)
             self.hooks.book.planner.load_state_dict(self._resumed["plan"])
             self.engine.accountant.load_state_dict(self._resumed["accountant"])
 
@@ -310,6 +328,7 @@ class DPTrainer(Trainer):
             "noise": self.optimizer.noise.state_dict(),
             "accountant": dict(self.engine.accountant.state_dict()),
             "plan": self.hooks.book.planner.state_dict(),
+            "settings": self._settings(),
             "noise_multiplier": self.optimizer.noise_multiplier,
             "batch_seed": batches.seed,
             "step": self.state.global_step,
@@ -320,11 +339,17 @@ class DPTrainer(Trainer):
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)
 
+    def _settings(self) -> dict[str, str]:
+        """What has to be as it was for the same noise to meet the same sums; of the data, what ``datasets`` tells."""
+        found = {name: getattr(self.args, name, None) for name in DECISIVE}
+        privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
+        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in privacy}
+        return as_text(found | {"train_dataset": getattr(self.train_dataset, "_fingerprint", None)})
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one logical batch; returns its loss, or 0 where that is not logged."""
         model.train()
         optimizer: FusedDPOptimizer = self.optimizer
-        optimizer.zero_grad()  # the Trainer calls the model's, which knows nothing of clipped sums
         size, parts = self._train_batch_size, inputs["pieces"]
 
         def loss_of(piece: Any) -> Tensor:

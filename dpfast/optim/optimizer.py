@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipping = clipping
         self.book = book
         self._stepped = False  # and not cleared since
+        self._bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
         self.accounting: Callable[[DPOptimizer], None] | None = None  # a step hook that needs no gradients
         book.ranks = self.ranks
         super().__init__(
@@ -178,11 +180,6 @@ class FusedDPOptimizer(DPOptimizer):
             self._adapt(self.adaptive, noise)
         summed = {}
         for p in trained:
-            if self.ranks.sharded and p.grad is not None and bool(local(p.grad).any()):
-                raise RuntimeError(
-                    f"parameter {self.book.names[p]!r} got a gradient outside of its own module's forward, which "
-                    f"nobody has clipped: call the module that owns it, or set requires_grad_(False)"
-                )
             total = getattr(p, "summed_grad", None)
             if total is None:
                 total = torch.zeros(local(p).shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
@@ -255,7 +252,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _begin_step(self) -> bool:
         """Whether this call of step ends a logical batch."""
-        if getattr(self, "found_inf", None) is not None:
+        if vars(self).pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
             raise ValueError(
                 "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
                 "its scale on them: use dpfast.amp.GradScaler(optimizer)"
@@ -275,34 +272,57 @@ class FusedDPOptimizer(DPOptimizer):
         if self.adaptive is not None:
             self.adaptive.of_sums(self.noise_multiplier)
         self.noise.check()
+        self._look_for_bypass()
         self._is_last_step_skipped = self._check_skip_next_step()
         if self._is_last_step_skipped:
             return False
         self._agree()
         return True
 
+    def _look_for_bypass(self) -> None:
+        """``fully_shard`` puts gradients into ``p.grad`` past all hooks; a skipped step's would be cleared unseen.
+
+        One that the rows of this rank's shard are not touched by is seen on other ranks only: :meth:`_agree` tells all.
+        """
+        if not self.ranks.sharded:
+            return
+        for p in self._all_parameters():
+            if p.requires_grad and p.grad is not None and bool(local(p.grad).any()):
+                self._bypassed = 1 + self.book.index[p]
+
     def _agree(self) -> None:
         """What the noise depends on is the same on all ranks: the largest where shares may differ, else refused.
 
         Raises:
             ValueError: the ranks are not at the same step of the same run; nothing was released.
+            RuntimeError: a sharded parameter was used outside of its own module.
         """
         book = self.book
-        mine = (book.sensitivity or self.clipping.sensitivity, float(book.accumulated), book.unclipped)
+        own = book.sensitivity or self.clipping.sensitivity
+        mine = (own, float(book.accumulated), book.unclipped, float(self._bypassed))
+        trained = [book.index[p] for p in self._all_parameters() if p.requires_grad]
         alike = {
             "noise_multiplier": float(self.noise_multiplier),
             "the noise's step": float(self.noise.step),
             "the noise's key": float(self.noise.fingerprint()),
+            "the expected batch size": float(self.expected_batch_size or 0) if self.loss_reduction == "mean" else 0.0,
+            "the set of parameters that train": float(zlib.crc32(repr(trained).encode())),
         }
         rows = self.ranks.gathered([*mine, *alike.values()])
         for name, values in zip(alike, list(zip(*rows, strict=True))[len(mine) :], strict=True):
             if len(set(values)) > 1:
-                shown = "" if "key" in name else f": {list(values)}"
+                shown = "" if "key" in name or "set" in name else f": {list(values)}"
                 raise ValueError(
                     f"step: {name} differs between the ranks{shown}. Load the same checkpoint, and change the same "
                     f"settings, on all of them"
                 )
-        sensitivities, accumulated, unclipped, *_ = zip(*rows, strict=True)
+        sensitivities, accumulated, unclipped, bypassed, *_ = zip(*rows, strict=True)
+        if any(bypassed):
+            name = list(book.names.values())[int(max(bypassed)) - 1]
+            raise RuntimeError(
+                f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: "
+                f"call the module that owns it, or set requires_grad_(False)"
+            )
         book.sensitivity, book.accumulated = max(sensitivities), int(max(accumulated))
         book.unclipped = sum(unclipped)
 
@@ -328,8 +348,17 @@ class FusedDPOptimizer(DPOptimizer):
             for p in self._all_parameters():
                 p.summed_grad = None
             self.book.start_logical_batch()
-            self._stepped = False
+            self._stepped, self._bypassed = False, 0
         self.original_optimizer.zero_grad(set_to_none)
+
+    def abandon(self) -> None:
+        """Drop what a logical batch that was left half-way has summed and signalled: a new one begins.
+
+        A sample of both would be counted twice in one step.
+        """
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+        self.zero_grad()
 
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""

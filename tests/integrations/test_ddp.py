@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dpfast import PrivacyEngine
 from dpfast.ranks import RankLostError, Ranks, Replicated, _buckets
@@ -211,7 +211,13 @@ def troubles(rank: int) -> list[str]:
     def less_noise(optimizer: Any) -> None:
         optimizer.noise_multiplier -= 0.1 * rank
 
-    for change in (skip_ahead, other_key, less_noise):
+    def other_batch(optimizer: Any) -> None:
+        optimizer.expected_batch_size += rank
+
+    def freeze_one(optimizer: Any) -> None:
+        optimizer.param_groups[0]["params"][2 + rank % 2].requires_grad_(False)  # of the same size
+
+    for change in (skip_ahead, other_key, less_noise, other_batch, freeze_one):
         message(lambda change=change: step_with(change))
     model = net()
     for poisson, loader in ((False, DataLoader(data(), batch_size=4)),):
@@ -230,11 +236,72 @@ def troubles(rank: int) -> list[str]:
 
 def test_ranks_that_disagree_are_refused_before_anything_is_used(ranks):
     for found in ranks(troubles):
-        step, key, multiplier, shared = found
+        step, key, multiplier, batch, trained, shared = found
+        assert "the expected batch size differs between the ranks: [3.0, 4.0, 5.0]" in batch
+        assert "the set of parameters that train differs between the ranks." in trained
         assert "the noise's step differs between the ranks: [0.0, 1.0, 2.0]" in step
         assert "the noise's key differs between the ranks." in key
         assert "noise_multiplier differs" in multiplier
         assert "a sample must be on one rank only" in shared
+
+
+def overlapping(rank: int) -> list[str]:
+    """Batches that would hold a sample on two ranks in one step."""
+
+    def sampled(world_size: int = 3, of_rank: int = rank, **options: Any) -> DataLoader:
+        sampler = DistributedSampler(data(), world_size, of_rank, drop_last=True, **options)
+        return DataLoader(data(), batch_size=2, sampler=sampler)
+
+    def poisson(seed: int, step: int = 0) -> DataLoader:
+        batches = PoissonBatches(N, PER_EPOCH, seed=seed, rank=rank, world_size=3)
+        batches.step = step
+        return DataLoader(data(), batch_sampler=batches)
+
+    found = []
+    for loader in (sampled(), sampled(1, 0), sampled(seed=rank), poisson(7 + rank), poisson(7, step=rank)):
+        model = net()
+        try:
+            PrivacyEngine(accountant="rdp").make_private(
+                module=DistributedDataParallel(model),
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=loader,
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                poisson_sampling=False,
+            )
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_sample_is_on_one_rank_only(ranks):
+    for own, whole, *others in ranks(overlapping):
+        assert own == ""
+        assert "are the share of rank 0 of 1" in whole
+        assert len(others) == 3 and all("a sample may be on two ranks" in message for message in others)
+
+
+def private_twice(rank: int) -> tuple:
+    """The model that make_private has returned, with a new optimizer."""
+    engine, model, *_ = private(rank, 3)
+    torch.manual_seed(1)
+    model, optimizer, _ = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), batch_size=6),
+        noise_multiplier=0.7,
+        max_grad_norm=0.5,
+    )
+    return optimizer.ranks.world_size, train(model, optimizer, [[rank]], data(), steps=1)
+
+
+def test_a_model_made_private_again_still_has_its_ranks(ranks):
+    """Else each rank would add the same noise to a sum of its own, which lays their differences bare."""
+    one, *others = ranks(private_twice)
+    for world_size, seen in [one, *others]:
+        assert world_size == 3
+        assert all(torch.equal(got, want) for got, want in zip(seen, one[1], strict=True))
 
 
 def dies(rank: int) -> Any:

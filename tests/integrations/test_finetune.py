@@ -189,6 +189,15 @@ def test_only_the_same_run_is_resumed(tmp_path):
         finetune(config(tmp_path, max_steps=3))
 
 
+def test_a_refused_resume_leaves_the_base_as_it_was(tmp_path):
+    found = finetune(config(tmp_path, lora_rank=2, max_steps=1))
+    base = {path.name: path.read_bytes() for path in (found.output / "base").iterdir()}
+    for changes, message in (({"seed": 3}, "another noise key"), ({"lora_alpha": 16.0}, "--lora-alpha None")):
+        with pytest.raises(FinetuneError, match=message):
+            finetune(config(tmp_path, **{"lora_rank": 2, "max_steps": 1, "resume": True, **changes}))
+    assert {path.name: path.read_bytes() for path in (found.output / "base").iterdir()} == base
+
+
 def test_memory_that_runs_out_is_one_line_and_takes_no_step(tmp_path, monkeypatch):
     def too_much(self, piece):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -212,6 +212,47 @@ def test_what_cannot_be_kept_apart_is_refused(ranks):
         assert "outside of its own module's forward" in around and "head.weight" in around
 
 
+class OneRow(Net):
+    """Uses one row of a table past its module: a row that is in the shard of one rank."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + F.embedding(torch.zeros_like(ids), self.embed.weight).sum(-1, keepdim=True)
+
+
+def past_the_module(rank: int, in_pieces: bool) -> tuple:
+    torch.manual_seed(0)
+    model = fully_shard(OneRow())
+    engine = PrivacyEngine(accountant="rdp")
+    model, optimizer, _ = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), batch_size=3),
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+    )
+    before = [p.to_local().clone() for p in model.parameters()]
+    x, _ = data().tensors
+    message = ""
+    try:
+        for part in [[rank], []] if in_pieces else [[rank]]:
+            optimizer.signal_skip_step(in_pieces and len(part) > 0)
+            model(x[part])[..., 0].sum().backward()
+            optimizer.step()
+            if in_pieces:
+                optimizer.zero_grad()
+    except RuntimeError as error:
+        message = str(error)
+    moved = any(not torch.equal(p.to_local(), w) for p, w in zip(model.parameters(), before, strict=True))
+    return message, moved, len(engine.accountant)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_gradient_past_a_module_is_refused_on_every_rank_before_anything_is_used(ranks, in_pieces):
+    for message, moved, accounted in ranks(past_the_module, in_pieces):
+        assert "'embed.weight' got a gradient outside of its own module's forward" in message
+        assert not moved and accounted == 0
+
+
 def with_physical_batches(rank: int, world_size: int) -> torch.Tensor:
     _, model, optimizer, loader = private(rank, world_size, "sgd")
     x, y = data().tensors

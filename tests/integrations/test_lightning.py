@@ -145,6 +145,20 @@ def test_a_resumed_run_is_bit_equal(tmp_path, at, workers):
     assert second.engine.accountant.history == first.engine.accountant.history == [(1.0, 1 / 4, 7)]
 
 
+def test_a_run_that_goes_on_otherwise_takes_a_new_noise_key(tmp_path):
+    """The same noise on the sums of both would lay their difference bare."""
+    keys = []
+    for norm in (C, C, C / 2):
+        net = Net()
+        callback = callback_of(net, noise_multiplier=1.0, max_grad_norm=norm, seed=None)
+        path = str(tmp_path / "last.ckpt")
+        trainer = fit(net, tmp_path, max_steps=3 if keys else 2, ckpt_path=path if keys else None)
+        if not keys:
+            trainer.save_checkpoint(path)
+        keys.append(callback.optimizer.noise.key)
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     net = Net()
     callback_of(net, noise_multiplier=1.0)

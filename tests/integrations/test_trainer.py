@@ -222,6 +222,46 @@ def test_a_resumed_run_is_bit_equal(tmp_path, at):
     assert logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("change", [{"learning_rate": 0.1}, {"privacy": {"max_grad_norm": 0.1}}], ids=str)
+def test_a_run_that_goes_on_otherwise_takes_a_new_noise_key(tmp_path, change):
+    """The same noise on the sums of both would lay their difference bare."""
+    privacy = {"noise_multiplier": 1.0, "seed": None}
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    whole = trainer_of(tmp_path, privacy=privacy, **settings)
+    whole.train()
+    other = trainer_of(tmp_path, privacy=privacy | change.pop("privacy", {}), **settings, **change)
+    with pytest.warns(UserWarning, match="changed; the noise takes a new key"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert other.optimizer.noise.key != whole.optimizer.noise.key
+    assert other.optimizer.noise.step == 2 and other.steps_accounted() == 2
+
+
+class Interrupted(DPTrainer):
+    """The second physical batch of all is not come through."""
+
+    passes = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.passes += 1
+        if self.passes == 2:
+            raise KeyboardInterrupt
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_logical_batch_that_was_interrupted_leaves_nothing_behind(tmp_path):
+    """Its samples would count twice in the next train()'s first step, which draws the same batch here."""
+    ends = []
+    for cls in (DPTrainer, Interrupted):
+        trainer = trainer_of(tmp_path, gpt2(), cls=cls, gradient_accumulation_steps=4)
+        if cls is Interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.train()
+        assert trainer.steps_accounted() == 1
+        ends.append(weights(trainer.model))
+    assert distance(*ends) == 0
+
+
 def test_a_run_that_is_complete_takes_no_step_more(tmp_path):
     """``max_steps`` in the middle of an epoch, where the Trainer takes one."""
     args = dict(max_steps=3, save_strategy="steps", save_steps=3, privacy={"noise_multiplier": 1.0})

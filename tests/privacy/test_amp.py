@@ -106,6 +106,8 @@ def test_torchs_own_scaler_is_refused():
     model, optimizer, x, y = private()
     with pytest.raises(ValueError, match=r"dpfast.amp.GradScaler"):
         step(model, optimizer, x, y, torch.amp.GradScaler("cpu", init_scale=2.0**4))
+    optimizer.zero_grad()
+    step(model, optimizer, x, y, GradScaler(optimizer, 2.0**4, device="cpu"))  # and no other step is refused for it
 
 
 def test_misuse_is_refused():

@@ -234,3 +234,9 @@ def test_private_again_with_another_bound():
     verdict = Verdict(twin, (x,), y, mse, 0.1)
     mse(again(x), y).backward()
     verdict.check_sums(sums_of(model))
+
+
+def test_a_loader_without_batches_is_refused_by_name():
+    loader = DataLoader(TensorDataset(torch.randn(3, 4), torch.randn(3, 2)), batch_size=6, drop_last=True)
+    with pytest.raises(ValueError, match="data_loader has no batches"):
+        stock(dpfast.PrivacyEngine, data_loader=loader, poisson_sampling=False)

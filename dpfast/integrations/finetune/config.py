@@ -92,6 +92,8 @@ class FinetuneConfig:
             self._number(name, above=True)
         for name in ("noise_multiplier", "weight_decay"):
             self._number(name, above=False)
+        if self.noise_multiplier and not 1e-20 < self.noise_multiplier * self.max_grad_norm < 1e20:
+            _refuse("noise_multiplier", self.noise_multiplier, "times --max-grad-norm it is out of the noise's range")
         if isinstance(self.physical_batch_size, str) and self.physical_batch_size.isdecimal():
             self.physical_batch_size = int(self.physical_batch_size)
         if self.physical_batch_size != "auto":

@@ -56,7 +56,7 @@ def read_rows(source: Any, text_column: str, label_column: str | None) -> Rows:
         rows = Rows(found[0], found[1] if label_column is not None else None)
     if not rows.texts:
         raise FinetuneError(f"{where} is empty: give a file with at least one row")
-    bad = [k for k, text in enumerate(rows.texts, 1) if not isinstance(text, str) or not text.strip()]
+    bad = [k for k, text in enumerate(rows.texts, 1) if not _is_text(text)]
     if bad:
         raise FinetuneError(
             f"{where}: {_listed(bad)} no text in column {text_column!r}: take them out, or fill them in"
@@ -69,6 +69,16 @@ def read_rows(source: Any, text_column: str, label_column: str | None) -> Rows:
                 f"{where}: {_listed(bad)} no class in column {label_column!r}: give a text or an integer"
             )
     return rows
+
+
+def _is_text(x: Any) -> bool:
+    if not isinstance(x, str) or not x.strip():
+        return False
+    try:
+        x.encode()  # JSON can have halves of surrogate pairs, which no tokenizer takes
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(rows: list[int]) -> str:
@@ -148,7 +158,7 @@ def _json_lines(path: Path) -> Iterable[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise FinetuneError(f"{path}: line {number} is no JSON: one object a line is needed") from None
     return rows
 

@@ -53,10 +53,13 @@ def take_place(config: FinetuneConfig) -> Place:
     kind = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise FinetuneError(f"--device {kind}: torch sees no CUDA device here")
+    device: torch.device | None
     try:
         device = torch.device(kind)
     except RuntimeError:
-        raise FinetuneError(f"--device {kind}: give cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise FinetuneError(f"--device {kind}: give cpu or cuda")
     if world_size == 1 and not config.fsdp:
         return Place(0, 1, device)
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from dpfast.ranks import RankLostError
 DECISIVE = (
     *("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps"),
     *("target_epsilon", "target_delta", "noise_multiplier", "accountant", "max_grad_norm", "clipping_fn", "secure"),
-    *("bf16", "pure_bf16", "low_precision", "truncate", "fsdp"),
+    *("bf16", "pure_bf16", "low_precision", "truncate", "fsdp", "lora_alpha"),
 )
 
 
@@ -78,7 +78,7 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
     if config.noise_multiplier is None and held is None:
         say("looking for the noise multiplier ...", flush=True)
     plan = privacy.plan_of(config, len(data), held["noise_multiplier"] if held else None)
-    if made and config.lora_rank is not None and place.rank == 0:
+    if made and config.lora_rank is not None and place.rank == 0 and held is None:  # a run that goes on has it
         net.save_pretrained(output / result.BASE)
     if config.lora_rank is not None:
         if made:
