@@ -213,6 +213,8 @@ class DPTrainer(Trainer):
             key = self._secret(2)
             optimizer.noise.key = (key & 0xFFFFFFFF, key >> 32, *(0,) * (KEY_WORDS - 2))
         self.optimizer = optimizer
+        if self.args.torch_compile:  # in place, as accelerate would have it do in the model's ``prepare``
+            self.model.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         return optimizer
 
     def _noise_multiplier(self, batches: _Batches) -> float:

@@ -15,7 +15,6 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "deepspeed": (bool, "it has an optimizer and gradients of its own; use torchrun or `accelerate launch` without it"),
     "fsdp": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
     "parallelism_config": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
-    "torch_compile": (bool, "a compiled graph does not call the layers one by one; leave it out"),
     "use_liger_kernel": (bool, "its fused layers have no per-sample gradients; leave it out"),
     "neftune_noise_alpha": (bool, "its noise depends on the padded length of the batch, which other samples set"),
     "label_smoothing_factor": (bool, "pass compute_loss_func with per-sample losses [B] that are smoothed"),

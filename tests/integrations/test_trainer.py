@@ -345,7 +345,6 @@ def test_the_users_arguments_stay_as_they_are(tmp_path):
         ("auto_find_batch_size", True),
         ("include_num_input_tokens_seen", "all"),
         ("train_sampling_strategy", "group_by_length"),
-        ("torch_compile", True),
         ("use_liger_kernel", True),
         ("optim", "schedule_free_sgd"),
     ],
@@ -551,3 +550,16 @@ def test_the_model_stays_the_users_own(tmp_path):
     assert distance(weights(again), weights(model)) == 0
     model.eval()
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+def test_a_compiled_run_takes_the_same_steps(tmp_path):
+    found = []
+    for compiled in (False, True):
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        torch._dynamo.reset()
+        trainer = trainer_of(tmp_path, max_steps=3, privacy={"noise_multiplier": 0.5}, **options)
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert trainer.model._compiled_call_impl is not None
+    for name, p in found[0].items():
+        torch.testing.assert_close(found[1][name], p, rtol=1e-5, atol=1e-6)

@@ -63,7 +63,7 @@ class FinetuneConfig:
         "stochastic", "how bfloat16 parameters are updated (--pure-bf16)", choices=("stochastic", "master")
     )
     gradient_checkpointing: bool = _option(False, "less memory, one more forward")
-    compile: bool = _option(False, "torch.compile for the loss")
+    compile: bool = _option(False, "torch.compile for the model")
     fsdp: bool = _option(False, "shard the model over the ranks (under torchrun)")
     secure: bool = _option(False, "noise and batches from the operating system's generator, which nothing repeats")
     seed: int | None = _option(

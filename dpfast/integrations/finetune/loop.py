@@ -60,8 +60,6 @@ class Job:
         self.save_every = config.save_every or self.plan.steps_per_epoch
         self.log_every = config.log_every or max(1, self.plan.steps // 20)
         self.measure: Any = sequence_classification_loss if self.classes else causal_lm_loss
-        if config.compile:
-            self.measure = torch.compile(self.measure, dynamic=True)
         self._make_private()
 
     def _make_private(self) -> None:
@@ -91,6 +89,8 @@ class Job:
             raise FinetuneError(f"--model cannot be trained privately: {reasons}") from error
         # The book sees a sum over samples, which keeps them apart in 16 bits; the step divides by the expected size.
         self.optimizer.loss_reduction = "mean"
+        if config.compile:
+            self.private.compile()
 
     # ---------------------------------------------------------------- one step
 
