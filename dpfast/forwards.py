@@ -15,7 +15,7 @@ from dpfast.layers.generic import Copies, Generic
 from dpfast.layers.overridden import Overridden
 from dpfast.layers.shift import Shift, swapped
 from dpfast.layers.tap import OUTSIDE, LayoutError, Recorder, Tap, running_backward
-from dpfast.separation import aside, same, without_autocast
+from dpfast.separation import aside, restore, same, untouched_buffers, without_autocast
 from dpfast.trees import map_tensors, tensors
 
 
@@ -151,15 +151,17 @@ def _lend(model: nn.Module, inner: Forward | None, by_sample: Generic, parameter
     return lent
 
 
-def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim: int) -> Any:
+def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim: int, module: nn.Module) -> Any:
     """``run(args, kwargs)`` on a batch of no samples, which not all code computes with.
 
-    If it fails, it runs on a row of zeros, and the outputs are emptied: a scalar is 0. No layer records anything.
+    If it fails, it runs on a row of zeros, and the outputs are emptied: a scalar is 0. No layer records anything, and
+    no buffer keeps anything of the row that nobody has given.
     """
+    before = {buffer: buffer.detach().clone() for buffer in module.buffers()}
     try:
         return run(args, kwargs)
-    except RuntimeError:
-        pass
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+        restore(before)
 
     def one(x: Tensor) -> Tensor:
         if x.dim() <= batch_dim or x.shape[batch_dim]:
@@ -169,7 +171,9 @@ def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim:
     def none(x: Tensor) -> Tensor:
         return x.narrow(batch_dim, 0, 0) if x.dim() > batch_dim else x.masked_fill(x.new_ones(()).bool(), 0)
 
-    return map_tensors(none, run(*map_tensors(one, (args, kwargs))))
+    with untouched_buffers(module):
+        out = run(*map_tensors(one, (args, kwargs)))
+    return map_tensors(none, out)
 
 
 class UnservedForward(Forward):

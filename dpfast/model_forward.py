@@ -16,7 +16,7 @@ from dpfast.forwards import Forward, lend, on_nobody, trains
 from dpfast.layers.generic import ONE_BY_ONE, Generic
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import BypassError, LayoutError, Recorder, batch_token
-from dpfast.separation import aside, same, try_backward, untouched_buffers, why_mixed, without_autocast
+from dpfast.separation import aside, same, try_backward, untouched_buffers, unvarying, why_mixed, without_autocast
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class ModelForward(Forward):
         self.runs_by_sample = False
         self._guards: dict[Any, Any] = {}
         self._compiler: Any = None  # what torch.compile compiles with, if it does
+        self._kinds: set[Any] = set()  # of inputs that were checked
+        self._untested: set[int] = set()  # inputs that were the same for all samples whenever there was a check
         self._agreed = False  # the ranks of a sharded model have made the first check
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class ModelForward(Forward):
         if self.recorder.ranks.sharded:
             return self._run(args, kwargs)
         if self.recorder.batch_size == 0:
-            return on_nobody(self._run, args, kwargs, self.batch_dim)
+            return on_nobody(self._run, args, kwargs, self.batch_dim, self.module)
         while True:
             try:
                 return self._try_to_run(args, kwargs)
@@ -145,6 +147,7 @@ class ModelForward(Forward):
     def _try_to_run(self, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
         recorder.new_layouts = set()
+        self._forget_what_no_longer_holds(args, kwargs)
         try:
             if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
                 why = self._why_mixed(args, kwargs)
@@ -165,6 +168,18 @@ class ModelForward(Forward):
             return self._run(args, kwargs)
         return out
 
+    def _forget_what_no_longer_holds(self, args: Any, kwargs: Any) -> None:
+        """A check has shown nothing of inputs that were the same for all samples (masks without padding), or absent."""
+        recorder = self.recorder
+        if not recorder.verified or not recorder.verifies or self.runs_by_sample or recorder.batch_size in (None, 0, 1):
+            return
+        tested = not self._untested or self._untested <= self._unvarying(args, kwargs, self._untested)
+        if not tested or _kind(args, kwargs) not in self._kinds:
+            recorder.verified, self._untested = set(), set()
+
+    def _unvarying(self, args: Any, kwargs: Any, among: set[int] | None = None) -> set[int]:
+        return unvarying((args, kwargs), self.recorder.batch_size or 0, self.batch_dim, among)
+
     def _why_mixed(self, args: Any, kwargs: Any, run: Any = None) -> str:
         """Why samples are not kept apart, or an empty string."""
         recorder = self.recorder
@@ -176,7 +191,11 @@ class ModelForward(Forward):
                 f"batch first"
             )
         with untouched_buffers(self.module), self._uncompiled():
-            return why_mixed(run or self._run, args, kwargs, recorder, self.batch_dim)
+            why = why_mixed(run or self._run, args, kwargs, recorder, self.batch_dim, self.module)
+        if not why:
+            self._kinds.add(_kind(args, kwargs))
+            self._untested |= self._unvarying(args, kwargs)
+        return why
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:
@@ -274,6 +293,13 @@ def normalises_over_batch(module: nn.Module) -> bool:
     batch_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
     instance_norm = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
     return batch_norm and not instance_norm and (module.training or module.running_mean is None)
+
+
+def _kind(args: Any, kwargs: Any) -> Any:
+    """Which inputs a call has, and its switches."""
+    given = [*enumerate(args), *sorted(kwargs.items())]
+    switches = tuple([(k, x) for k, x in given if isinstance(x, (bool, str))])
+    return switches, tuple([(x.dim(), x.is_floating_point()) for x in tensors((args, kwargs))])
 
 
 def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:

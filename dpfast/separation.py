@@ -1,13 +1,14 @@
 """Does every layer keep the samples of a batch apart? Shown by running the model, not assumed.
 
 The model runs forward and backward on the batch, and again with one sample replaced by another one and given another
-output gradient: in every layer that sample's rows may change, and no other's.
+output gradient: in every layer that sample's rows may change, and no other's. Then it runs on half of the batch, which
+may change no gradient of a sample that is left.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.layers.forms import Form, sketch
+from dpfast.layers.shift import Shift
 from dpfast.layers.tap import BypassError, Recorder
 from dpfast.planner import KeepSides
 from dpfast.trees import map_tensors, tensors
@@ -24,13 +26,16 @@ from dpfast.trees import map_tensors, tensors
 SAME = 1e-5  # relative: what a sample's rows may change by when only another sample does (rounding)
 
 
-def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorder, batch_dim: int) -> str:
+def why_mixed(
+    run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorder, batch_dim: int, module: nn.Module
+) -> str:
     """Why samples are not kept apart, or an empty string; layouts that were seen to be clean become verified.
 
     Layers that the replaced sample does not reach are tried with a few others, and stay unverified if none does.
     """
     check = _Check(run, recorder, batch_dim)
-    with torch.random.fork_rng():
+    verified = set(recorder.verified)
+    with torch.random.fork_rng(), recorder.setting(shift=_off_zero(recorder)):
         before = check.sketches((args, kwargs))  # the layers' rows may tell which of several sizes is the batch's
         batch = recorder.batch_size
         if batch is None:
@@ -42,7 +47,33 @@ def why_mixed(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorde
                 return why
             if recorder.new_layouts <= recorder.verified:
                 break
-    return ""
+        if why := "" if recorder.ranks.sharded else check.halves((args, kwargs), before, module):
+            recorder.verified = verified
+        return why
+
+
+def _off_zero(recorder: Recorder) -> Shift:
+    """Parameters that are all zero (gates, LoRA's B) take small values: they may be what samples will meet through."""
+    if recorder.shift.in_use or recorder.ranks.sharded:
+        return recorder.shift
+    draw = torch.Generator().manual_seed(0)
+    shift = Shift()
+    zero = [p for p in recorder.names if p.requires_grad and p.numel() and not bool(p.detach().any())]
+    shift.set({p: 0.05 * torch.randn(p.shape, generator=draw).to(p) for p in zero})
+    shift.start_forward()
+    return shift
+
+
+def unvarying(inputs: Any, batch: int, batch_dim: int, among: Container[int] | None = None) -> set[int]:
+    """Which tensors (``among`` these) are the same for all samples of the batch: what they do, no check shows."""
+    same = set()
+    for k, x in enumerate(tensors(inputs)):
+        d = _axis(x, batch, batch_dim)
+        if d is not None and (among is None or k in among):
+            rows = x.detach().movedim(d, 0)
+            if bool((rows == rows[:1]).all()):
+                same.add(k)
+    return same
 
 
 def try_backward(run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorder, batch_dim: int) -> None:
@@ -55,6 +86,8 @@ class _Check:
     def __init__(self, run: Callable[..., Any], recorder: Recorder, batch_dim: int):
         self.run, self.recorder, self.batch_dim = run, recorder, batch_dim
         self.scales: dict[int, Tensor] = {}  # of the outputs, on the unchanged batch
+        self.cotangents: dict[int, Tensor] = {}  # random numbers for them, on the unchanged batch
+        self.draws = False  # the last forward drew random numbers
 
     @property
     def batch(self) -> int:
@@ -82,8 +115,54 @@ class _Check:
         self.recorder.verified |= {layout for layout in self.recorder.new_layouts if layout[0] in reached}
         return ""
 
+    def halves(self, inputs: Any, before: dict[str, list[Tensor]], module: nn.Module) -> str:
+        """Why half of the samples, alone, have other gradients; ``before`` is what the whole batch gave.
+
+        First the shorter samples and then the longer ones: a model may go by the longest. What cannot be run on half of
+        this batch (sizes that are written down, random numbers even in evaluation) tells nothing.
+        """
+        order = _by_length(inputs, self.batch, self.batch_dim)
+        if order is None:
+            return ""
+        layouts = set(self.recorder.new_layouts)
+        try:
+            with _in_evaluation(module) if self.draws else nullcontext():
+                if self.draws:
+                    self.cotangents = {}
+                    before = self.sketches(inputs)
+                    if self.draws:
+                        return ""
+                for keep in (order[: self.batch // 2], order[self.batch // 2 :]):
+                    if mixed := self._others_without(inputs, keep.sort().values, before):
+                        names = ", ".join(sorted(mixed))
+                        return f"gradients depend on how many or which other samples there are, in {names}"
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+            pass
+        finally:
+            self.recorder.new_layouts = layouts
+        return ""
+
+    def _others_without(self, inputs: Any, keep: Tensor, before: dict[str, list[Tensor]]) -> set[str]:
+        """Layers in which samples have other gradients where only those of ``keep`` are left."""
+
+        def rest(x: Tensor) -> Tensor:
+            d = 0 if x.dim() == 1 and len(x) == self.batch else _axis(x, self.batch, self.batch_dim)
+            return x if d is None else x.detach().index_select(d, keep.to(x.device)).requires_grad_(x.requires_grad)
+
+        fewer = map_tensors(rest, inputs)
+        with self.recorder.setting(batch_sizes=[len(keep)]):
+            after = self.sketches(fewer, keep=keep)
+        if after.keys() != before.keys():
+            return set()
+        kept = {name: [x[keep.to(x.device)] for x in before[name]] for name in after}
+        return _other_sizes(kept, after, _rounding(self.recorder))
+
     def sketches(
-        self, inputs: Any, cotangent_of: int | None = None, watch: _OrderWatch | None = None
+        self,
+        inputs: Any,
+        cotangent_of: int | None = None,
+        watch: _OrderWatch | None = None,
+        keep: Tensor | None = None,
     ) -> dict[str, list[Tensor]]:
         """What a forward and backward records, by layer, in sketches ``[B, n]``.
 
@@ -99,13 +178,23 @@ class _Check:
         args, kwargs = map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
         with observed(self.recorder, observe):
             torch.manual_seed(0)
+            state = _random_state()
             with watch or nullcontext():
                 outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
+            self.draws = any(not torch.equal(x, y) for x, y in zip(state, _random_state(), strict=True))
             cotangents = []
             for k, output in enumerate(outputs):
-                cotangent, other = torch.randn_like(output), torch.randn_like(output)
-                cotangent *= self._sized(k, output.detach())
                 has_batch = output.dim() > self.batch_dim and output.shape[self.batch_dim] == self.batch
+                if keep is not None:
+                    drawn = self.cotangents[k]
+                    if not has_batch:
+                        raise ValueError("an output without a batch dimension")
+                    cotangent = drawn.index_select(self.batch_dim, keep.to(drawn.device))
+                    cotangents.append(cotangent * self._sized(k, output.detach()))
+                    continue
+                cotangent, other = torch.randn_like(output), torch.randn_like(output)
+                self.cotangents.setdefault(k, cotangent.clone())
+                cotangent *= self._sized(k, output.detach())
                 if cotangent_of is not None and has_batch:
                     cotangent.select(self.batch_dim, cotangent_of).copy_(other.select(self.batch_dim, cotangent_of))
                 cotangents.append(cotangent)
@@ -121,41 +210,113 @@ class _Check:
         return (1 + (wide / scale.clamp_min(1e-30)).clamp(-8, 8)).to(output.dtype)
 
 
-def _replace_sample(inputs: Any, batch: int, batch_dim: int, sample: int) -> Any:
-    """``inputs`` with ``sample`` replaced by the first one that differs from it.
+def _axis(x: Tensor, batch: int, batch_dim: int) -> int | None:
+    """Along which dimension an input has the samples."""
+    if x.dim() < 2 and not x.is_floating_point():
+        return None
+    return next((d for d in (batch_dim, 0) if x.dim() > d and x.shape[d] == batch), None)
 
-    One-dimensional integers stay: offsets and lengths have a meaning that another sample's would break.
+
+def _by_length(inputs: Any, batch: int, batch_dim: int) -> Tensor | None:
+    """Samples by a vector of lengths or a mask, the shortest first; None if a vector may be offsets."""
+    lengths = torch.zeros(batch)
+    for x in tensors(inputs):
+        if x.is_floating_point() or x.is_complex():
+            continue
+        x, d = x.detach(), _axis(x, batch, batch_dim)
+        if x.dim() == 1 and len(x) == batch:
+            if not bool(x[0]) and bool((x[1:] >= x[:-1]).all()):
+                return None
+            lengths = lengths + x.float().cpu()
+        elif d is not None and bool(((x == 0) | (x == 1)).all()):
+            lengths = lengths + x.movedim(d, 0).reshape(batch, -1).float().mean(1).cpu()
+    return lengths.argsort(stable=True)
+
+
+def _replace_sample(inputs: Any, batch: int, batch_dim: int, sample: int) -> Any:
+    """``inputs`` with ``sample`` replaced by the first one that differs from it, in most of the tensors.
+
+    A tensor in which that one does not differ takes the first that does. One-dimensional integers stay: offsets and
+    lengths have a meaning that another sample's would break.
     """
 
-    def axis(x: Tensor) -> int | None:
-        if x.dim() < 2 and not x.is_floating_point():
-            return None
-        return next((d for d in (batch_dim, 0) if x.dim() > d and x.shape[d] == batch), None)
+    def others(x: Tensor) -> set[int]:
+        d = _axis(x, batch, batch_dim)
+        if d is None:
+            return set()
+        rows = x.detach().movedim(d, 0)
+        return {k for k in range(batch) if not torch.equal(rows[k], rows[sample])}
 
-    given = [(x.detach(), d) for x in tensors(inputs) if (d := axis(x)) is not None]
-    others = (k for k in range(batch) for x, d in given if not torch.equal(x.select(d, k), x.select(d, sample)))
-    other = next(others, None)
+    differing = [others(x) for x in tensors(inputs)]
+    most = max(range(batch), key=lambda k: sum(k in its for its in differing))
+    left = iter(differing)
 
     def replace(x: Tensor) -> Tensor:
-        d = axis(x)
-        if d is None or other is None:
+        its = next(left)
+        if not its:
             return x
+        d = _axis(x, batch, batch_dim)
+        assert d is not None
         twin = x.detach().clone()
-        twin.select(d, sample).copy_(x.detach().select(d, other))
+        twin.select(d, sample).copy_(x.detach().select(d, most if most in its else min(its)))
         return twin.requires_grad_(x.requires_grad)
 
     return map_tensors(replace, inputs)
 
 
 def _changed_rows(before: list[Tensor], after: list[Tensor]) -> Tensor:
-    """``[B]``: which samples' sketches differ by more than rounding."""
+    """``[B]``: which samples' sketches differ by more than rounding, in units of their own and of the middle sample's.
+
+    Not of the largest: what reaches the others is nothing beside one that is a million times larger.
+    """
     if [x.shape for x in before] != [x.shape for x in after]:
         return torch.ones(after[0].shape[0], dtype=torch.bool, device=after[0].device)
     differs = torch.zeros(after[0].shape[0], dtype=torch.bool, device=after[0].device)
     for x, y in zip(before, after, strict=True):
-        scale = torch.maximum(x.abs(), y.abs()).amax(0, keepdim=True)
+        size = torch.maximum(x.abs(), y.abs())
+        own = size.unflatten(1, (-1, 3)).amax(-1).repeat_interleave(3, 1)
+        scale = torch.maximum(own, size.sort(0).values[len(size) // 2])
         differs |= ((x - y).abs() > SAME * scale).any(1)
     return differs
+
+
+def _other_sizes(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]], rounding: float) -> set[str]:
+    """Layers in which any sample's sketch differs by more than ``rounding``: other sizes are summed in another order.
+
+    A gradient that cancels (of a bias before a norm) is rounding and no more: it counts beside those of its layer, and
+    beside a hundredth of the largest.
+    """
+
+    def sizes(x: Tensor) -> Tensor:  # of activations, and last of gradients
+        return x.unflatten(1, (-1, 3))[..., 2]
+
+    largest = {name: max(float(sizes(x)[:, -1].max()) for x in forms) for name, forms in before.items()}
+    least = 0.01 * max(largest.values(), default=0.0)
+    found = set()
+    for name, forms in before.items():
+        if [x.shape for x in forms] != [x.shape for x in after[name]]:
+            continue
+        for x, y in zip(forms, after[name], strict=True):
+            x, y = sizes(x), sizes(y)
+            scale = x.maximum(y)
+            scale[:, -1] = scale[:, -1].clamp_min(max(largest[name] if x.shape[1] == 1 else 0.0, least))
+            if bool(((x - y).abs() > rounding * scale).any()):
+                found.add(name)
+    return found
+
+
+def _rounding(recorder: Recorder) -> float:
+    """What the model's arithmetic may make of another order of summation, relative."""
+    dtypes = {p.dtype for p in recorder.names if p.is_floating_point()}
+    for device in {p.device.type for p in recorder.names}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max([SAME, *(torch.finfo(dtype).eps ** 0.5 for dtype in dtypes)])
+
+
+def _random_state() -> list[Tensor]:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
 
 
 def _strangers(changed: dict[str, Tensor], sample: int) -> set[str]:
@@ -246,6 +407,18 @@ def aside(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[None]:
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
 def _own_saved_tensors() -> Any:
     """Keeps a checkpoint around the model from counting what is saved within."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
@@ -270,10 +443,15 @@ def untouched_buffers(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before.items():
-                if not torch.equal(buffer, value):  # a copy would invalidate what a graph has saved of it
-                    buffer.copy_(value)
+        restore(before)
+
+
+@torch.no_grad()
+def restore(before: Mapping[Tensor, Tensor]) -> None:
+    """Give buffers their values back."""
+    for buffer, value in before.items():
+        if not torch.equal(buffer, value):  # a copy would invalidate what a graph has saved of it
+            buffer.copy_(value)
 
 
 @contextmanager

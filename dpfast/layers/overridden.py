@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dpfast.layers.base import Layer
 from dpfast.layers.embedding import Embedding
 from dpfast.layers.linear import Linear, Rows
-from dpfast.layers.tap import Tap
+from dpfast.layers.tap import LayoutError, Tap
 
 
 class Overridden(Layer):
@@ -48,9 +48,21 @@ class OverriddenEmbedding(Overridden, Embedding):
     types = ()
 
     def tapped(self, module: nn.Embedding, tap: Tap, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        def own(input: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any) -> Any:
-            options = (*options, *named.values())
-            if weight is not module.weight or any(option not in (None, False, 2.0) for option in options):
+        def own(
+            input: Tensor,
+            weight: Tensor,
+            padding_idx: int | None = None,
+            max_norm: float | None = None,
+            norm_type: float = 2.0,
+            scale_grad_by_freq: bool = False,
+            sparse: bool = False,
+        ) -> Tensor | None:
+            if weight is module.weight and (max_norm is not None or scale_grad_by_freq or sparse):
+                raise LayoutError(
+                    f"embedding {tap.name!r} looks its rows up with max_norm, scale_grad_by_freq or sparse, which have "
+                    f"no per-sample gradient: leave these options out"
+                )
+            if weight is not module.weight:
                 return None
             return tap(input, weight, spec=padding_idx if padding_idx is None else padding_idx % len(weight))
 

@@ -43,19 +43,29 @@ class ForeignRMSNorm(RMSNorm):
 
 
 _FAMILIES = (ForeignRMSNorm(0.0), ForeignRMSNorm(1.0))
-_tried: WeakKeyDictionary[type, Layer | None] = WeakKeyDictionary()
+_PLAIN = frozenset(vars(nn.Module())) | {"forward"}  # attributes that every module has
+_tried: WeakKeyDictionary[type, dict[Any, Layer | None]] = WeakKeyDictionary()
 
 
 def as_rms_norm(module: nn.Module) -> Layer | None:
-    """The family that computes what ``module`` does, if that is an RMS norm; shown on random numbers, once a class."""
+    """The family that computes what ``module`` does, if that is an RMS norm; shown on random numbers.
+
+    Once for a class and its instances' attributes, all of which the forward may go by.
+    """
     weight = module._parameters.get("weight")
     if len(module._parameters) != 1 or weight is None or weight.dim() != 1 or _eps(module) is None:
         return None
     if any(True for _ in module.children()) or any(True for _ in module.buffers()) or weight.is_meta:
         return None
-    if type(module) not in _tried:
-        _tried[type(module)] = next((family for family in _FAMILIES if _computes(module, family)), None)
-    return _tried[type(module)]
+    own = {name: value for name, value in vars(module).items() if name not in _PLAIN}
+    try:
+        attributes = (weight.numel(), frozenset(own.items()))
+    except TypeError:  # a list, say, which may change unseen
+        return None
+    tried = _tried.setdefault(type(module), {})
+    if attributes not in tried:
+        tried[attributes] = next((family for family in _FAMILIES if _computes(module, family)), None)
+    return tried[attributes]
 
 
 def _eps(module: Any) -> float | None:
@@ -63,10 +73,20 @@ def _eps(module: Any) -> float | None:
 
 
 def _computes(module: Any, family: ForeignRMSNorm) -> bool:
+    return all(
+        _agree(module, family, shape, size, training)
+        for training in (True, False)
+        for shape in ((3, 2), (5,))
+        for size in (0.05, 1.0, 1e3)  # small: ε counts; large: it may clamp
+    )
+
+
+def _agree(module: Any, family: ForeignRMSNorm, shape: tuple[int, ...], size: float, training: bool) -> bool:
     draw = torch.Generator().manual_seed(0)
-    x = 0.05 * torch.randn(3, 2, module.weight.numel(), generator=draw)  # small: ε counts
+    x = size * torch.randn(*shape, module.weight.numel(), generator=draw)
     twin = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(torch.randn(x.shape[-1], generator=draw))}
+    twin.training = training
     call: Any = Call(None, (x.shape[-1:], _eps(module)))  # type: ignore[arg-type]
     try:
         with torch.no_grad():

@@ -287,7 +287,8 @@ class FusedDPOptimizer(DPOptimizer):
         if not self.ranks.sharded:
             return
         for p in self._all_parameters():
-            if p.requires_grad and p.grad is not None and bool(local(p.grad).any()):
+            grad = p.grad
+            if p.requires_grad and grad is not None and bool(local(grad).any()):
                 self._bypassed = 1 + self.book.index[p]
 
     def _agree(self) -> None:
