@@ -252,7 +252,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _begin_step(self) -> bool:
         """Whether this call of step ends a logical batch."""
-        if vars(self).pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
+        if self.__dict__.pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
             raise ValueError(
                 "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
                 "its scale on them: use dpfast.amp.GradScaler(optimizer)"
