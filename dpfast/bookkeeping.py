@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dpfast.clipping import Clipping
 from dpfast.layers.forms import Form, clipped_sums, combine, squared_norm
+from dpfast.layers.recorder import Recorder
 from dpfast.layers.shift import Shift
-from dpfast.layers.tap import Recorder
 from dpfast.ops import compute_dtype
 from dpfast.ranks import Ranks, local
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dpfast.layers import Layer
 from dpfast.layers.generic import Copies, Generic
 from dpfast.layers.overridden import Overridden
+from dpfast.layers.recorder import OUTSIDE, LayoutError, Recorder, running_backward
 from dpfast.layers.shift import Shift, swapped
-from dpfast.layers.tap import OUTSIDE, LayoutError, Recorder, Tap, running_backward
+from dpfast.layers.tap import Tap
 from dpfast.separation import aside, restore, same, untouched_buffers, without_autocast
 from dpfast.trees import map_tensors, tensors
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dpfast.forwards import Forward, lend, on_nobody, trains
 from dpfast.layers.generic import ONE_BY_ONE, Generic
+from dpfast.layers.recorder import BypassError, LayoutError, Recorder
 from dpfast.layers.shift import Shift, inside_checkpoint
-from dpfast.layers.tap import BypassError, LayoutError, Recorder, batch_token
+from dpfast.layers.tap import batch_token
 from dpfast.separation import aside, same, try_backward, untouched_buffers, unvarying, why_mixed, without_autocast
 from dpfast.trees import map_tensors, packed_sequences, tensors
 

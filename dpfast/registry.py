@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dpfast.layers import FAMILIES, family
 from dpfast.layers.attention import AppendedRow, MultiheadAttention, OpacusAttention
 from dpfast.layers.forms import Form, squared_norm
+from dpfast.layers.recorder import Recorder
 from dpfast.layers.rnn import Recurrent
-from dpfast.layers.tap import Recorder, Tap
+from dpfast.layers.tap import Tap
 from dpfast.optim import hooks
 
 # Opacus serves these through their submodules, or has the batch in another place.

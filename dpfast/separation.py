@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.layers.forms import Form, sketch
+from dpfast.layers.recorder import BypassError, Recorder
 from dpfast.layers.shift import Shift
-from dpfast.layers.tap import BypassError, Recorder
 from dpfast.planner import KeepSides
 from dpfast.trees import map_tensors, tensors
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpfast.clipping import Clipping, check_threshold
 from dpfast.explain import call, pristine_copy
 from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.tap import LayoutError
+from dpfast.layers.recorder import LayoutError
 from dpfast.model_forward import normalises_over_batch
 from dpfast.trees import map_tensors, tensors
 

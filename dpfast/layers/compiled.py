@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dpfast.layers.forms import Form
-from dpfast.layers.tap import Call, Tap, Use, accumulators, reaches, running_backward, taps
+from dpfast.layers.recorder import running_backward
+from dpfast.layers.tap import Call, Tap, Use, accumulators, reaches, taps
 
 # A graph that is replayed without Python would record nothing.
 TAGS = (torch.Tag.cudagraph_unsafe,)

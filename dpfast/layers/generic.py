@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from dpfast import layers
 from dpfast.layers.base import Layer
 from dpfast.layers.forms import Form, Instantiated
+from dpfast.layers.recorder import LayoutError, Recorder
 from dpfast.layers.shift import swapped
-from dpfast.layers.tap import Call, LayoutError, Recorder, Tap
+from dpfast.layers.tap import Call, Tap
 from dpfast.trees import map_tensors, tensors
 
 ONE_BY_ONE = (

@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import shutil
-import socket
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
 from dpfast.integrations.trainer import PRIVACY_NAME, DPArguments, DPTrainer  # noqa: E402
+from tests.integrations.processes import Processes  # noqa: E402
 
 LR, C = 0.5, 0.7
 
@@ -283,28 +283,24 @@ def four_steps(folder, world_size):
     return weights(model), logged, trainer.engine.accountant.history
 
 
-def on_rank(rank, port, folder):
+def on_rank(rank, folder):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # what the parent process was
-    torch.save(four_steps(folder, 2), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="1")  # the ranks have met already
+    return four_steps(folder, 2)
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # forked: a process of its own would take long to import everything
-    torch.multiprocessing.start_processes(on_rank, (port, str(tmp_path)), nprocs=2, start_method="fork")
     want, logged, history = four_steps(tmp_path, 1)
     assert history == [(1.0, 1 / 2, 4)]
-    for rank in range(2):
-        got, told, counted = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert_same(got, want, rtol=1e-5)
-        assert counted == history
-        if rank == 0:
-            assert told == logged
+    pair = Processes(tmp_path / "pair", 2)
+    try:
+        for rank, (got, told, counted) in enumerate(pair(on_rank, str(tmp_path))):
+            assert_same(got, want, rtol=1e-5)
+            assert counted == history
+            if rank == 0:
+                assert told == logged
+    finally:
+        pair.end()
 
 
 def test_checkpoints_that_do_not_fit_are_refused_before_anything_changes(tmp_path):

@@ -215,7 +215,7 @@ def test_tables_with_a_forward_of_their_own(make, dtype):
 def test_no_per_sample_table_is_written(monkeypatch):
     """A scaled embedding is as cheap as a plain one: rows, not ``[B, V, d]``."""
     from dpfast.layers.forms import EmbeddingRows
-    from dpfast.layers.tap import Recorder
+    from dpfast.layers.recorder import Recorder
 
     forms, record = [], Recorder.record
     monkeypatch.setattr(

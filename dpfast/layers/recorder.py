@@ -1,0 +1,236 @@
+"""What one backward pass records, until it ends; and what is known of the forward that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.layers.forms import Form, Instantiated
+from dpfast.layers.shift import Shift
+from dpfast.planner import Planner
+from dpfast.ranks import Ranks
+
+if TYPE_CHECKING:
+    from dpfast.layers.tap import Call, Tap
+
+OUTSIDE = -1  # torch's id of "no backward pass is running in this thread"
+SHARDED_AS = "dpfast_sharded_as"  # attribute of a gathered parameter: the one of which each rank has a shard
+Layout = tuple[str, int, str]  # a layer, its input's number of dimensions, and what its rows are taken for
+
+
+def running_backward() -> int:
+    """Id of the backward pass that this thread is in, or -1; a compiler that traces this takes it to be in none."""
+    if torch.compiler.is_compiling():
+        return OUTSIDE
+    return torch._C._current_graph_task_id()
+
+
+class LayoutError(RuntimeError):
+    """It cannot be told what belongs to which sample."""
+
+
+class BypassError(RuntimeError):
+    """Parameters were used outside of the modules that own them, past their taps."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], name: str):
+        super().__init__(
+            f"parameter {name!r} got a gradient outside of its own module's forward (as in "
+            f"F.linear(x, model.embedding.weight)), where per-sample gradients cannot be taken. Call the module "
+            f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
+            f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
+        )
+        self.parameters = parameters
+
+
+class Recorder:
+    """Collects the forms that one backward pass produces and calls :meth:`close` when it ends.
+
+    What a use needs is kept in the autograd graph and recorded during backward only, so an exception, an evaluation
+    or a forward without a backward leaves nothing behind.
+    """
+
+    def __init__(self, names: Mapping[nn.Parameter, str]):
+        self.names = dict(names)
+        self.planner = Planner()
+        self.ranks = Ranks()
+        self.shift = Shift()
+        # Set by the model's forward:
+        self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
+        self.needs_model = False  # layers may run inside of the model's forward only
+        self.inside = False  # and this is inside
+        self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
+        self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
+        self.paused = False  # layers run their own forward, untapped
+        self.evaluating = False  # the last forward was in eval(): its gradients are not for training
+        self.evaluated = False  # and some reached a parameter since the last step
+        # Which layouts have been seen to keep the samples apart:
+        self.verifies = False
+        self.verified: set[Layout] = set()
+        self.new_layouts: set[Layout] = set()
+        # The backward pass that is being recorded:
+        self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
+        self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
+        self._forms: dict[nn.Parameter, list[Form]] = {}
+        self._untrusted: list[tuple[Layout, Form]] = []
+        self._bypassed: set[nn.Parameter] = set()
+        self._pass: int | None = None
+        self._pass_batch: int | None = None
+
+    @contextmanager
+    def setting(self, **values: Any) -> Iterator[None]:
+        """Attributes of the recorder for the time within."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def close(self) -> None:
+        """What is to happen at the end of the backward pass."""
+        raise NotImplementedError
+
+    @property
+    def batch_size(self) -> int | None:
+        """The physical batch size of the last forward, where the model's inputs leave no doubt about it."""
+        return self.batch_sizes[0] if len(self.batch_sizes) == 1 else None
+
+    def take(self) -> dict[nn.Parameter, list[Form]]:
+        """The recorded forms; the recorder is empty afterwards."""
+        forms, self._forms = self._forms, {}
+        self._untrusted, self._bypassed = [], set()
+        self._pass = self._pass_batch = None
+        return forms
+
+    def suspend(self) -> tuple[Any, ...]:
+        """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
+        state = (self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch)
+        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = {}, [], set(), None, None
+        return state
+
+    def resume(self, state: tuple[Any, ...]) -> None:
+        """Go on with a pass that was put aside."""
+        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = state
+
+    def start_forward(self) -> None:
+        """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
+
+        A reentrant checkpoint runs its layers' backward in an inner pass. Its forward is recomputed in the outer
+        one, which is thus opened (and closed) here, once for all inner passes.
+        """
+        if running_backward() != OUTSIDE:
+            self.open()
+        elif self._pass is not None:
+            self.take()
+
+    def open(self, batch: int | None = None) -> None:
+        """Have :meth:`close` called when the running backward pass ends; ``batch`` is its forward's batch size."""
+        if self._pass is None:
+            self._pass = running_backward()
+            self.planner.start_pass()
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if batch is not None:
+            self._pass_batch = batch
+
+    def opens(self) -> bool:
+        """Whether :meth:`open` would open a pass."""
+        return self._pass is None
+
+    def _finish(self) -> None:
+        if self._pass is None:
+            return
+        for p in self._bypassed:  # autograd has put their unclipped gradient there
+            p.grad = None
+        if self.observer is not None:
+            self.take()
+            return
+        if mixed := sorted({layout[0] for layout, form in self._untrusted if bool(form.touched().any())}):
+            self.take()
+            raise LayoutError(
+                f"layers {mixed} got gradients, but no check has shown that these keep the samples apart: call the "
+                f"model itself, not one of its methods or submodules, and let the loss depend on them through what its "
+                f"forward returns"
+            )
+        self.close()
+
+    def record(self, parameter: Any, form: Form, call: Call | None = None) -> None:
+        """Keep one use's form."""
+        parameter = getattr(parameter, SHARDED_AS, parameter)
+        if self.observer is not None:
+            self.open()
+            self.observer(call.tap.name if call else self.names[parameter], form)
+            return
+        if call and call.forward_pass == OUTSIDE and self._pass not in (None, running_backward()):
+            self.take()  # left by a pass that failed half-way
+        self.open()
+        self._forms.setdefault(parameter, []).append(form)
+        if call and call.layout and call.batch > 1 and self.verifies and call.layout not in self.verified:
+            self._untrusted.append((call.layout, form))
+
+    def record_whole(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """An ordinary gradient that reached ``parameter``: some use of it bypassed every tapped layer.
+
+        At a physical batch of one it is the per-sample gradient. At any other it cannot be clipped: refused. Gradients
+        of a model in eval() are left alone, in ``p.grad``, where the optimizer's step overwrites them.
+        """
+        if self.evaluating and self._pass is None:
+            self.evaluated = True
+            return
+        if self.observer is not None:  # told at the end of the backward, all of them at once
+            self.open()
+            self._bypassed.add(parameter)
+            self.bypassed.append(parameter)
+            return
+        if self._pass_batch not in (0, 1):
+            raise BypassError([parameter], self.names[parameter])
+        if self.shift.in_use and self._pass_batch == 1:
+            raise RuntimeError(
+                f"parameter {self.names[parameter]!r} was used outside of its own module's forward, where it is not "
+                f"shifted as the ascent wants it. Call the module that owns it, or set requires_grad_(False), or leave "
+                f"ascent out"
+            )
+        self._bypassed.add(parameter)
+        if self._pass_batch == 1:
+            self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)))
+
+    def link(self, whole: Mapping[str, Any], sharded: Mapping[str, Any]) -> None:
+        """Parameters that ``fully_shard`` has gathered for a module stand for those that the optimizer has."""
+        for name, p in whole.items():
+            if p is not None and p is not sharded[name] and not hasattr(p, SHARDED_AS):
+                setattr(p, SHARDED_AS, sharded[name])
+
+    def check_inside(self, tap: Tap) -> None:
+        """Layers are called inside of the model's forward, or when a checkpoint computes it again."""
+        if self.needs_model and not self.inside and running_backward() == OUTSIDE:
+            raise LayoutError(
+                f"layer {tap.name!r} was called outside of the private model's forward, where the samples of a batch "
+                f"are not known: call the model itself"
+            )
+
+    def resolve_rows(self, tap: Tap, rows: int, ndim: int, batch: int | None = None) -> tuple[int, Layout | None]:
+        """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.
+
+        ``batch`` is the batch size where the caller knows it.
+
+        Raises:
+            LayoutError: if the rows cannot be attributed to samples.
+        """
+        if batch is None:
+            if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
+                self.batch_sizes = [rows]
+            batch = rows if self.batch_size is None else self.batch_size
+        if batch == 0:
+            return 0, None
+        if rows == batch or rows % batch == 0:
+            layout = (tap.name, ndim, "per sample" if rows == batch else "samples first")
+        elif rows == 1:
+            layout = (tap.name, ndim, "shared")
+        else:
+            raise LayoutError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
+        if layout not in self.verified:
+            self.new_layouts.add(layout)
+        return batch, layout
