@@ -86,7 +86,7 @@ class _Check:
     def __init__(self, run: Callable[..., Any], recorder: Recorder, batch_dim: int):
         self.run, self.recorder, self.batch_dim = run, recorder, batch_dim
         self.scales: dict[int, Tensor] = {}  # of the outputs, on the unchanged batch
-        self.cotangents: dict[int, Tensor] = {}  # random numbers for them, on the unchanged batch
+        self.shapes: dict[int, torch.Size] = {}
         self.draws = False  # the last forward drew random numbers
 
     @property
@@ -128,7 +128,6 @@ class _Check:
         try:
             with _in_evaluation(module) if self.draws else nullcontext():
                 if self.draws:
-                    self.cotangents = {}
                     before = self.sketches(inputs)
                     if self.draws:
                         return ""
@@ -185,18 +184,16 @@ class _Check:
             cotangents = []
             for k, output in enumerate(outputs):
                 has_batch = output.dim() > self.batch_dim and output.shape[self.batch_dim] == self.batch
+                shape = self.shapes.setdefault(k, output.shape)
+                cotangent = _drawn(k, shape, output)  # drawn anew, not kept: outputs may be the largest of all tensors
                 if keep is not None:
-                    drawn = self.cotangents[k]
                     if not has_batch:
                         raise ValueError("an output without a batch dimension")
-                    cotangent = drawn.index_select(self.batch_dim, keep.to(drawn.device))
-                    cotangents.append(cotangent * self._sized(k, output.detach()))
-                    continue
-                cotangent, other = torch.randn_like(output), torch.randn_like(output)
-                self.cotangents.setdefault(k, cotangent.clone())
+                    cotangent = cotangent.index_select(self.batch_dim, keep.to(cotangent.device))
                 cotangent *= self._sized(k, output.detach())
                 if cotangent_of is not None and has_batch:
-                    cotangent.select(self.batch_dim, cotangent_of).copy_(other.select(self.batch_dim, cotangent_of))
+                    mine = cotangent.select(self.batch_dim, cotangent_of)
+                    mine.copy_(_drawn(-1 - k, mine.shape, output))
                 cotangents.append(cotangent)
             torch.autograd.backward(outputs, cotangents)
             if bypassed := self.recorder.bypassed:
@@ -205,9 +202,15 @@ class _Check:
 
     def _sized(self, k: int, output: Tensor) -> Tensor:
         """``1 + output``, in units of what the ``k``-th output was on the unchanged batch."""
-        wide = output.to(torch.promote_types(output.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
-        scale = self.scales.setdefault(k, wide.square().mean().sqrt())
-        return (1 + (wide / scale.clamp_min(1e-30)).clamp(-8, 8)).to(output.dtype)
+        wide = output.to(torch.promote_types(output.dtype, torch.float32), copy=True).nan_to_num_(0.0, 0.0, 0.0)
+        scale = self.scales.setdefault(k, torch.linalg.vector_norm(wide) / max(1, wide.numel()) ** 0.5)
+        return wide.div_(scale.clamp_min(1e-30)).clamp_(-8, 8).add_(1).to(output.dtype)
+
+
+def _drawn(k: int, shape: torch.Size, like: Tensor) -> Tensor:
+    """Random numbers, the ``k``-th and always the same."""
+    generator = torch.Generator(like.device).manual_seed(k % (1 << 31))
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _axis(x: Tensor, batch: int, batch_dim: int) -> int | None:
