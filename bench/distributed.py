@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import measure
@@ -35,15 +34,14 @@ TARGET_TIME, TARGET_MEMORY = 1.2, 1.2
 def step_of(work_name: str, private: bool, sharded: bool, rank: int) -> measure.Step:
     """One step on this rank's half of the workload's batch."""
     from dpfast import PrivacyEngine
+    from dpfast.integrations.finetune.processes import sharded as shard
     from dpfast.sampling import PoissonBatches
 
     work = WORKLOADS[work_name]
     x, y = (side[rank::RANKS] for side in work.batch())
     model: Any = work.model()
     if sharded:
-        for layer in getattr(model, "blocks", None) or model.model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        model = shard(model)
     elif not private:
         model = DistributedDataParallel(model)
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
