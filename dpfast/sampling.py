@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,10 +194,13 @@ def system_generator() -> Any:
     """A generator for sampling batches that no seed repeats."""
     if importlib.util.find_spec("torchcsprng") is not None:
         return importlib.import_module("torchcsprng").create_random_device_generator("/dev/urandom")
+    return twister([secrets.randbits(32) for _ in range(624)])
+
+
+def twister(words: Sequence[int]) -> torch.Generator:
+    """A generator with all 624 words of its state given: ``manual_seed`` takes only 32 bits."""
     generator = torch.Generator()
     state = generator.get_state()
-    # manual_seed takes 32 bits; the twister has 624 words, each in 8 bytes after a header of 24.
-    words = torch.tensor([secrets.randbits(32) for _ in range(624)], dtype=torch.int64)
-    state[24 : 24 + 8 * 624] = words.view(torch.uint8)
+    state[24 : 24 + 8 * 624] = torch.tensor(words, dtype=torch.int64).view(torch.uint8)  # after a header of 24 bytes
     generator.set_state(state)
     return generator

@@ -15,6 +15,7 @@ from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier
 
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.noise import NoiseStream
+from dpfast.sampling import twister
 
 # What a seed is used for: independent streams of one seed.
 BATCHES, NOISE, WEIGHTS, HELD_OUT, DROPOUT = range(5)
@@ -107,12 +108,7 @@ def number(seed: int, *purpose: int, bits: int = 128) -> int:
 
 def noise_generator(seed: int) -> torch.Generator:
     """The generator that the noise's key is drawn from; all bits of the seed count (``manual_seed`` takes 32)."""
-    generator = torch.Generator()
-    state = generator.get_state()
-    twister = torch.tensor(words(seed, NOISE, count=624), dtype=torch.int64)
-    state[24 : 24 + 8 * 624] = twister.view(torch.uint8)
-    generator.set_state(state)
-    return generator
+    return twister(words(seed, NOISE, count=624))
 
 
 def noise_key(seed: int) -> tuple[int, ...]:
