@@ -74,7 +74,7 @@ inline Tensor make(const Integers& shape, ScalarType type, const Tensor& like) {
 // A tensor's elements, as doubles.
 inline std::vector<double> numbers(const Tensor& tensor) {
   const int64_t n = tensor.numel();
-  const void* data = tensor.data_ptr();
+  const void* data = tensor.const_data_ptr();
   std::vector<double> out(n);
   switch (type_of(tensor)) {
     case Type::float64:

@@ -28,8 +28,9 @@ std::tuple<Tensor, Tensor> clip_factors(Tensor squared, Tensor bounds, Tensor th
   check_shape(bounds, "bounds", {groups, B});
   check_shape(thresholds, "thresholds", {groups});
   check_function(function, shape, scale);
-  const double *s = static_cast<const double*>(squared.data_ptr()), *b = static_cast<const double*>(bounds.data_ptr()),
-               *C = static_cast<const double*>(thresholds.data_ptr());
+  const double *s = static_cast<const double*>(squared.const_data_ptr()),
+               *b = static_cast<const double*>(bounds.const_data_ptr()),
+               *C = static_cast<const double*>(thresholds.const_data_ptr());
   for (int64_t r = 0; r < groups; ++r)
     STD_TORCH_CHECK(C[r] >= 0 && std::isfinite(C[r]), "dpfast: thresholds must be finite and not negative, not ", C[r]);
 

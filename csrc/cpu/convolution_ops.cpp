@@ -84,7 +84,7 @@ struct Layout {
       for (int64_t y = 0; y < std::min(size[1], sizes[1] - padding[1]); ++y) {
         const int64_t first = (((row * from.size(1) + channel) * size[0] + z) * size[1] + y) * size[2];
         float* line = to + ((z + padding[0]) * sizes[1] + y + padding[1]) * sizes[2] + padding[2];
-        if (width > 0) widen(from.data_ptr(), type_of(from), first, width, line);
+        if (width > 0) widen(from.const_data_ptr(), type_of(from), first, width, line);
       }
   }
 };
@@ -149,7 +149,7 @@ struct Convolution {
     for (int64_t row = 0; row < layout.rows; ++row)
       for (int64_t j = 0; j < rows; ++j) {
         const int64_t from = (i * layout.rows + row) * G.size(1) + group * rows + j;
-        widen(G.data_ptr(), type_of(G), from * line, line, scratch.data());
+        widen(G.const_data_ptr(), type_of(G), from * line, line, scratch.data());
         f(row * line, j, scratch.data());
       }
   }

@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor> embedding_squared_norm(Tensor ids, Tensor G) {
                smallest = sum == Type::float64 ? DBL_MIN : double(FLT_MIN);
   Tensor squared = make({B}, ScalarType::Double, G), bound = make({B}, ScalarType::Double, G);
   double *out = static_cast<double*>(squared.data_ptr()), *error = static_cast<double*>(bound.data_ptr());
-  const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
-  const char* rows = static_cast<const char*>(G.data_ptr());
+  const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  const char* rows = static_cast<const char*>(G.const_data_ptr());
   const auto one = [&](Segments& segments, std::vector<double>& total, int64_t i) {
     const char* sample = rows + i * T * d * size;
     segments.find(id + i * T, T);
@@ -98,7 +98,7 @@ Tensor embedding_sum(Tensor ids, Tensor G, Tensor factors, int64_t rows) {
   const int64_t B = G.size(0), T = G.size(1), d = G.size(2);
   check_shape(factors, "factors", {B});
   STD_TORCH_CHECK(rows >= 0, "dpfast: rows must not be negative, not ", rows);
-  const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
+  const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
   for (int64_t k = 0; k < B * T; ++k)
     STD_TORCH_CHECK(0 <= id[k] && id[k] < rows, "dpfast: ids has ", id[k], ", outside of a table of ", rows, " rows");
   const Type type = type_of(G);
@@ -119,7 +119,7 @@ Tensor embedding_sum(Tensor ids, Tensor G, Tensor factors, int64_t rows) {
   Tensor out = make({rows, d}, sum_type(type), G);
   const int64_t size = int64_t(out.element_size()), n = start[rows] + rows;
   char* const table = static_cast<char*>(out.data_ptr());
-  const char* const backprops = static_cast<const char*>(G.data_ptr());
+  const char* const backprops = static_cast<const char*>(G.const_data_ptr());
   const int64_t row_bytes = d * int64_t(G.element_size());
   // Threads take equal shares of rows and places together: row v counts from start[v] + v.
   const auto row_at = [&](int64_t share) {

@@ -50,7 +50,7 @@ Tensor squared_norms(Tensors samples) {
   Integers weights;
   for (const Tensor& tensor : samples) {
     const int64_t n = row_size(tensor), size = int64_t(tensor.element_size());
-    const char* data = static_cast<const char*>(tensor.data_ptr());
+    const char* data = static_cast<const char*>(tensor.const_data_ptr());
     for (int64_t i = 0; i < B; ++i)
       for (int64_t begin = 0; begin < n; begin += PART) {
         parts.push_back({data + (i * n + begin) * size, type_of(tensor), std::min(PART, n - begin)});
@@ -106,8 +106,8 @@ Tensors weighted_sums(Tensors samples, Tensor factors) {
   }
   share(weights, [&](size_t b) {
     const auto [k, begin, end] = blocks[b];
-    const Rows rows{type_of(samples[k]),          samples[k].data_ptr(), out[k].numel(), int64_t(kept[k].index.size()),
-                    kept[k].index.data(), kept[k].factors.data()};
+    const Rows rows{type_of(samples[k]),           samples[k].const_data_ptr(), out[k].numel(),
+                    int64_t(kept[k].index.size()), kept[k].index.data(),        kept[k].factors.data()};
     kernels().sum_rows(out[k].data_ptr(), rows, begin, end);
   });
   return out;
@@ -133,6 +133,11 @@ char* element(const Tensor& tensor, int64_t i) {
   return static_cast<char*>(tensor.data_ptr()) + i * int64_t(tensor.element_size());
 }
 
+// For reading only: a tensor that shares its memory until one of the two is written to stays shared.
+const char* given(const Tensor& tensor, int64_t i) {
+  return static_cast<const char*>(tensor.const_data_ptr()) + i * int64_t(tensor.element_size());
+}
+
 // g_i = Σ_t G_i,t and ‖g_i‖²
 std::tuple<Tensor, Tensor> sum_positions(Tensor G) {
   check_floats(G, "G");
@@ -141,7 +146,7 @@ std::tuple<Tensor, Tensor> sum_positions(Tensor G) {
   const Type type = type_of(G);
   Tensor samples = make({B, d}, sum_type(type), G), squared = make({B}, ScalarType::Double, G);
   sum_samples(B, T, d, {squared}, type_of(samples), [&](int64_t i, int64_t begin, int64_t end) {
-    const Rows rows{type, element(G, i * T * d), d, T, nullptr, nullptr};
+    const Rows rows{type, given(G, i * T * d), d, T, nullptr, nullptr};
     kernels().sum_rows(element(samples, i * d), rows, begin, end);
     return std::array{element(samples, i * d + begin)};
   });
@@ -166,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_sums(Tensor G, Tensor x, T
   Tensor weight = make({B, d}, sum_type(type), G), weight_squared = make({B}, ScalarType::Double, G);
   Tensor bias = make({B, d}, sum_type(type), G), bias_squared = make({B}, ScalarType::Double, G);
   sum_samples(B, T, d, {weight_squared, bias_squared}, type_of(bias), [&](int64_t i, int64_t begin, int64_t end) {
-    const Normalised sample{type, element(G, i * T * d),  element(x, i * T * d),
+    const Normalised sample{type, given(G, i * T * d),  given(x, i * T * d),
                             d,    T, centred ? means.data() + i * T : nullptr, rstds.data() + i * T};
     kernels().sum_normalised(element(weight, i * d), element(bias, i * d), sample, begin, end);
     return std::array{element(weight, i * d + begin), element(bias, i * d + begin)};
@@ -201,7 +206,7 @@ std::tuple<Tensor, Tensor> channel_sums(Tensor G, Tensor x, Tensor mean, Tensor 
     const int64_t statistic = int64_t(k) / (C / groups);  // channels of a group lie side by side
     double w, b;
     kernels().sum_channel(
-        w, b, {type, element(G, int64_t(k) * T), element(x, int64_t(k) * T), T, means[statistic], rstds[statistic]});
+        w, b, {type, given(G, int64_t(k) * T), given(x, int64_t(k) * T), T, means[statistic], rstds[statistic]});
     put(weight, int64_t(k), w);
     put(bias, int64_t(k), b);
   });

@@ -84,7 +84,7 @@ std::vector<Samples> samples_of(const Tensors& tensors) {
                     " must be [B, *] with the B of samples[0]");
     int64_t n = 1;
     for (int64_t i = 1; i < x.dim(); ++i) n *= x.size(i);
-    all.push_back({x.data_ptr(), n, type_of(x)});
+    all.push_back({x.const_data_ptr(), n, type_of(x)});
   }
   return all;
 }
@@ -110,7 +110,7 @@ Tensors weighted_sums_op(Tensors samples, Tensor factors) {
   std::vector<Weighted> sums;
   for (int64_t k = 0; k < count; ++k) {
     out.push_back(new_empty(samples[k], {all[k].n}, sum_type(all[k].type)));
-    const char* row = static_cast<const char*>(factors.data_ptr()) + (shared ? 0 : k * B * (wide ? 8 : 4));
+    const char* row = static_cast<const char*>(factors.const_data_ptr()) + (shared ? 0 : k * B * (wide ? 8 : 4));
     sums.push_back({all[k], row, out[k].data_ptr()});
   }
   weighted_sums(place.queue, sums, B, wide);
@@ -129,7 +129,8 @@ std::tuple<Tensor, Tensor> sum_positions_op(Tensor G) {
   const Type type = type_of(G);
   const Place place(G, "sum_positions");
   Tensor samples = new_empty(G, {B, d}, sum_type(type)), squared = new_doubles(G, B);
-  const Positions p{false, G.data_ptr(), nullptr, nullptr, nullptr, {samples.data_ptr(), nullptr}, {doubles(squared), nullptr},
+  const Positions p{false, G.const_data_ptr(), nullptr, nullptr, nullptr,
+                    {samples.data_ptr(), nullptr}, {doubles(squared), nullptr},
                     B, T, d, type, type};
   const Tensor partials = new_doubles(G, position_partials(p));
   sum_positions(place.queue, p, doubles(partials));
@@ -154,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_sums_op(Tensor G, Tensor x
   const Place place(G, "normalised_sums");
   Tensor weight = new_empty(G, {B, d}, sum_type(type)), bias = new_empty(G, {B, d}, sum_type(type));
   Tensor weight_squared = new_doubles(G, B), bias_squared = new_doubles(G, B);
-  const Positions p{true, G.data_ptr(), x.data_ptr(), centred ? mean.data_ptr() : nullptr, rstd.data_ptr(),
+  const Positions p{true, G.const_data_ptr(), x.const_data_ptr(),
+                    centred ? mean.const_data_ptr() : nullptr, rstd.const_data_ptr(),
                     {weight.data_ptr(), bias.data_ptr()}, {doubles(weight_squared), doubles(bias_squared)},
                     B, T, d, type, type_of(rstd)};
   const Tensor partials = new_doubles(G, 2 * position_partials(p));
@@ -173,8 +175,9 @@ std::array<Tensor, 2> sorted(const Tensor& ids) {
 
 // `ids` as [B, T], or flat.
 Segments segments_of(const std::array<Tensor, 2>& by_id, const Tensor& G) {
-  return {static_cast<const int64_t*>(by_id[0].data_ptr()), static_cast<const int64_t*>(by_id[1].data_ptr()),
-          G.data_ptr(), G.size(0), G.size(1), G.size(2), type_of(G)};
+  return {static_cast<const int64_t*>(by_id[0].const_data_ptr()),
+          static_cast<const int64_t*>(by_id[1].const_data_ptr()),
+          G.const_data_ptr(), G.size(0), G.size(1), G.size(2), type_of(G)};
 }
 
 void check_ids(const Tensor& ids, const Tensor& G) {
@@ -207,7 +210,7 @@ Tensor embedding_sum_op(Tensor ids, Tensor G, Tensor factors, int64_t rows) {
   const auto by_id = sorted(torch::stable::view(ids, {ids.numel()}));
   const Segments s = segments_of(by_id, G);
   const Tensor partials = new_doubles(G, embedding_sum_partials(s));
-  embedding_sum(place.queue, s, factors.data_ptr(), wide, rows, out.data_ptr(), doubles(partials));
+  embedding_sum(place.queue, s, factors.const_data_ptr(), wide, rows, out.data_ptr(), doubles(partials));
   return out;
 }
 

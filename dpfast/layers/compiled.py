@@ -157,11 +157,22 @@ def _autocast(x: Tensor, dtype: torch.dtype | None) -> Any:
 
 def _own(form: Form, given: Sequence[Tensor]) -> Form:
     """The form with memory of its own: the graph uses that of its tensors again when the operator is done."""
-    theirs = {x.untyped_storage().data_ptr() for x in given}
+    theirs = {x.untyped_storage()._cdata for x in given}
     held = {item.name: getattr(form, item.name) for item in fields(form)}
     shared = {
-        name: x.clone()
-        for name, x in held.items()
-        if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in theirs
+        name: _copy(x) for name, x in held.items() if isinstance(x, Tensor) and x.untyped_storage()._cdata in theirs
     }
     return replace(form, **shared) if shared else form  # type: ignore[arg-type]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy that is made when either is written to: whatever writes asks a tensor for its address first.
+
+    On a GPU a replayed CUDA graph does not ask.
+    """
+    if x.device.type != "cpu":
+        return x.clone()
+    try:
+        return torch._lazy_clone(x)
+    except RuntimeError:  # memory that is not PyTorch's own, as that of an array
+        return x.clone()

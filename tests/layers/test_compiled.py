@@ -169,6 +169,27 @@ def test_inductor_reuses_no_memory_that_a_form_keeps():
         pair.check(batch)
 
 
+class Overwriting(nn.Module):
+    """Its compiled backward writes zeros into the backprops of the first layer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(len(x))
+        beside = self.two(x).index_put((rows, torch.full_like(rows, 2)), torch.zeros(()))
+        return self.three(self.one(x) + beside)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_inductor_writes_into_nothing_that_a_form_keeps(array):
+    pair = Pair(Overwriting(), torch.compile)
+    pair.private.book.planner, pair.plain.book.planner = Pinned("ghost"), Pinned("ghost")
+    for batch in rows_of(8, 8):
+        pair.check(torch.from_numpy(batch.numpy()) if array else batch)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_two_equal_calls_are_not_merged(backend):
     pair = Pair(Twice(), lambda model: torch.compile(model, backend=backend))
