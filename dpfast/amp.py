@@ -10,6 +10,12 @@ import torch
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 
+def check_scale(name: str, scale: float) -> None:
+    """Refuse a scale that does not divide out exactly."""
+    if not 2.0**-60 <= scale <= 2.0**60 or math.frexp(scale)[0] != 0.5:
+        raise ValueError(f"{name}={scale!r}: give a power of two, so that dividing it out rounds nothing")
+
+
 class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` for a private optimizer, with a scale that stays as it is.
 
@@ -39,8 +45,7 @@ class GradScaler(torch.amp.GradScaler):
     ):
         if not isinstance(optimizer, FusedDPOptimizer):
             raise ValueError(f"optimizer is a {type(optimizer).__name__}: give the one that make_private has returned")
-        if not 2.0**-60 <= init_scale <= 2.0**60 or math.frexp(init_scale)[0] != 0.5:
-            raise ValueError(f"init_scale={init_scale!r}: give a power of two, so that dividing it out rounds nothing")
+        check_scale("init_scale", init_scale)
         super().__init__(device, init_scale=init_scale, growth_interval=2**31 - 1, enabled=enabled)
         self.optimizer = optimizer
         self._scaled = False

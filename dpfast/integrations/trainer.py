@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dpfast.amp import GradScaler
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import backward_in_pieces
@@ -35,9 +36,9 @@ __all__ = ["DPArguments", "DPTrainer"]
 PRIVACY_NAME = "privacy.pt"  # in a checkpoint's folder
 # Of these the sums of a run depend, beside data and model.
 DECISIVE = (
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "bf16"),
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "seed"),
+    *("per_device_train_batch_size", "seed", "mixed_precision"),  # which `accelerate launch` sets too
 )
 
 
@@ -66,6 +67,9 @@ class DPTrainer(Trainer):
 
     On several processes (torchrun, ``accelerate launch``) every rank clips its share of the logical batch, and the
     clipped sums are added up; the model is not left in ``DistributedDataParallel``.
+
+    ``fp16=True`` multiplies losses by the constant ``privacy.loss_scale``, which norms and sums are free of: see
+    :class:`dpfast.amp.GradScaler`, and its advice on how to choose the scale.
 
     Example:
         >>> trainer = DPTrainer(model, args, train_dataset=data, privacy=DPArguments(target_epsilon=8))
@@ -126,6 +130,8 @@ class DPTrainer(Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Mixed precision, which accelerate would have built into the model's ``forward``."""
+        if self.accelerator.mixed_precision == "fp16":  # on the CPU accelerate would leave it out, and not say so
+            return torch.autocast(self.args.device.type, torch.float16)
         return self.accelerator.autocast()
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -213,6 +219,9 @@ class DPTrainer(Trainer):
             key = self._secret(2)
             optimizer.noise.key = (key & 0xFFFFFFFF, key >> 32, *(0,) * (KEY_WORDS - 2))
         self.optimizer = optimizer
+        fp16 = self.accelerator.mixed_precision == "fp16"
+        # In place of torch's scaler, whose scale would follow the gradients; one that is disabled scales by 1.
+        self.accelerator.scaler = GradScaler(optimizer, privacy.loss_scale, device=self.args.device.type, enabled=fp16)
         if self.args.torch_compile:  # in place, as accelerate would have it do in the model's ``prepare``
             self.model.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         return optimizer
@@ -341,17 +350,24 @@ class DPTrainer(Trainer):
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)
 
+    def _save_scaler(self, output_dir: str) -> None:
+        """Not needed: its scale is constant, and among the settings."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Not needed, and a run that goes on with another precision has none to load into."""
+
     def _settings(self) -> dict[str, str]:
         """What has to be as it was for the same noise to meet the same sums; of the data, what ``datasets`` tells."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
         privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
-        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in privacy}
+        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale")}
         return as_text(found | {"train_dataset": getattr(self.train_dataset, "_fingerprint", None)})
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one logical batch; returns its loss, or 0 where that is not logged."""
         model.train()
         optimizer: FusedDPOptimizer = self.optimizer
+        scaler = self.accelerator.scaler
         size, parts = self._train_batch_size, inputs["pieces"]
 
         def loss_of(piece: Any) -> Tensor:
@@ -366,9 +382,10 @@ class DPTrainer(Trainer):
                     f"the loss has shape {list(losses.shape)} for a batch of {len(rows)} samples: compute_loss and "
                     f"compute_loss_func must return one loss for each sample, [B]; one number for all couples them"
                 )
-            return losses.sum()
+            return scaler.scale(losses.sum())
 
         total = backward_in_pieces(optimizer, {"rows": torch.arange(inputs["samples"])}, size, loss_of)
+        total = total / optimizer.book.loss_scale
         if not self.privacy.log_training_loss:
             return torch.zeros_like(total)
         return total * self.args.world_size / self._logical_batch_size

@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from dpfast.amp import check_scale
+
 # Arguments of the Trainer under which the guarantee or the run would break, and what to do instead.
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "fp16": (bool, "its loss scale follows the gradients of the batch, unclipped; use bf16=True"),
+    "mixed_precision": (lambda x: x == "fp8", "its layers have no per-sample gradients; use bf16=True"),
     "deepspeed": (bool, "it has an optimizer and gradients of its own; use torchrun or `accelerate launch` without it"),
     "fsdp": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
     "parallelism_config": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
@@ -44,6 +46,8 @@ class DPArguments:
         secure_mode: noise of ChaCha20, with keys that are never kept.
         seed: repeats noise and batches, for experiments on data that are public: who knows it can take the noise off.
             None takes both from the operating system, whatever ``TrainingArguments.seed`` is.
+        loss_scale: what losses are multiplied by under ``fp16=True``, a power of two that stays as it is: one that
+            follows the gradients would tell of samples. A sample whose gradient overflows contributes zeros.
         log_training_loss: log the loss of the training batches, which is not private.
     """
 
@@ -58,6 +62,7 @@ class DPArguments:
     seed: int | None = None
     low_precision: str = "nearest"
     memory_budget: int | float | None = None
+    loss_scale: float = 2.0**10
     log_training_loss: bool = False
 
     def __post_init__(self):
@@ -71,6 +76,7 @@ class DPArguments:
             raise ValueError(f"target_epsilon={self.target_epsilon}: give a positive number")
         if not 0 < self.target_delta < 1:
             raise ValueError(f"target_delta={self.target_delta}: give a number between 0 and 1")
+        check_scale("loss_scale", self.loss_scale)
         if self.secure_mode and self.seed is not None:
             raise ValueError(f"seed={self.seed} with secure_mode=True, whose keys no seed repeats: leave it out")
 

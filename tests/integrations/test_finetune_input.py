@@ -68,7 +68,12 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         ("a.txt", f"short\n{SECRET * 99}\n", ["--batch-size", "1"], "1 of 2 rows are longer .*row 2.*--truncate"),
         ("a.txt", f"{SECRET}\n", ["--batch-size", "2"], "there are 1 samples: give at most that"),
         ("a.txt", "x\n", ["--batch-size", "1", "--target-delta", "1"], "--target-delta 1.0: give a number between"),
-        ("a.txt", "x\ny\n", ["--batch-size", "1", "--target-epsilon", "1e-4"], "no less than 0.01; give 0.02 or more"),
+        (
+            "a.txt",
+            "x\ny\nz\n",
+            ["--batch-size", "1", "--target-epsilon", "1e-4"],
+            "no less than 0.01; give 0.02 or more",
+        ),
         ("a.txt", "x\n", ["--context", "1000"], "the model takes at most 128 tokens"),
         ("a.txt", "x\n", ["--eval", "2"], "a fraction between 0 and 1"),
         ("a.txt", "x\n", ["--fsdp"], "torchrun"),

@@ -67,12 +67,15 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def private(rank: int, world_size: int, optimizer: str, tied: bool = False, frozen: str = "", **options: Any) -> tuple:
-    model = net(tied)
+    model = base = net(tied)
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or frozen not in name)
+    if (adapted := options.pop("adapted", None)) is not None:
+        lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=adapted, init_lora_weights=False)
+        model = pytest.importorskip("peft").get_peft_model(base, lora)
     if world_size > 1:
         policy = MixedPrecisionPolicy(**options.pop("policy", {}))
-        for block in model.blocks:
+        for block in base.blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
     engine = PrivacyEngine(accountant="rdp")
@@ -124,6 +127,42 @@ def test_shards_together_are_one_process(kind, options, ranks):
         for got, want in zip(found[:-1], alone[:-1], strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
         assert found[-1] == alone[-1]
+
+
+def train_adapters(rank: int, world_size: int, clipping: str) -> tuple:
+    """The noise of a step without samples, per-sample norms by step and index, noisy gradients, weights, the base."""
+    adapted = ["up", "down", "gate", "head"]
+    _, model, optimizer, loader = private(rank, world_size, "adamw", adapted=adapted, clipping=clipping)
+    noise = train(model, optimizer, [[]], steps=1)[0]
+    norms: list[dict[int, float]] = []
+    seen = []
+    for indices in loader.batch_sampler:
+        *gradients, after = train(model, optimizer, [indices], steps=1)
+        seen += gradients
+        norms.append(dict(zip(indices, model.per_sample_gradient_norms.tolist(), strict=True)))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    local = sum((p.to_local() if world_size > 1 else p).numel() for p in frozen)
+    assert not any(p in optimizer.state for p in frozen)
+    base = {name: whole(p) for name, p in model.named_parameters() if not p.requires_grad}
+    return noise, norms, [*seen, after], base, local
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_adapters_on_a_sharded_base_are_one_process(clipping, ranks):
+    """LoRA of PEFT: what is frozen is sharded too, and stays as it is."""
+    noise, norms, seen, base, size = train_adapters(0, 1, clipping)
+    assert max(len(step) for step in norms) > 3 and max(max(step.values(), default=0) for step in norms) > 0.5
+    together = ranks(train_adapters, 3, clipping)
+    for found in together:
+        assert not isinstance(found, Exception), found
+        assert torch.equal(found[0], noise)
+        for got, want in zip(found[2], seen, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+        assert all(torch.equal(found[3][name], p) for name, p in base.items())
+    for step, want in enumerate(norms):
+        got = {index: norm for found in together for index, norm in found[1][step].items()}
+        assert got == pytest.approx(want, rel=1e-5)
+    assert sum(found[4] for found in together) == size
 
 
 def noise_alone(rank: int, world_size: int) -> torch.Tensor:
