@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test bench bench-compare lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -29,8 +29,13 @@ test: lint
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
 	wait $$half && exit $$rest
 
+# In bench/out, or OUT: records, tables and plots, in less than ten minutes.
 bench: $(READY)
-	$(RUN) -m bench.side_by_side
+	$(RUN) -m dpfast bench --device cpu $(if $(OUT),--out $(OUT))
+
+# make bench-compare BASE=<commit>: which ops became slower since, by more than the spread
+bench-compare: $(READY)
+	$(RUN) -m bench.compare "$(BASE)"
 
 lint: $(READY)
 ifeq ($(NO_LINT),yes)
@@ -54,8 +59,8 @@ sanitize: $(READY)
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip
-	$(RUN) -m pip install -q -c constraints.txt torch setuptools
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,dev,finetune,lightning]'
+	$(RUN) -m pip install -q --no-compile -c constraints.txt torch setuptools
+	$(RUN) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,dev,finetune,lightning]'
 	touch $@
 
 clean:

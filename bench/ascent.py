@@ -21,7 +21,8 @@ from torch import nn
 import dpfast
 from bench import measure
 from bench.methods import fixed_loader, quiet_peers
-from bench.workloads import WORKLOADS, Workload, sequence_loss
+from bench.record import machine_record
+from bench.workloads import Workload, sequence_loss, workloads
 
 THREADS = 2
 TARGET = 1.03
@@ -81,14 +82,14 @@ def step_of(work: Workload, ascent: Any) -> tuple[measure.Step, Own]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", choices=WORKLOADS, default="gpt128")
+    parser.add_argument("--workload", choices=workloads("cpu"), default="gpt128")
     parser.add_argument("--ways", nargs="+", choices=[name for name in WAYS if WAYS[name]], default=["DPSAT"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="a folder for a record in JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     quiet_peers()
-    work = WORKLOADS[arguments.workload]
+    work = workloads("cpu")[arguments.workload]
     steps = {name: step_of(work, WAYS[name]) for name in ("DP-SGD", *arguments.ways)}
     seconds: dict[str, dict[int, float]] = {name: {} for name in steps}
     shares: dict[str, list[float]] = {name: [] for name in steps}
@@ -111,7 +112,7 @@ def main() -> None:
     print(measure.markdown_table(["way", "ms a step", "over DP-SGD", "p20 to p80", "own share"], rows))
     print(f"target of DPSAT: at most {TARGET}")
     if arguments.out is not None:
-        record = {"machine": measure.machine_record(), "workload": work.name, "figures": figures}
+        record = {"machine": machine_record(), "workload": work.name, "figures": figures}
         path = arguments.out / f"ascent-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from bench import measure
+from bench import measure, memory
 from bench.methods import METHODS, Trainer, prepare, quiet_peers
 from bench.plots import Result, draw_demo
 from bench.tasks import TASKS, Task
@@ -123,7 +123,7 @@ def train(task: Task, methods: list[str]) -> list[Run]:
     for method in tqdm(methods, desc=f"{task.name}: peak memory", leave=False):
         trainer = make_trainer(task, method, task.model(method), noise_multiplier)
         runs.append(Run(method, trainer, endless(trainer.loader)))
-        runs[-1].memory = measure.growth(
+        runs[-1].memory = memory.growth(
             "bench.demo:memory_job", task=task.name, method=method, noise_multiplier=noise_multiplier
         )
         runs[-1].scores.append((0, score(task, trainer.model)))
@@ -162,7 +162,7 @@ def results(task: Task, runs: list[Run]) -> list[Result]:
                 time_ratio=ratio["median"],
                 time_spread=(ratio["p20"], ratio["p80"]),
                 memory_mib=growth / measure.MIB if growth is not None else None,
-                memory_ratio=measure.memory_ratio(run.memory, base.memory),
+                memory_ratio=memory.ratio(run.memory, base.memory),
                 memory_error=run.memory.get("error", run.memory.get("not_measured")),
                 scores=run.scores,
                 epsilon=run.epsilon(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,9 +22,10 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench import measure
+from bench import measure, memory
 from bench.methods import quiet_peers
-from bench.workloads import WORKLOADS, sequence_loss
+from bench.record import machine_record
+from bench.workloads import sequence_loss, workloads
 
 RANKS = 2
 TARGET_TIME, TARGET_MEMORY = 1.2, 1.2
@@ -37,7 +37,7 @@ def step_of(work_name: str, private: bool, sharded: bool, rank: int) -> measure.
     from dpfast.integrations.finetune.processes import sharded as shard
     from dpfast.sampling import PoissonBatches
 
-    work = WORKLOADS[work_name]
+    work = workloads("cpu")[work_name]
     x, y = (side[rank::RANKS] for side in work.batch())
     model: Any = work.model()
     if sharded:
@@ -101,19 +101,17 @@ def times(rank: int, work: str, sharded: bool, seconds: float, rounds: int) -> l
     return found
 
 
-def memory(rank: int, work: str, private: bool, sharded: bool) -> dict[str, Any]:
-    """This rank's growth of resident memory over its first steps (see measure.growth_here), without the warm-up run."""
-    return measure.growth_here(lambda small: lambda: (lambda: None) if small else step_of(work, private, sharded, rank))
+def grown_on(rank: int, work: str, private: bool, sharded: bool) -> dict[str, Any]:
+    """This rank's growth of resident memory over its first steps (see memory.growth_here), without the warm-up run."""
+    return memory.growth_here(lambda small: lambda: (lambda: None) if small else step_of(work, private, sharded, rank))
 
 
 def compared(work: str, sharded: bool, seconds: float, rounds: int) -> dict[str, Any]:
     """Ratios of one workload, one way of being distributed."""
     per_rank = on_ranks(times, work, sharded, seconds, rounds)
     slower = [[max(of_rank[k][which] for of_rank in per_rank) for which in (0, 1)] for k in range(len(per_rank[0]))]
-    os.environ.update(measure.ALLOCATOR)
-    plain, private = (on_ranks(memory, work, way, sharded) for way in (False, True))
-    for name in measure.ALLOCATOR:
-        del os.environ[name]
+    with memory.allocator():
+        plain, private = (on_ranks(grown_on, work, way, sharded) for way in (False, True))
     grown = [max(of_rank["growth_bytes"] for of_rank in way) for way in (plain, private)]
     return {
         "work": work,
@@ -130,12 +128,12 @@ def compared(work: str, sharded: bool, seconds: float, rounds: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs="+", choices=WORKLOADS, default=["gpt128", "llama"])
+    parser.add_argument("--work", nargs="+", choices=workloads("cpu"), default=["gpt128", "llama"])
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=measure.ROOT / "bench" / "results")
     arguments = parser.parse_args()
-    record = {"machine": measure.machine_record(), "ranks": RANKS, "rows": []}
+    record = {"machine": machine_record(), "ranks": RANKS, "rows": []}
     for work in arguments.work:
         for sharded in (False, True):
             record["rows"].append(compared(work, sharded, arguments.seconds, arguments.rounds))

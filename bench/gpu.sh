@@ -2,8 +2,9 @@
 # Tests and measurements on a machine with a GPU, in under nine minutes: OUT=folder bench/gpu.sh
 #
 # It needs Python 3.11 or newer with torch, triton, numpy, psutil, tqdm and pytest; nvcc and a C++ compiler for the
-# native libraries, which are built for this GPU alone; no network. In OUT it leaves log.txt and a JSON record of each
-# bench. A step that fails or takes too long does not stop the next one; the exit status is 1 if one did.
+# native libraries, which are built for this GPU alone; no network. In OUT it leaves log.txt, and the record, tables and
+# plots of each suite. A step that fails or takes too long does not stop the next one; the exit status is 1 if one did. A
+# suite that was out of time leaves what it has: RESUME=1 goes on with it, on the same commit and with the same OUT.
 #
 #   OUT      where to leave all that (default bench/out/gpu)
 #   WHEELS   a folder of wheels that is installed first: opacus, and what else is missing of its dependencies
@@ -24,7 +25,7 @@ step() {
     local limit=$1 start=$SECONDS status
     shift
     printf '\n=== %s\n' "$*"
-    timeout --kill-after=5 "$limit" "$@" 2>&1
+    timeout --kill-after=15 "$limit" "$@" 2>&1
     status=$?
     [ "$status" -eq 0 ] || failed=1
     results+=("$(printf 'status %3d  %4d s  %s' "$status" "$((SECONDS - start))" "$*")")
@@ -36,10 +37,10 @@ all() {
     fi
     step 110 "$PYTHON" -m dpfast doctor # its first question for the libraries builds them
     step 70 "$PYTHON" -m pytest -m gpu -q
-    step 90 "$PYTHON" -m pytest tests/kernels -q -m "not compiles" # with a GPU these compile their kernels
-    step 90 "$PYTHON" -m bench.kernels --seconds 30 --out "$OUT"
-    step 30 "$PYTHON" -m bench.native_gpu --out "$OUT"
-    step 120 "$PYTHON" -m bench.models_gpu --seconds 30 --out "$OUT"
+    step 80 "$PYTHON" -m pytest tests/kernels -q -m "not compiles" # with a GPU these compile their kernels
+    step 80 "$PYTHON" -m dpfast bench --suite kernels --device cuda --seconds 25 --out "$OUT" ${RESUME:+--resume}
+    step 165 "$PYTHON" -m dpfast bench --suite models --device cuda --seconds 40 --out "$OUT" ${RESUME:+--resume} \
+        --model gpt2-medium llama-1b-lora llama-1b vit-s bert-base gpt2 resnet18 wrn16-4 mlp
     printf '\n=== in all %d s (status 124: out of time)\n' "$SECONDS"
     printf '%s\n' "${results[@]}"
     return "$failed"

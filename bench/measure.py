@@ -1,133 +1,89 @@
-"""What every measurement shares: peak memory, percentiles, ratios, the machine's record, a Markdown table.
-
-As a program (`python -m bench.measure module:function '{"argument": 1}'`) it measures the memory growth of one job in
-a process of its own and prints it as JSON; `growth()` starts that program.
-"""
+"""What every measurement shares: clocks that take turns, percentiles, paired ratios, failures as rows, Markdown."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import importlib
-import importlib.metadata
-import json
-import os
-import platform
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
-
-# One allocator for all: with a fixed threshold every tensor of 64 KiB or more goes back to the system when it is
-# freed, so resident memory follows what is alive. (glibc otherwise raises the threshold as it runs.)
-ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 1024),
-    "MALLOC_TOP_PAD_": "0",
-    "MALLOC_MMAP_MAX_": "1000000",
-}
+THREADS = 2
+WARM_UP = 2  # calls before the first that is timed: the first may compile, or check what it will trust afterwards
+LONG = 5.0  # seconds: a first call this long tells its cost; others are warm only at the second
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
+SLOW = 8.0  # who takes this many times as long as the first one ...
+SLOW_ROUNDS = 3  # ... is timed in this many rounds only
+LEAD = 4_000_000  # cycles that a GPU waits at the start of a round, so that the host is ahead of it
 
 Step = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
-# ---------------------------------------------------------------- memory
-
-
-def _status(field: str) -> int:
-    """A size in bytes from /proc/self/status."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}: peak memory can only be measured on Linux")
-    return int(found[1]) * 1024
-
-
-def _reset_peak() -> None:
-    """Set VmHWM, the peak, to the present size."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _tidy() -> None:
-    """Give freed memory back to the system, so that a later reading does not count it."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def growth_here(job: Callable[[bool], Callable[[], Step]], steps: int = 2) -> dict[str, Any]:
-    """Growth of resident memory over the first two steps of a job, in this process.
-
-    `job(small)` builds the model and the data and returns `start`; `start()` makes the model private and returns the
-    step. The job first runs once with `small=True` and is thrown away, so that the library code it touches is already
-    resident. The reading before is taken before `start()`, so whatever a method allocates when it is set up counts as
-    well, and so does what it does only once, in its first step: a job must fit then too. Pages of files (the libraries'
-    code, which the system may drop and load again at any time) are left out.
-    """
-    job(True)()()
-    _tidy()
-    start = job(False)
-    _tidy()
-    before = _status("RssAnon")
-    _reset_peak()
-    step = start()
-    growths = []
-    for _ in range(steps):
-        step()
-        growths.append(_status("VmHWM") - _status("RssFile") - _status("RssShmem") - before)
-        _reset_peak()
-    return {"before_bytes": before, "growth_bytes": max(growths), "growth_by_step_bytes": growths}
-
-
-def growth(function: str, **arguments: Any) -> dict[str, Any]:
-    """`growth_here(module:function(**arguments))` in a fresh process; a process that dies is a row, not a crash."""
-    if sys.platform != "linux":
-        return {"not_measured": "peak memory is measured on Linux only"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.measure", function, json.dumps(arguments)],
-        cwd=ROOT,
-        env={**os.environ, **ALLOCATOR},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode == -9:
-        return {"error": "killed: out of memory"}
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"error": f"exit status {done.returncode}: {last}"}
-
-
-def memory_ratio(memory: dict[str, Any], base: dict[str, Any]) -> float | None:
-    """Growth over the base's growth; None where one of the two has none."""
-    if "growth_bytes" not in memory or "growth_bytes" not in base:
-        return None
-    return memory["growth_bytes"] / base["growth_bytes"]
-
-
-# ---------------------------------------------------------------- time
-
-
-def timed(step: Step) -> float:
-    """Seconds that one call takes."""
+def timed(step: Step, device: torch.device | None = None) -> float:
+    """Seconds that one call takes, until the device is done with it."""
     start = time.perf_counter()
     step()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
+def in_turns(
+    calls: Mapping[Name, Step],
+    device: torch.device,
+    seconds: float,
+    kept: Mapping[Name, Mapping[int, float]] | None = None,
+    each_round: Callable[[dict[Name, dict[int, float]]], None] | None = None,
+) -> dict[Name, dict[int, float]]:
+    """Seconds of every call in every round, for about ``seconds`` in all, and never in fewer than MIN_ROUNDS.
+
+    Who runs first moves by one each round, so nobody always follows the same neighbour. ``kept`` are rounds of an
+    earlier run, which count; ``each_round`` gets all there is after every round. On a GPU its own clock is read.
+    """
+    taken: dict[Name, dict[int, float]] = {name: {**(kept or {}).get(name, {})} for name in calls}
+    costs: dict[Name, float] = {}
+    for name, call in calls.items():
+        costs[name] = timed(call, device)
+        if costs[name] < LONG:
+            costs[name] = min(timed(call, device) for _ in range(WARM_UP - 1))
+    first = next(iter(costs.values()))
+    slow = {name for name, cost in costs.items() if cost > SLOW * first}
+    whole = sum(cost for name, cost in costs.items() if name not in slow)
+    spare = seconds - SLOW_ROUNDS * sum(costs[name] for name in slow)
+    count = max(MIN_ROUNDS, min(MAX_ROUNDS, int(spare / max(whole, 1e-9))))
+    done = max((len(rounds) for rounds in taken.values()), default=0)
+    slow_turns = {round(i * (count - 1) / (SLOW_ROUNDS - 1)) for i in range(SLOW_ROUNDS)}
+    for number in range(done, count):
+        order = [name for name in rotated(list(calls), number) if name not in slow or number in slow_turns]
+        for name, once in one_round(calls, order, device).items():
+            taken[name][number] = once
+        if each_round is not None:
+            each_round(taken)
+    return taken
+
+
+def one_round(calls: Mapping[Name, Step], order: Sequence[Name], device: torch.device) -> dict[Name, float]:
+    """Seconds of one call each, in this order; the host waits for a GPU once, at the end."""
+    if device.type != "cuda":
+        return {name: timed(calls[name]) for name in order}
+    marks = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in order}
+    torch.cuda._sleep(LEAD)
+    for name in order:
+        marks[name][0].record()
+        calls[name]()
+        marks[name][1].record()
+    torch.cuda.synchronize(device)
+    return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in marks.items()}
+
+
 def rotated(items: Sequence[Any], turns: int) -> list[Any]:
-    """The items, starting at another one each round: no method always runs after the same neighbour."""
+    """The items, starting at another one each round."""
     turns %= max(len(items), 1)
     return [*items[turns:], *items[:turns]]
 
@@ -138,54 +94,42 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p20": float(p20), "p80": float(p80), "n": len(values)}
 
 
-def paired_ratios(rounds: dict[int, float], base: dict[int, float]) -> list[float]:
+def paired_ratios(rounds: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
     """Time over the base's time in the same round: what disturbs a whole round cancels."""
     return [seconds / base[number] for number, seconds in rounds.items()]
 
 
-# ---------------------------------------------------------------- records
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found[1] if found else (platform.processor() or platform.machine())
-
-
-def _version(name: str) -> str | None:
+def why_not(attempt: Callable[[], Any]) -> str | None:
+    """What an attempt died of, in a line, and None if it lives; memory that it held is free again."""
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        attempt()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return None
+    except Exception as failure:  # whatever it is, it is a row of the table
+        reason = said(failure)
+    free_memory()
+    return reason
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says, or None outside a clone."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def said(failure: BaseException) -> str:
+    """A failure in a line."""
+    words = " ".join(str(failure).split())
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words:
+        return f"out of memory: {words[:160]}"
+    return f"{type(failure).__name__}: {words[:300]}"
 
 
-def machine_record() -> dict[str, Any]:
-    """All that a reader needs to judge a figure, or to repeat it."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores_physical": psutil.cpu_count(logical=False),
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": round(psutil.getloadavg()[0], 2),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "opacus", "dpfast", "numpy")},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changed is None else bool(changed),
-    }
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def spread(figure: Mapping[str, float], scale: float = 1.0, digits: str = ".2f") -> str:
+    """``median (p20–p80)``."""
+    median, p20, p80 = (format(scale * figure[name], digits) for name in ("median", "p20", "p80"))
+    return f"{median} ({p20}–{p80})"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -196,15 +140,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
-
-
-def main() -> None:
-    function, arguments = sys.argv[1:]
-    module, name = function.split(":")
-    torch.set_num_threads(2)
-    job = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    print(json.dumps(growth_here(job)))
-
-
-if __name__ == "__main__":
-    main()

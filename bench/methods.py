@@ -1,11 +1,14 @@
 """The ways of training that are compared, behind one face: prepare a model, then take steps.
 
-Everything goes through make_private, as a user's script would; nothing here knows how a method works inside.
+Everything goes through each library's own engine, as a user's script would; nothing here knows how a method works.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
+import io
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,27 +22,48 @@ from bench.workloads import sequence_loss
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training; engine is "module:class" and None means without privacy."""
+    """A way of training; ``library`` is what has its engine, and None means without privacy."""
 
     name: str
     title: str
-    engine: str | None = None
+    library: str | None = None
     mode: str = ""
+    compiled: bool = False
+    layerwise: bool = False  # each layer is clipped on its own, to C/√M for M of them
+    any_variant: bool = False  # others can only be given the plain model
 
     @property
     def private(self) -> bool:
-        return self.engine is not None
+        return self.library is not None
+
+    @property
+    def why_not(self) -> str | None:
+        """Why it cannot be measured here."""
+        if self.library is not None and importlib.util.find_spec(self.library) is None:
+            return f"no module named {self.library}"
+        return None
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("nonprivate", "non-private"),
-        Method("dpfast", "dpfast", "dpfast:PrivacyEngine", "fused"),
-        Method("hooks", "Opacus hooks", "opacus:PrivacyEngine", "hooks"),
-        Method("ghost", "Opacus ghost", "opacus:PrivacyEngine", "ghost"),
+        Method("nonprivate-compiled", "non-private, compiled", compiled=True),
+        Method("dpfast", "dpfast", "dpfast", "fused"),
+        Method("dpfast-compiled", "dpfast, compiled", "dpfast", "fused", compiled=True),
+        Method("hooks", "Opacus hooks", "opacus", "hooks", any_variant=True),
+        Method("functorch", "Opacus functorch", "opacus", "functorch", any_variant=True),
+        Method("ghost", "Opacus ghost", "opacus", "ghost", any_variant=True),
+        Method("fastdp", "fastDP", "fastDP", any_variant=True),
+        Method("flashdp", "per-layer, FlashDP-style (ours)", "bench", layerwise=True, any_variant=True),
     )
 }
+
+
+def absent() -> dict[str, str]:
+    """Methods whose library is not installed, and why they are not measured."""
+    found = {method.name: method.why_not for method in METHODS.values()}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def fixed_loader(x: Tensor, y: Tensor) -> DataLoader:
@@ -53,6 +77,10 @@ def quiet_peers() -> None:
         "Secure RNG turned off",  # on purpose: the fast generator is what everyone is compared with
         "Full backward hook is firing",  # the first layer's input has no gradient, as always
         "Optimal order is the largest alpha",  # the PRV accountant's first guess of its domain, not its answer
+        "`torch.jit",  # the compiler's own
+        "Using a non-full backward hook",  # fastDP's
+        "There is a performance drop",  # vmap over attention
+        "In CPU autocast",  # Opacus' functorch asks for none
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -62,18 +90,22 @@ class Trainer:
     """A model made ready by one method, and the loop body that its user would write."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     loader: DataLoader
     criterion: Any
     engine: Any
-    ghost: bool
+    ghost: bool = False
+    summed: bool = False  # the loss is a sum over the samples
 
     def step(self, x: Tensor, y: Tensor) -> Any:
         """One whole step; returns the loss as the method's criterion gives it (reading it is the caller's cost)."""
         loss = sequence_loss(self.criterion, self.model(x), y, ghost=self.ghost)
+        if self.summed:
+            loss = loss * len(x)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        x.grad = None  # of inputs that stand for another layer's output
         return loss
 
 
@@ -89,23 +121,50 @@ def prepare(
 ) -> Trainer:
     """Hand the user's objects to the method's privacy engine (or to nobody) and wrap what comes back."""
     criterion: Any = nn.CrossEntropyLoss()
-    if method.engine is None:
-        return Trainer(model, optimizer, loader, criterion, None, ghost=False)
-    module_name, class_name = method.engine.split(":")
-    engine = getattr(importlib.import_module(module_name), class_name)(secure_mode=False)
-    ghost = method.mode == "ghost"
-    parts = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-        poisson_sampling=poisson_sampling,
-        grad_sample_mode=method.mode,
-        **({"criterion": criterion} if ghost else {}),
-    )
-    if ghost:
-        model, optimizer, criterion, loader = parts
+    settings = dict(noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    if method.library is None:
+        trainer = Trainer(model, optimizer, loader, criterion, None)
+    elif method.library in ("bench", "fastDP"):
+        attach = _fastdp if method.library == "fastDP" else _flashdp
+        trainer = Trainer(model, optimizer, loader, criterion, attach(model, optimizer, loader, **settings))
     else:
-        model, optimizer, loader = parts
-    return Trainer(model, optimizer, loader, criterion, engine, ghost)
+        engine = importlib.import_module(method.library).PrivacyEngine(secure_mode=False)
+        ghost = method.mode == "ghost"
+        # In 16 bits backprops of a mean are rounded after their division, so they depend on how many samples there are.
+        summed = method.library == "dpfast" and next(model.parameters()).dtype.itemsize < 4
+        parts = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            poisson_sampling=poisson_sampling,
+            grad_sample_mode=method.mode,
+            **settings,
+            **({"criterion": criterion} if ghost else {}),
+            **({"loss_reduction": "sum"} if summed else {}),
+        )
+        if ghost:
+            model, optimizer, criterion, loader = parts
+        else:
+            model, optimizer, loader = parts
+        trainer = Trainer(model, optimizer, loader, criterion, engine, ghost, summed)
+    if method.compiled:
+        trainer.model = torch.compile(trainer.model)  # type: ignore[assignment]
+    return trainer
+
+
+def _fastdp(model: nn.Module, optimizer: Any, loader: DataLoader, **settings: float) -> Any:
+    import fastDP
+
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds
+        engine = fastDP.PrivacyEngine(
+            model, batch_size=loader.batch_size, sample_size=size, epochs=1, clipping_fn="Abadi", **settings
+        )
+        engine.attach(optimizer)
+    return engine
+
+
+def _flashdp(model: nn.Module, optimizer: Any, loader: DataLoader, **settings: float) -> Any:
+    from bench.flashdp import clip_each_layer
+
+    return clip_each_layer(model, loader.batch_size or 1, **settings)

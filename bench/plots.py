@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,8 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = {"nonprivate": "#999999", "dpfast": "#0072B2", "hooks": "#E69F00", "ghost": "#CC79A7"}
-MARKS = {"nonprivate": "o", "dpfast": "s", "hooks": "^", "ghost": "D"}
+from bench.methods import METHODS
+
+COLOURS = {
+    "nonprivate": "#999999",
+    "nonprivate-compiled": "#666666",
+    "dpfast": "#0072B2",
+    "dpfast-compiled": "#56B4E9",
+    "hooks": "#E69F00",
+    "functorch": "#D55E00",
+    "ghost": "#CC79A7",
+    "fastdp": "#009E73",
+    "flashdp": "#F0E442",
+}
+MARKS = dict(zip(COLOURS, "oxsP^v D*p".replace(" ", ""), strict=True))
 
 
 @dataclass
@@ -106,3 +119,85 @@ def _memory_text(one: Result) -> str:
     if one.memory_mib is None or one.memory_ratio is None:
         return one.memory_error or "non-private not measured"
     return f"{one.memory_ratio:.2f} ({one.memory_mib:.0f} MiB)"
+
+
+def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path, note: str) -> None:
+    """One block a workload, one bar a method: step time over non-private with p20 to p80, of a summary's rows."""
+    rows = [(title, row) for title, its in groups for row in its]
+    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.26 * len(rows) + 0.42 * len(groups)), layout="constrained")
+    place, ticks, labels, far = 0.0, [], [], 1.0
+    for title, its in groups:
+        axes.text(0, place - 0.1, title, fontsize=9, fontweight="bold", va="center")
+        place += 0.85
+        for row in its:
+            ratio, method = row["time_ratio"], row["method"]
+            axes.barh(place, ratio["median"], color=COLOURS[method], height=0.75, edgecolor="black", linewidth=0.3)
+            axes.hlines(place, ratio["p20"], ratio["p80"], color="black", linewidth=1)
+            end = max(ratio["p80"], ratio["median"])
+            text = f"{ratio['median']:.2f}" + ("" if row["variant"] == "plain" else f"  ({row['variant']})")
+            axes.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            ticks.append(place)
+            labels.append(METHODS[method].title)
+            far = max(far, end)
+            place += 1
+        place += 0.75
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlim(0, 1.12 * far)
+    axes.set_ylim(place - 0.5, -0.8)
+    axes.set_xlabel("step time, × non-private training")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.suptitle(note, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+@dataclass
+class Curve:
+    """How one method's cost grows."""
+
+    method: str
+    points: list[tuple[float, float]]  # what grows, milliseconds
+    remarks: list[str]  # at each point: how it was done; told where it changes
+
+
+def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, note: str) -> None:
+    """One panel a sweep (its title, what grows, its curves), both axes logarithmic."""
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(6.4 * columns, 4.2 * lines + 0.4), squeeze=False, layout="constrained"
+    )
+    for axes, (title, grows, curves) in zip(grid.flat, panels, strict=False):
+        for curve in curves:
+            colour, mark, label = COLOURS[curve.method], MARKS[curve.method], METHODS[curve.method].title
+            axes.plot(
+                *zip(*curve.points, strict=True), color=colour, marker=mark, markersize=5, linewidth=1.5, label=label
+            )
+            before = None
+            for point, remark in zip(curve.points, curve.remarks, strict=True):
+                if remark != before and remark:
+                    axes.annotate(
+                        remark,
+                        point,
+                        xytext=(0, -13),
+                        textcoords="offset points",
+                        fontsize=7.5,
+                        color=colour,
+                        ha="center",
+                    )
+                before = remark
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=9.5)
+        axes.set_xlabel(grows)
+        axes.set_ylabel("step, ms")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(note, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,52 +1,61 @@
-"""Speed and memory beside non-private training and beside the peers: `python -m bench.side_by_side`.
+"""One workload, all methods: is each right, what memory does it take, how long is a step.
 
-Each method must first give the right clipped sum on the very model (bench/check.py). Then memory, one fresh process
-per figure; then time, all methods in one process and one loop, taking turns, so that what disturbs the machine
+A method must first give the right clipped sum on the very model (bench/check.py). Then memory, one fresh process a
+figure on a CPU; then time, all methods in one process and one loop, taking turns, so that what disturbs the machine
 disturbs them all. A figure is a ratio to non-private training in the same round.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import math
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench import measure
-from bench.check import Verdict, find_variant
+from bench import measure, memory
+from bench.check import find_variant
 from bench.methods import METHODS, Method, fixed_loader, prepare, quiet_peers
-from bench.workloads import BASE_VARIANT, VARIANTS, WORKLOADS, Workload
+from bench.roofline import flops_of
+from bench.workloads import BASE_VARIANT, Workload
 
-THREADS = 2
 NOISE_MULTIPLIER = 1.0
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-3
-MIN_ROUNDS = 5
-LONG = 5.0  # seconds: a first step this long tells its cost; others are warm only at the second
-SLOW = 8.0  # a method this many times slower than non-private training ...
-SLOW_ROUNDS = 3  # ... is timed in this many rounds only
+MEMORY_LIMIT = {"cpu": 1 << 30, "cuda": None}  # that the largest batch may grow to; None: all that there is
+NAMED = "bench.workloads:workloads"  # a function that finds workloads by name
+
+Part = dict[str, Any]  # of a record: what is known of one workload
 
 
-def start_training(method: str, work: Workload, variant: str, size: int | None = None) -> Callable[[], measure.Step]:
-    """Build the model and the data; what is returned makes the model private and returns the step."""
-    model = work.model(variant)
-    x, y = work.batch(size)
+def start_training(
+    work: Workload, method: str, variant: str, device: torch.device, size: int | None = None
+) -> Callable[[], measure.Step]:
+    """Build the model and the data; what is returned makes the model private and returns the step.
+
+    On a GPU everyone has the AdamW that serves it best: torch's fused one, but for dpfast, whose own step is fused.
+    """
+    model = work.model(variant, device)
+    x, y = work.batch(size, device)
+    if work.inner:
+        x.requires_grad_(x.is_floating_point())
 
     def start() -> measure.Step:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if device.type == "cuda":
+            fused = None if METHODS[method].library == "dpfast" else True
+            optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=fused)
+        else:
+            optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
         trainer = prepare(
             METHODS[method],
             model,
-            torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
-            fixed_loader(x, y),
+            optimizer,
+            fixed_loader(x.detach(), y),
             noise_multiplier=NOISE_MULTIPLIER,
             max_grad_norm=MAX_GRAD_NORM,
             poisson_sampling=False,
@@ -56,204 +65,226 @@ def start_training(method: str, work: Workload, variant: str, size: int | None =
     return start
 
 
-def memory_job(work: str, method: str, variant: str) -> Callable[[bool], Callable[[], measure.Step]]:
-    """What a fresh process runs to measure one memory figure (see measure.growth_here)."""
+def memory_job(
+    named: str, work: str, small: bool, method: str, variant: str, device: str = "cpu", size: int | None = None
+) -> memory.Job:
+    """What is run to measure one memory figure (see memory.growth_here)."""
     quiet_peers()
-    return lambda small: start_training(method, WORKLOADS[work], variant, 2 if small else None)
+    module, function = named.split(":")
+    found = getattr(importlib.import_module(module), function)(device, small)[work]
+    return lambda little: start_training(found, method, variant, torch.device(device), 2 if little else size)
 
 
-@dataclass
-class Entry:
-    """One method on one workload: what it was given, whether it was right, what it cost."""
-
-    method: str
-    variant: str
-    verdicts: list[Verdict] = field(default_factory=list)
-    memory: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[int, float] = field(default_factory=dict)  # round -> whole step
-
-    @property
-    def usable(self) -> bool:
-        """Right, and it did not die (of memory, say) in the process that measured its memory."""
-        return "error" not in self.memory and (not self.verdicts or self.verdicts[-1].right)
+def peak(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The memory that a job takes, or why it does not run."""
+    if device.type != "cuda":
+        return memory.growth("bench.side_by_side:memory_job", **arguments)
+    found: dict[str, Any] = {}
+    reason = measure.why_not(lambda: found.update(memory.peak_on_gpu(memory_job(**arguments), device)))
+    return found if reason is None else {"error": reason}
 
 
-def choose_entries(work: Workload, methods: list[Method]) -> list[Entry]:
-    """Check every private method, then add the non-private runs that the chosen variants are divided by."""
-    entries = []
-    for method in tqdm([m for m in methods if m.private], desc=f"{work.name}: check", leave=False):
-        verdicts = find_variant(work, method)
-        entries.append(Entry(method.name, verdicts[-1].variant, verdicts))
-    bases = ["plain", *(BASE_VARIANT[entry.variant] for entry in entries if entry.usable)]
-    return [Entry("nonprivate", variant) for variant in dict.fromkeys(bases)] + entries
+def measure_work(
+    part: Part,
+    work: Workload,
+    methods: Sequence[Method],
+    device: torch.device,
+    seconds: float,
+    save: Callable[[], None],
+    named: str | None = NAMED,
+    small: bool = False,
+) -> None:
+    """Fill a part of a record with what it does not have; ``save`` is called after every measurement.
+
+    ``named`` says where a process of its own finds the workload; None leaves memory out.
+    """
+    part |= {"title": work.title, "batch_size": work.batch_size, "tokens": work.tokens, "targets": dict(work.targets)}
+    torch.compiler.reset()
+    _check(part, work, methods, device, save)
+    if named is not None:
+        _memory(part, work, device, named, small, save)
+        if work.largest_batch:
+            _largest_batches(part, work, device, named, small, save)
+    torch.compiler.reset()
+    _time(part, work, device, seconds, save)
+    part["finished"] = True
+    save()
 
 
-def base_of(entry: Entry, entries: list[Entry]) -> Entry:
-    """The non-private run of the same mathematics."""
-    return next(e for e in entries if e.method == "nonprivate" and e.variant == BASE_VARIANT[entry.variant])
-
-
-def measure_memory(work: Workload, entries: list[Entry]) -> None:
-    """One fresh process per usable entry."""
-    for entry in tqdm([e for e in entries if e.usable], desc=f"{work.name}: memory", leave=False):
-        entry.memory = measure.growth(
-            "bench.side_by_side:memory_job", work=work.name, method=entry.method, variant=entry.variant
+def _check(
+    part: Part, work: Workload, methods: Sequence[Method], device: torch.device, save: Callable[[], None]
+) -> None:
+    entries = part.setdefault("entries", [])
+    known = {entry["method"] for entry in entries}
+    private = sorted((m for m in methods if m.private), key=lambda m: m.layerwise)  # an oracle for each kind, once
+    for method in tqdm(private, desc=f"{work.name}: check", leave=False):
+        if method.name in known:
+            continue
+        verdicts = find_variant(work, method, device)
+        entries.append(
+            {
+                "method": method.name,
+                "variant": verdicts[-1].variant,
+                "verdicts": [asdict(verdict) for verdict in verdicts],
+                "error": verdicts[-1].reason,
+            }
         )
-        if entry.method == "nonprivate" and not entry.usable:
-            raise RuntimeError(f"{work.name}: non-private training itself failed: {entry.memory['error']}")
+        save()
+    if part.get("checked"):
+        return
+    variants = dict.fromkeys(["plain", *(BASE_VARIANT[e["variant"]] for e in entries if e["error"] is None)])
+    bases = [_base("nonprivate", variant) for variant in variants]
+    bases += [_base(m.name, "plain") for m in methods if not m.private and m.name != "nonprivate"]
+    part |= {"entries": bases + entries, "checked": True}
+    measure.free_memory()
+    save()
 
 
-def plan_rounds(costs: list[float], slow: list[bool], rounds: int, seconds: float) -> int:
-    """How many rounds fit in the time, the slow methods' few turns taken off first; never fewer than MIN_ROUNDS."""
-    spare = seconds - SLOW_ROUNDS * sum(c for c, s in zip(costs, slow, strict=True) if s)
-    fast = sum(c for c, s in zip(costs, slow, strict=True) if not s)
-    return max(MIN_ROUNDS, min(rounds, math.floor(spare / fast)))
+def _base(method: str, variant: str) -> Part:
+    return {"method": method, "variant": variant, "verdicts": [], "error": None}
 
 
-def measure_time(work: Workload, entries: list[Entry], rounds: int, seconds: float) -> None:
-    """Warm every method up, then let them take turns; the order is rotated each round."""
-    runners = [(entry, start_training(entry.method, work, entry.variant)()) for entry in entries if entry.usable]
-    costs = []
-    for _, step in tqdm(runners, desc=f"{work.name}: warm-up", leave=False):
-        cost = measure.timed(step)
-        costs.append(cost if cost > LONG else measure.timed(step))
-    slow = [cost > SLOW * costs[0] for cost in costs]  # the first entry is always non-private, plain
-    count = plan_rounds(costs, slow, rounds, seconds)
-    slow_turns = {round(i * (count - 1) / (SLOW_ROUNDS - 1)) for i in range(SLOW_ROUNDS)}
-    turns = list(zip(runners, slow, strict=True))
-    for number in tqdm(range(count), desc=f"{work.name}: time", leave=False):
-        for (entry, step), is_slow in measure.rotated(turns, number):
-            if not is_slow or number in slow_turns:
-                entry.seconds[number] = measure.timed(step)
+def usable(part: Part) -> list[Part]:
+    return [entry for entry in part["entries"] if entry["error"] is None]
 
 
-def summarise(work: Workload, entries: list[Entry]) -> dict[str, Any]:
-    """All percentiles and ratios of one workload, as they go into the record."""
-    rows = []
-    for entry in entries:
-        base = base_of(entry, entries) if entry.usable else None
-        row: dict[str, Any] = {
-            "method": entry.method,
-            "variant": entry.variant,
-            "verdicts": [asdict(verdict) for verdict in entry.verdicts],
-            "memory": entry.memory,
-        }
-        if base is not None:
-            row["step_seconds"] = measure.percentiles(list(entry.seconds.values()))
-            row["time_ratio"] = measure.percentiles(measure.paired_ratios(entry.seconds, base.seconds))
-            row["memory_ratio"] = measure.memory_ratio(entry.memory, base.memory)
-        if entry.method == "dpfast":
-            row["target_time"], row["target_memory"] = work.target_time, work.target_memory
-        rows.append(row)
-    return {"name": work.name, "title": work.title, "batch_size": work.batch_size, "rows": rows}
+def _memory(
+    part: Part, work: Workload, device: torch.device, named: str, small: bool, save: Callable[[], None]
+) -> None:
+    """Compiled methods have none on a CPU: there the compiler's own processes and modules are what grows."""
+    todo = [entry for entry in usable(part) if "memory" not in entry]
+    if device.type == "cpu":
+        todo = [entry for entry in todo if not METHODS[entry["method"]].compiled]
+    for entry in tqdm(todo, desc=f"{work.name}: memory", leave=False):
+        entry["memory"] = peak(_job(entry, work, device, named, small), device)
+        entry["error"] = entry["memory"].get("error")
+        save()
 
 
-def _against(ratio: float | None, target: float | None) -> str:
-    """The target and whether it is met, on the rows that have one."""
-    if target is None:
-        return ""
-    if ratio is None:
-        return f"≤ {target:g}: not measured"
-    return f"≤ {target:g}: {'met' if ratio <= target else 'NOT met'}"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    verdicts, memory = row["verdicts"], row["memory"]
-    title = METHODS[row["method"]].title
-    if row["variant"] != "plain":
-        title += f" ({VARIANTS[row['variant']]})"
-    exactness = "" if not verdicts else verdicts[-1]["reason"] or f"{verdicts[-1]['error']:.0e}"
-    time_cells, growth_cells = ["", ""], [memory.get("error", memory.get("not_measured", "")), ""]
-    if "time_ratio" in row:
-        step, ratio = row["step_seconds"], row["time_ratio"]
-        time_cells[0] = f"{1e3 * step['median']:.0f} ({1e3 * step['p20']:.0f}–{1e3 * step['p80']:.0f})"
-        time_cells[1] = f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f}), n={ratio['n']}"
-    if "growth_bytes" in memory:
-        growth_cells[0] = f"{memory['growth_bytes'] / measure.MIB:.0f}"
-    if row.get("memory_ratio") is not None:
-        growth_cells[1] = f"{row['memory_ratio']:.2f}"
-    time_target = _against(row.get("time_ratio", {}).get("median"), row.get("target_time"))
-    memory_target = _against(row.get("memory_ratio"), row.get("target_memory"))
-    return [title, exactness, *time_cells, time_target, *growth_cells, memory_target]
-
-
-HEADER = (
-    "method",
-    "error against the oracle",
-    "step, ms (p20–p80)",
-    "× non-private (p20–p80)",
-    "target",
-    "growth, MiB",
-    "× non-private",
-    "target",
-)
-
-
-def report(record: dict[str, Any]) -> str:
-    """The Markdown that is printed: one table a workload, and why a peer was not given the plain model."""
-    machine = record["machine"]
-    parts = [
-        f"{machine['cpu']}, {machine['cores_usable']} cores, {machine['threads']} threads, "
-        f"torch {machine['versions']['torch']}, opacus {machine['versions']['opacus']}, "
-        f"Python {machine['python']}, commit {(machine['commit'] or 'none')[:10]}, {machine['date']}, "
-        f"load before the run {machine['load_before']}"
-    ]
-    for work in record["workloads"]:
-        parts.append(f"### {work['title']}\n\n{measure.markdown_table(HEADER, [_cells(r) for r in work['rows']])}")
-        notes = [
-            f"- {METHODS[row['method']].title}, {VARIANTS[verdict['variant']]}: {verdict['reason']}"
-            for row in work["rows"]
-            for verdict in row["verdicts"][:-1]
-        ]
-        parts += ["\n".join(notes)] if notes else []
-    return "\n\n".join(parts)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.side_by_side", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=30, help="at most this many rounds (default 30)")
-    parser.add_argument("--seconds", type=float, default=60, help="timing loop of one workload (default 60)")
-    parser.add_argument("--out", type=Path, default=measure.ROOT / "bench" / "results")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = _arguments()
-    quiet_peers()
-    torch.set_num_threads(THREADS)
-    record: dict[str, Any] = {
-        "machine": measure.machine_record(),
-        "configuration": {
-            "command": "python -m bench.side_by_side",
-            "work": arguments.work,
-            "methods": arguments.methods,
-            "rounds": arguments.rounds,
-            "seconds": arguments.seconds,
-            "noise_multiplier": NOISE_MULTIPLIER,
-            "max_grad_norm": MAX_GRAD_NORM,
-            "optimizer": "SGD",
-            "allocator_of_memory_runs": measure.ALLOCATOR,
-        },
-        "workloads": [],
+def _job(entry: Part, work: Workload, device: torch.device, named: str, small: bool) -> dict[str, Any]:
+    return {
+        "named": named,
+        "work": work.name,
+        "small": small,
+        "method": entry["method"],
+        "variant": entry["variant"],
+        "device": device.type,
     }
-    name = f"side_by_side-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    ok = True
-    for work in tqdm([WORKLOADS[name] for name in arguments.work], desc="workloads"):
-        entries = choose_entries(work, [METHODS[name] for name in arguments.methods])
-        measure_memory(work, entries)
-        measure_time(work, entries, arguments.rounds, arguments.seconds)
-        record["workloads"].append(summarise(work, entries))
-        ok = ok and all(entry.usable for entry in entries if entry.method == "dpfast")
-        # after each workload, so that an interrupted run keeps what it has
-        (arguments.out / name).write_text(json.dumps(record, indent=1) + "\n")
-        gc.collect()
-    print(report(record))
-    print(f"\nrecord: {arguments.out / name}")
-    return 0 if ok else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _largest_batches(
+    part: Part, work: Workload, device: torch.device, named: str, small: bool, save: Callable[[], None]
+) -> None:
+    limit = MEMORY_LIMIT[device.type]
+    todo = [e for e in usable(part) if "largest_batch" not in e and not METHODS[e["method"]].compiled]
+    for entry in tqdm(todo, desc=f"{work.name}: largest batch", leave=False):
+        job = _job(entry, work, device, named, small)
+
+        def fits(size: int, job: dict[str, Any] = job) -> bool:
+            taken = peak(job | {"size": size}, device)
+            return "error" not in taken and (limit is None or taken.get("growth_bytes", 0) <= limit)
+
+        entry["largest_batch"] = largest(fits, work.batch_size)
+        part["memory_limit_bytes"] = limit
+        save()
+
+
+def largest(fits: Callable[[int], bool], start: int, most: int = 1 << 16) -> int:
+    """The largest size that fits, to an eighth of itself; 0 if not even one does."""
+    low, high = 0, start
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    if low == 0:
+        while high > 1 and not fits(high // 2):
+            high //= 2
+        low = high // 2
+    while high <= most and high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class _Failed(Exception):
+    """A method's step raised."""
+
+    def __init__(self, entry: Part, failure: Exception):
+        super().__init__()
+        self.entry, self.failure = entry, failure
+
+
+def _time(part: Part, work: Workload, device: torch.device, seconds: float, save: Callable[[], None]) -> None:
+    """All in turns; whoever fails beside the others (a GPU may have no memory for all) is left out."""
+    while "nonprivate plain" in (running := {key_of(entry): entry for entry in usable(part)}) and not part.get("timed"):
+        try:
+            _turns(part, work, running, device, seconds, save)
+            part["timed"] = True
+        except _Failed as failed:
+            failed.entry["error"] = f"beside the others: {measure.said(failed.failure)}"
+        measure.free_memory()
+        save()
+
+
+def key_of(entry: Part) -> str:
+    return f"{entry['method']} {entry['variant']}"
+
+
+def _guarded(entry: Part, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as failure:  # a row of the table, in its own words
+        raise _Failed(entry, failure) from failure
+
+
+def _turns(
+    part: Part,
+    work: Workload,
+    running: Mapping[str, Part],
+    device: torch.device,
+    seconds: float,
+    save: Callable[[], None],
+) -> None:
+    steps: dict[str, measure.Step] = {}
+    for key, entry in tqdm(running.items(), desc=f"{work.name}: set up", leave=False):
+        start = _guarded(entry, partial(start_training, work, entry["method"], entry["variant"], device))
+        steps[key] = partial(_guarded, entry, _guarded(entry, start))
+    if "flops" not in part:
+        part["flops"] = flops_of(steps["nonprivate plain"])
+    kept = {key: {int(n): s for n, s in entry.get("seconds", {}).items()} for key, entry in running.items()}
+    with tqdm(desc=f"{work.name}: rounds", leave=False) as bar:
+
+        def keep(taken: Mapping[str, Mapping[int, float]]) -> None:
+            for key, entry in running.items():
+                entry["seconds"] = {str(n): s for n, s in taken[key].items()}
+            bar.update()
+            save()
+
+        measure.in_turns(steps, device, seconds, kept, keep)
+
+
+def summary(part: Part, peak_flops: float | None) -> list[dict[str, Any]]:
+    """One row a method: percentiles, ratios, rates, and whether dpfast's targets are met."""
+    rows = []
+    seconds = {key_of(e): {int(n): s for n, s in e.get("seconds", {}).items()} for e in part.get("entries", [])}
+    by_key = {key_of(entry): entry for entry in part.get("entries", [])}
+    for key, entry in by_key.items():
+        base = f"nonprivate {BASE_VARIANT[entry['variant']]}"
+        row: dict[str, Any] = {name: entry[name] for name in ("method", "variant", "verdicts", "error")}
+        row |= {name: entry[name] for name in ("memory", "largest_batch") if name in entry}
+        if seconds[key] and entry["error"] is None:
+            step = measure.percentiles(list(seconds[key].values()))
+            row["step_seconds"] = step
+            row["samples_per_second"] = part["batch_size"] / step["median"]
+            if part["tokens"]:
+                row["tokens_per_second"] = part["tokens"] * part["batch_size"] / step["median"]
+            if peak_flops:
+                row["of_roofline"] = part["flops"] / step["median"] / peak_flops
+            row["time_ratio"] = measure.percentiles(measure.paired_ratios(seconds[key], seconds[base]))
+        if base in by_key:
+            row["memory_ratio"] = memory.ratio(entry.get("memory", {}), by_key[base].get("memory", {}))
+        if entry["method"] == "dpfast":
+            reached = {"time": row.get("time_ratio", {}).get("median"), "memory": row.get("memory_ratio")}
+            row["targets"] = {
+                what: {"at_most": limit, "reached": reached[what]} for what, limit in part["targets"].items()
+            }
+        rows.append(row)
+    return rows

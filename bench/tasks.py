@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from bench.architectures import GPT, GroupNormCNN
 from bench.methods import METHODS
-from bench.workloads import GPT, SEED, GroupNormCNN
+from bench.workloads import SEED
 
 
 @dataclass(frozen=True)

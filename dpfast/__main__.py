@@ -2,12 +2,13 @@
 
 ``python -m dpfast doctor`` says what dpfast runs on here, and why not on more; ``python -m dpfast reproduce`` tries
 what the papers say: see :mod:`dpfast.analysis.reproduce`; ``python -m dpfast finetune`` trains a language model
-privately: see :mod:`dpfast.integrations.finetune`.
+privately: see :mod:`dpfast.integrations.finetune`; ``python -m dpfast bench`` measures, in a clone of the sources.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import sys
@@ -28,14 +29,18 @@ MEANT = ("native", "triton", "torch")  # backends in dpfast.ops.backends() that 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status. Without one, print the help."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["bench"]:
+        return bench(given[1:])
     parser = argparse.ArgumentParser("dpfast", description=dpfast.__doc__)
     commands = parser.add_subparsers(dest="command")
     doctor = commands.add_parser("doctor", help="versions, devices, native libraries, and the backend of each op")
     doctor.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
     reproduce.add_arguments(commands.add_parser("reproduce", help="the papers' claims, tried on small data"))
+    commands.add_parser("bench", help="measure beside ordinary training and the peers", add_help=False)
     tuned = commands.add_parser("finetune", help="fine-tune a Transformers model with differential privacy")
     command.add_arguments(tuned)
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args(given)
     if asked.command is None:
         parser.print_help()
         return 0
@@ -44,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.command == "finetune":
         return command.main(asked)
     return report(asked.strict)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """The bench is no part of the package: it is run from a clone, with what the extra ``demo`` installs."""
+    root = Path(dpfast.__file__).parent.parent
+    if not (root / "bench" / "command.py").is_file():
+        print("error: bench is in dpfast's sources, not in its package: run this in a clone of them", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(root))
+    return importlib.import_module("bench.command").main(arguments)
 
 
 def report(strict: bool) -> int:
