@@ -18,7 +18,7 @@ from bench.record import Record, ResumeError
 from bench.suites import Options
 from bench.workloads import workloads
 
-SUITES = {"kernels": 60.0, "layers": 60.0, "models": 150.0}  # seconds of timing loops by default
+SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0}  # seconds of timing loops by default
 DEFAULTS = ", ".join(f"{seconds:g} of {name}" for name, seconds in SUITES.items())
 DEVICES = ("cpu", "cuda")
 

@@ -25,7 +25,7 @@ from bench.workloads import BASE_VARIANT, Workload
 NOISE_MULTIPLIER = 1.0
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-3
-MEMORY_LIMIT = {"cpu": 1 << 30, "cuda": None}  # that the largest batch may grow to; None: all that there is
+MEMORY_LIMIT = {"cpu": 1 << 28, "cuda": None}  # that the largest batch may grow to; None: all that there is
 NAMED = "bench.workloads:workloads"  # a function that finds workloads by name
 
 Part = dict[str, Any]  # of a record: what is known of one workload
@@ -190,7 +190,7 @@ def _largest_batches(
 
 
 def largest(fits: Callable[[int], bool], start: int, most: int = 1 << 16) -> int:
-    """The largest size that fits, to an eighth of itself; 0 if not even one does."""
+    """The largest size that fits, to a quarter of itself; 0 if not even one does."""
     low, high = 0, start
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -198,7 +198,7 @@ def largest(fits: Callable[[int], bool], start: int, most: int = 1 << 16) -> int
         while high > 1 and not fits(high // 2):
             high //= 2
         low = high // 2
-    while high <= most and high - low > max(1, low // 8):
+    while high <= most and high - low > max(1, low // 4):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

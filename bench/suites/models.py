@@ -76,7 +76,7 @@ def report(data: dict[str, Any]) -> str:
         table = measure.markdown_table(HEADER, [cells(row) for row in rows])
         limit = part.get("memory_limit_bytes")
         if limit:
-            lines.append(f"- the largest batch is one that grows memory by at most {limit / 2**30:g} GiB")
+            lines.append(f"- the largest batch is one that grows memory by at most {limit / measure.MIB:g} MiB")
         parts.append("\n\n".join([f"### {part['title']}", table, *(["\n".join(lines)] if lines else [])]))
     return "\n\n".join(parts)
 
