@@ -96,12 +96,12 @@ class Workload:
 # The sizes of a device, by name. "tiny" ones have the same layers; they show that everything runs.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
-        "mlp": dict(width=2048, batch=64, largest=True),
+        "mlp": dict(width=2048, batch=64),
         "wrn16-4": dict(stem=16, widths=(64, 128, 256), blocks=2, groups=16, batch=8),
         "resnet18": dict(stem=64, widths=(64, 128, 256, 512), blocks=2, groups=32, batch=8),
         "vit-s": dict(width=384, layers=4, heads=6, patch=4, batch=8),
         "gpt2": dict(width=512, layers=2, heads=8, vocabulary=4096, length=128, batch=4, compiled=True),
-        "gpt2-medium": dict(width=768, layers=2, heads=12, vocabulary=4096, length=256, batch=2),
+        "gpt2-medium": dict(width=768, layers=2, heads=12, vocabulary=4096, length=128, batch=2),
         "bert-base": dict(width=512, layers=2, heads=8, vocabulary=4096, length=64, batch=8),
         "llama-1b": dict(width=512, layers=2, heads=8, key_heads=2, hidden=1376, vocabulary=4096, length=128, batch=4),
         "llama-1b-lora": dict(
@@ -282,6 +282,7 @@ MORE_ON_CPU = [
         classes=10,
         targets={"time": 1.15, "memory": 1.6},
         by_default=False,
+        largest_batch=True,
     ),
     _gpt(128, 16, time=1.15, memory=1.3),
     _gpt(512, 4, time=1.15),

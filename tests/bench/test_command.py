@@ -1,6 +1,7 @@
 """``python -m dpfast bench``: bad requests, records that are whole, interruptions that lose nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytest.importorskip("tqdm", reason="the bench needs the extra 'demo'")
 
 from bench import flashdp, measure, memory, side_by_side
 from bench.methods import METHODS
+from bench.workloads import workloads
 from dpfast.__main__ import main
 
 BASICS = ["--small", "--device", "cpu", "--seconds", "0.1"]
@@ -193,6 +195,18 @@ def test_other_runs_are_not_resumed(tmp_path, monkeypatch, capsys):
 def test_the_largest_batch(limit, start):
     found = side_by_side.largest(lambda size: size <= limit, start)
     assert found <= limit and found >= limit - max(1, limit // 4)
+
+
+def test_the_largest_batch_of_every_method(monkeypatch):
+    work = replace(workloads("cpu", small=True)["mlp"], largest_batch=True)
+    part = {"entries": [side_by_side._base(name, "plain") for name in ("nonprivate", "hooks", "flashdp")]}
+    each = {"nonprivate": 1, "hooks": 40}
+    mib = 1 << 20
+    monkeypatch.setattr(side_by_side, "peak", lambda job, _: {"growth_bytes": each[job["method"]] * job["size"] * mib})
+    side_by_side._largest_batches(part, work, torch.device("cpu"), side_by_side.NAMED, True, lambda: None)
+    found = {entry["method"]: entry.get("largest_batch") for entry in part["entries"]}
+    limit = part["memory_limit_bytes"] // mib
+    assert 0.8 * limit <= found["nonprivate"] <= limit and found["hooks"] == limit // 40 and found["flashdp"] is None
 
 
 def test_every_method_is_checked_before_it_is_timed():
