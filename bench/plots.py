@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,35 +122,43 @@ def _memory_text(one: Result) -> str:
     return f"{one.memory_ratio:.2f} ({one.memory_mib:.0f} MiB)"
 
 
+CUT = 6.0  # longer bars end here; their figure is written at the end
+
+
 def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path, note: str) -> None:
-    """One block a workload, one bar a method: step time over non-private with p20 to p80, of a summary's rows."""
-    rows = [(title, row) for title, its in groups for row in its]
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.26 * len(rows) + 0.42 * len(groups)), layout="constrained")
-    place, ticks, labels, far = 0.0, [], [], 1.0
-    for title, its in groups:
-        axes.text(0, place - 0.1, title, fontsize=9, fontweight="bold", va="center")
-        place += 0.85
-        for row in its:
-            ratio, method = row["time_ratio"], row["method"]
-            axes.barh(place, ratio["median"], color=COLOURS[method], height=0.75, edgecolor="black", linewidth=0.3)
-            axes.hlines(place, ratio["p20"], ratio["p80"], color="black", linewidth=1)
-            end = max(ratio["p80"], ratio["median"])
-            text = f"{ratio['median']:.2f}" + ("" if row["variant"] == "plain" else f"  ({row['variant']})")
-            axes.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-            ticks.append(place)
-            labels.append(METHODS[method].title)
-            far = max(far, end)
-            place += 1
-        place += 0.75
-    axes.set_yticks(ticks, labels, fontsize=8)
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, 1.12 * far)
-    axes.set_ylim(place - 0.5, -0.8)
-    axes.set_xlabel("step time, × non-private training")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    figure.suptitle(note, fontsize=7, wrap=True)
-    figure.savefig(path, dpi=130)
+    """One panel a workload, one bar a method: step time over non-private with p20 to p80, of a summary's rows."""
+    columns = min(3, len(groups))
+    lines, tallest = -(-len(groups) // columns), max(len(its) for _, its in groups)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(5.4 * columns, (0.8 + 0.23 * tallest) * lines + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    far = max(row["time_ratio"]["p80"] for _, its in groups for row in its)
+    for axes, (title, its) in zip(grid.flat, groups, strict=False):
+        for place, row in enumerate(its):
+            ratio, colour = row["time_ratio"], COLOURS[row["method"]]
+            axes.barh(place, min(ratio["median"], CUT), color=colour, height=0.75, edgecolor="black", linewidth=0.3)
+            axes.hlines(place, min(ratio["p20"], CUT), min(ratio["p80"], CUT), color="black", linewidth=1)
+            end = min(max(ratio["p80"], ratio["median"]), CUT)
+            text = f"{ratio['median']:.2f}" + ("" if row["variant"] == "plain" else f" ({row['variant']})")
+            text = f"▸ {text}" if ratio["median"] > CUT else text
+            axes.annotate(text, (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.set_title("\n".join(textwrap.wrap(title, 62)), fontsize=8, loc="left")
+        axes.set_yticks(range(len(its)), [METHODS[row["method"]].title for row in its], fontsize=7.5)
+        axes.set_ylim(tallest - 0.4, -0.6)
+        axes.set_xlim(0, 1.3 * min(far, CUT))
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=7.5)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step time, × non-private training", fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(note, 60 * columns)), fontsize=7)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -198,6 +207,6 @@ def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, 
         axes.legend(frameon=False, fontsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(note, fontsize=7, wrap=True)
+    figure.suptitle("\n".join(textwrap.wrap(note, 75 * columns)), fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
