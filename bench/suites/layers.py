@@ -123,21 +123,22 @@ def _table(first: str, parts: dict[str, Any], names: Sequence[str], ways: bool =
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:
     """The bars of all kinds, and the growth curves."""
     suite, title = data["suite"], title_of(data)
-    paths = [stem.with_name(f"{stem.name}-{what}.png") for what in ("ratios", "growth")]
+    paths = {what: stem.with_name(f"{stem.name}-{what}.png") for what in ("ratios", "growth")}
     groups = [
         (part["title"], [row for row in part["rows"] if "time_ratio" in row and row["method"] != "nonprivate"])
         for part in suite.get("kinds", {}).values()
         if "rows" in part
     ]
-    plots.draw_ratios([group for group in groups if group[1]], paths[0], title)
+    groups = [group for group in groups if group[1]]
     panels = [
         (sweep["title"], grows, [curve for name in GROWING if (curve := _curve(name, grows, sweep["points"])).points])
         for grows, sweep in suite.get("sweeps", {}).items()
     ]
-    if not panels:
-        return paths[:1]
-    plots.draw_growth(panels, paths[1], title)
-    return paths
+    if groups:
+        plots.draw_ratios(groups, paths["ratios"], title)
+    if panels:
+        plots.draw_growth(panels, paths["growth"], title)
+    return [path for path, drawn in zip(paths.values(), (groups, panels), strict=True) if drawn]
 
 
 def _curve(method: str, grows: str, parts: dict[str, Any]) -> plots.Curve:

@@ -126,6 +126,9 @@ def draw(data: dict[str, Any], stem: Path) -> list[Path]:
         for part in data["suite"].get("works", {}).values()
         if part.get("rows")
     ]
+    groups = [group for group in groups if group[1]]
+    if not groups:
+        return []
     path = stem.with_name(stem.name + "-ratios.png")
-    plots.draw_ratios([group for group in groups if group[1]], path, title_of(data))
+    plots.draw_ratios(groups, path, title_of(data))
     return [path]
