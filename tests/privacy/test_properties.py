@@ -123,7 +123,7 @@ def networks(draw):
 quantile = st.sampled_from([0.1, 0.5, 0.9, 2.0])  # of the norms: from all clipped to none
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(networks(), quantile)
 def test_no_sample_moves_the_sum_by_more_than_c(network, q):
     """``‖sum(batch) − sum(batch without i)‖ ≤ C(1 + 1e-6)`` for every i."""
@@ -144,7 +144,7 @@ def test_no_sample_moves_the_sum_by_more_than_c(network, q):
         assert moved <= bound * (1 + 1e-6), f"sample {i} moved the sum by {moved / bound} C"
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(networks(), st.sampled_from([F64, F32]))
 def test_agreement_with_the_oracle(network, dtype):
     model, x, y = network
@@ -153,7 +153,7 @@ def test_agreement_with_the_oracle(network, dtype):
     assert_exact(model, (x,), y.to(dtype), mse)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(networks(), st.lists(st.integers(0, 4), min_size=2, max_size=4))
 def test_steps_of_any_batch_size(network, sizes):
     """One private model through batches of 0 to 4 samples: each as exact as the first."""
@@ -170,7 +170,7 @@ def test_steps_of_any_batch_size(network, sizes):
         optimizer.zero_grad()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(networks(), st.randoms(use_true_random=False))
 def test_the_order_of_the_samples_does_not_matter(network, random):
     model, x, y = network
