@@ -262,6 +262,16 @@ def _turns(
         measure.in_turns(steps, device, seconds, kept, keep)
 
 
+def rows_to_draw(parts: Mapping[str, Part]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Title and rows of every part that has a ratio to show, for :func:`bench.plots.draw_ratios`."""
+    groups = (
+        (part["title"], [row for row in part["rows"] if "time_ratio" in row and row["method"] != "nonprivate"])
+        for part in parts.values()
+        if "rows" in part
+    )
+    return [group for group in groups if group[1]]
+
+
 def summary(part: Part, peak_flops: float | None) -> list[dict[str, Any]]:
     """One row a method: percentiles, ratios, rates, and whether dpfast's targets are met."""
     rows = []

@@ -93,6 +93,11 @@ class Workload:
         return x.to(self.dtype) if x.is_floating_point() else x, y
 
 
+LLAMA = {  # trained whole and with adapters
+    "cpu": dict(width=512, layers=2, heads=8, key_heads=2, hidden=1376, vocabulary=4096, length=128),
+    "cuda": dict(width=2048, layers=16, heads=32, key_heads=8, hidden=8192, vocabulary=32000, length=1024),
+    "tiny": dict(width=16, layers=1, heads=4, key_heads=2, hidden=24, vocabulary=32, length=8),
+}
 # The sizes of a device, by name. "tiny" ones have the same layers; they show that everything runs.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
@@ -103,10 +108,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "gpt2": dict(width=512, layers=2, heads=8, vocabulary=4096, length=128, batch=4, compiled=True),
         "gpt2-medium": dict(width=768, layers=2, heads=12, vocabulary=4096, length=128, batch=2),
         "bert-base": dict(width=512, layers=2, heads=8, vocabulary=4096, length=64, batch=8),
-        "llama-1b": dict(width=512, layers=2, heads=8, key_heads=2, hidden=1376, vocabulary=4096, length=128, batch=4),
-        "llama-1b-lora": dict(
-            width=512, layers=2, heads=8, key_heads=2, hidden=1376, vocabulary=4096, length=128, batch=4, rank=16
-        ),
+        "llama-1b": dict(**LLAMA["cpu"], batch=4),
+        "llama-1b-lora": dict(**LLAMA["cpu"], batch=4, rank=16),
     },
     "cuda": {
         "mlp": dict(width=2048, batch=4096, compiled=True),
@@ -126,29 +129,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             targets={"time": 1.10, "memory": 1.15},
         ),
         "bert-base": dict(width=768, layers=12, heads=12, vocabulary=30522, length=512, batch=32),
-        "llama-1b": dict(
-            width=2048,
-            layers=16,
-            heads=32,
-            key_heads=8,
-            hidden=8192,
-            vocabulary=32000,
-            length=1024,
-            batch=4,
-            targets={"time": 1.07, "memory": 1.10},
-        ),
-        "llama-1b-lora": dict(
-            width=2048,
-            layers=16,
-            heads=32,
-            key_heads=8,
-            hidden=8192,
-            vocabulary=32000,
-            length=1024,
-            batch=8,
-            rank=16,
-            targets={"time": 1.05},
-        ),
+        "llama-1b": dict(**LLAMA["cuda"], batch=4, targets={"time": 1.07, "memory": 1.10}),
+        "llama-1b-lora": dict(**LLAMA["cuda"], batch=8, rank=16, targets={"time": 1.05}),
     },
     "tiny": {
         "mlp": dict(width=16, batch=4),
@@ -158,10 +140,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "gpt2": dict(width=16, layers=1, heads=2, vocabulary=32, length=8, batch=4),
         "gpt2-medium": dict(width=16, layers=2, heads=2, vocabulary=32, length=8, batch=4),
         "bert-base": dict(width=16, layers=1, heads=2, vocabulary=32, length=8, batch=4),
-        "llama-1b": dict(width=16, layers=1, heads=4, key_heads=2, hidden=24, vocabulary=32, length=8, batch=4),
-        "llama-1b-lora": dict(
-            width=16, layers=1, heads=4, key_heads=2, hidden=24, vocabulary=32, length=8, batch=4, rank=2
-        ),
+        "llama-1b": dict(**LLAMA["tiny"], batch=4),
+        "llama-1b-lora": dict(**LLAMA["tiny"], batch=4, rank=2),
     },
 }
 

@@ -17,7 +17,7 @@ from bench.layer_workloads import layers, points, sweeps
 from bench.methods import METHODS, absent, fixed_loader, prepare
 from bench.record import Record, title_of
 from bench.roofline import peaks
-from bench.side_by_side import measure_work, summary
+from bench.side_by_side import measure_work, rows_to_draw, summary
 from bench.suites import Options
 from bench.workloads import FULL, Workload
 
@@ -124,12 +124,7 @@ def draw(data: dict[str, Any], stem: Path) -> list[Path]:
     """The bars of all kinds, and the growth curves."""
     suite, title = data["suite"], title_of(data)
     paths = {what: stem.with_name(f"{stem.name}-{what}.png") for what in ("ratios", "growth")}
-    groups = [
-        (part["title"], [row for row in part["rows"] if "time_ratio" in row and row["method"] != "nonprivate"])
-        for part in suite.get("kinds", {}).values()
-        if "rows" in part
-    ]
-    groups = [group for group in groups if group[1]]
+    groups = rows_to_draw(suite.get("kinds", {}))
     panels = [
         (sweep["title"], grows, [curve for name in GROWING if (curve := _curve(name, grows, sweep["points"])).points])
         for grows, sweep in suite.get("sweeps", {}).items()

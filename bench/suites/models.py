@@ -11,7 +11,7 @@ from bench import measure, plots
 from bench.methods import METHODS, Method, absent
 from bench.record import Record, title_of
 from bench.roofline import peaks
-from bench.side_by_side import measure_work, summary
+from bench.side_by_side import measure_work, rows_to_draw, summary
 from bench.suites import Options
 from bench.workloads import FULL, VARIANTS, Workload, workloads
 
@@ -121,12 +121,7 @@ def notes(row: dict[str, Any]) -> list[str]:
 
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:
     """The bars of ratios."""
-    groups = [
-        (part["title"], [row for row in part["rows"] if "time_ratio" in row and row["method"] != "nonprivate"])
-        for part in data["suite"].get("works", {}).values()
-        if part.get("rows")
-    ]
-    groups = [group for group in groups if group[1]]
+    groups = rows_to_draw(data["suite"].get("works", {}))
     if not groups:
         return []
     path = stem.with_name(stem.name + "-ratios.png")
