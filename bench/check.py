@@ -1,8 +1,9 @@
 """Is a method's clipped sum right on this very model? No speed figure without it.
 
 The oracle is the definition: float64, one sample at a time, clip, add. A method is judged by what its user gets: the
-change that one whole step with noise multiplier 0 makes to the parameters. How far it may be off comes from doing the
-same as the oracle in the model's own dtype.
+change that one whole step with noise multiplier 0 makes to the parameters, at the batch size at which it is timed, as a
+method may go another way at another. There a few samples repeat, so that the oracle has few to go through. How far it
+may be off comes from doing the same as the oracle in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import functools
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from bench.measure import said
 from bench.methods import Method, fixed_loader, prepare
-from bench.workloads import BASE_VARIANT, Workload, sequence_loss
+from bench.workloads import BASE_VARIANT, SEED, Workload, sequence_loss
 
 # float32 against float64 is about 1e-5 here, and a certified norm may clip a little more; a wrong method is off by 1e-2
 # and more.
@@ -64,11 +65,18 @@ def oracle(work: Workload, variant: str, layerwise: bool, device: torch.device) 
     model = work.model(variant, device)
     exact = copy.deepcopy(model).double()
     x, y = work.batch(work.check_size, device)
+    counts = torch.bincount(repeats(work), minlength=len(x)).tolist()
     norms = [torch.stack(list(_squares(g).values())).sum().sqrt().item() for g in _gradients(exact, x, y)]
     max_grad_norm = sorted(norms)[(len(norms) - 1) // 2]
-    sums = _clipped_sums(exact, x, y, max_grad_norm, layerwise)
-    own_error, _ = compare(_clipped_sums(model, x, y, max_grad_norm, layerwise), sums)
+    sums = _clipped_sums(exact, x, y, counts, max_grad_norm, layerwise)
+    own_error, _ = compare(_clipped_sums(model, x, y, counts, max_grad_norm, layerwise), sums)
     return Truth(max_grad_norm, sums, max(TOLERANCE, TIMES * own_error))
+
+
+def repeats(work: Workload) -> Tensor:
+    """Which of the few samples stands where in the batch."""
+    each = torch.arange(work.batch_size) % work.check_size
+    return each[torch.randperm(work.batch_size, generator=torch.Generator().manual_seed(SEED))]
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
@@ -85,10 +93,12 @@ def _squares(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: g.double().square().sum() for name, g in gradient.items()}
 
 
-def _clipped_sums(model: nn.Module, x: Tensor, y: Tensor, bound: float, layerwise: bool) -> dict[str, Tensor]:
+def _clipped_sums(
+    model: nn.Module, x: Tensor, y: Tensor, counts: Sequence[int], bound: float, layerwise: bool
+) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trained(model).items()}
     layers = {name.rpartition(".")[0] for name in sums}
-    for gradient in _gradients(model, x, y):
+    for gradient, count in zip(_gradients(model, x, y), counts, strict=True):
         squares = _squares(gradient)
         for name, g in gradient.items():
             mine = [
@@ -98,7 +108,7 @@ def _clipped_sums(model: nn.Module, x: Tensor, y: Tensor, bound: float, layerwis
             ]
             limit = bound / math.sqrt(len(layers)) if layerwise else bound
             norm = torch.stack(mine).sum().sqrt()
-            sums[name] += g.double() * (limit / norm).clamp(max=1.0)
+            sums[name] += count * g.double() * (limit / norm).clamp(max=1.0)
     return sums
 
 
@@ -106,7 +116,8 @@ def clipped_sum(
     work: Workload, method: Method, variant: str, max_grad_norm: float, device: torch.device
 ) -> dict[str, Tensor]:
     """The clipped sum that the method's optimizer applied: with SGD, the change of the parameters over the rate."""
-    x, y = work.batch(work.check_size, device)
+    rows = repeats(work).to(device)
+    x, y = (of_few[rows] for of_few in work.batch(work.check_size, device))
     model = work.model(variant, device)
     parameters = trained(model)
     before = {name: p.detach().double() for name, p in parameters.items()}

@@ -68,6 +68,52 @@ def in_turns(
     return taken
 
 
+def turns_of(
+    calls: dict[str, Step],
+    device: torch.device,
+    seconds: float,
+    kept: Mapping[str, Mapping[int, float]] | None = None,
+    each_round: Callable[[dict[str, dict[int, float]]], None] | None = None,
+) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """:func:`in_turns` for calls that may fail: the seconds of those that live, and why each of the others does not.
+
+    A call that failed, say for memory that it has beside fewer others only, is taken out of ``calls``, so that what it
+    holds is free; the others go on. Where nobody can tell whose failure it is, it is everybody's.
+    """
+    taken = {name: {**(kept or {}).get(name, {})} for name in calls}
+    reasons: dict[str, str] = {}
+
+    def keep(rounds: dict[str, dict[int, float]]) -> None:
+        taken.update(rounds)
+        if each_round is not None:
+            each_round(rounds)
+
+    while calls:
+        blamed: list[str] = []
+        try:
+            named = {name: _named(name, call, blamed) for name, call in calls.items()}
+            return in_turns(named, device, seconds, taken, keep), reasons
+        except Exception as failure:  # whatever it is, it is a row of the table
+            reason = said(failure)
+        del named
+        for name in blamed or list(calls):
+            reasons[name] = reason
+            del calls[name], taken[name]
+        free_memory()
+    return {}, reasons
+
+
+def _named(name: str, call: Step, blamed: list[str]) -> Step:
+    def named() -> object:
+        try:
+            return call()
+        except Exception:
+            blamed.append(name)
+            raise
+
+    return named
+
+
 def one_round(calls: Mapping[Name, Step], order: Sequence[Name], device: torch.device) -> dict[Name, float]:
     """Seconds of one call each, in this order; the host waits for a GPU once, at the end."""
     if device.type != "cuda":
@@ -130,6 +176,12 @@ def spread(figure: Mapping[str, float], scale: float = 1.0, digits: str = ".2f")
     """``median (p20–p80)``."""
     median, p20, p80 = (format(scale * figure[name], digits) for name in ("median", "p20", "p80"))
     return f"{median} ({p20}–{p80})"
+
+
+def prefixed(value: float, unit: str) -> str:
+    """Three digits with the unit's prefix."""
+    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
+    return f"{value / scale:.3g} {prefix}{unit}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -116,7 +116,8 @@ def peak_on_gpu(job: Job, device: torch.device, steps: int = 2) -> dict[str, Any
     for _ in range(steps):
         step()
     torch.cuda.synchronize(device)
-    return {"before_bytes": before, "growth_bytes": torch.cuda.max_memory_allocated(device) - before}
+    peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    return {"before_bytes": before, "growth_bytes": peak - before, "kept_bytes": kept}
 
 
 def ratio(memory: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

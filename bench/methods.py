@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.workloads import sequence_loss
+from bench.measure import Step
+from bench.workloads import Workload, sequence_loss
+
+NOISE_MULTIPLIER = 1.0
+MAX_GRAD_NORM = 1.0
+LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -168,3 +174,37 @@ def _flashdp(model: nn.Module, optimizer: Any, loader: DataLoader, **settings: f
     from bench.flashdp import clip_each_layer
 
     return clip_each_layer(model, loader.batch_size or 1, **settings)
+
+
+def start_training(
+    work: Workload, method: str, variant: str, device: torch.device, size: int | None = None
+) -> Callable[[], Step]:
+    """Build the model and the data; what is returned makes the model private and returns the step.
+
+    On a GPU everyone has the AdamW that serves it best: torch's fused one, but for dpfast, whose own step is fused.
+    """
+    model = work.model(variant, device)
+    x, y = work.batch(size, device)
+    if work.inner:
+        x.requires_grad_(x.is_floating_point())
+
+    def start() -> Step:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if device.type == "cuda":
+            fused = None if METHODS[method].library == "dpfast" else True
+            optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=fused)
+        else:
+            optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
+        trainer = prepare(
+            METHODS[method],
+            model,
+            optimizer,
+            fixed_loader(x.detach(), y),
+            noise_multiplier=NOISE_MULTIPLIER,
+            max_grad_norm=MAX_GRAD_NORM,
+            poisson_sampling=False,
+        )
+        return lambda: trainer.step(x, y)
+
+    return start

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Step, in_turns, percentiles
+from bench.measure import Step, in_turns, percentiles, prefixed, why_not
 
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes, far more than any cache holds
 SIDE = {"cpu": 1536, "cuda": 8192}  # of a square product
@@ -15,7 +16,14 @@ SECONDS = {"cpu": 2.0, "cuda": 0.5}
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The two roofs: ``bytes_per_second`` (read and written) and ``flops_per_second``; the best of a few rounds."""
+    """The two roofs: ``bytes_per_second`` (read and written) and ``flops_per_second``; or why they have none."""
+    found: dict[str, Any] = {}
+    reason = why_not(lambda: found.update(_peaks(device, dtype)))
+    return found if reason is None else {"error": reason}
+
+
+def _peaks(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The best of a few rounds."""
     n = COPIED[device.type] // dtype.itemsize
     source, target = torch.ones(n, dtype=dtype, device=device), torch.empty(n, dtype=dtype, device=device)
     side = SIDE[device.type]
@@ -29,6 +37,13 @@ def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": {name: percentiles(list(rounds.values())) for name, rounds in taken.items()},
     }
+
+
+def in_words(roof: Mapping[str, Any]) -> str:
+    if "error" in roof:
+        return roof["error"]
+    copied, multiplied = prefixed(roof["bytes_per_second"], "B/s"), prefixed(roof["flops_per_second"], "FLOP/s")
+    return f"a copy {copied}, a {roof['dtype']} matrix product {multiplied}"
 
 
 def flops_of(step: Step) -> int:

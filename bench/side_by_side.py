@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,51 +17,12 @@ from tqdm import tqdm
 
 from bench import measure, memory
 from bench.check import find_variant
-from bench.methods import METHODS, Method, fixed_loader, prepare, quiet_peers
-from bench.roofline import flops_of
+from bench.methods import METHODS, Method, quiet_peers, start_training
+from bench.turns import Part, base_of, key_of, time_in_turns, usable
 from bench.workloads import BASE_VARIANT, Workload
 
-NOISE_MULTIPLIER = 1.0
-MAX_GRAD_NORM = 1.0
-LEARNING_RATE = 1e-3
 MEMORY_LIMIT = {"cpu": 1 << 26, "cuda": None}  # that the largest batch may grow to; None: all that there is
 NAMED = "bench.workloads:workloads"  # a function that finds workloads by name
-
-Part = dict[str, Any]  # of a record: what is known of one workload
-
-
-def start_training(
-    work: Workload, method: str, variant: str, device: torch.device, size: int | None = None
-) -> Callable[[], measure.Step]:
-    """Build the model and the data; what is returned makes the model private and returns the step.
-
-    On a GPU everyone has the AdamW that serves it best: torch's fused one, but for dpfast, whose own step is fused.
-    """
-    model = work.model(variant, device)
-    x, y = work.batch(size, device)
-    if work.inner:
-        x.requires_grad_(x.is_floating_point())
-
-    def start() -> measure.Step:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer: torch.optim.Optimizer
-        if device.type == "cuda":
-            fused = None if METHODS[method].library == "dpfast" else True
-            optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=fused)
-        else:
-            optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
-        trainer = prepare(
-            METHODS[method],
-            model,
-            optimizer,
-            fixed_loader(x.detach(), y),
-            noise_multiplier=NOISE_MULTIPLIER,
-            max_grad_norm=MAX_GRAD_NORM,
-            poisson_sampling=False,
-        )
-        return lambda: trainer.step(x, y)
-
-    return start
 
 
 def memory_job(
@@ -106,7 +66,7 @@ def measure_work(
         if work.largest_batch:
             _largest_batches(part, work, device, named, small, save)
     torch.compiler.reset()
-    _time(part, work, device, seconds, save)
+    time_in_turns(part, work, device, seconds, save)
     part["finished"] = True
     save()
 
@@ -142,10 +102,6 @@ def _check(
 
 def _base(method: str, variant: str) -> Part:
     return {"method": method, "variant": variant, "verdicts": [], "error": None}
-
-
-def usable(part: Part) -> list[Part]:
-    return [entry for entry in part["entries"] if entry["error"] is None]
 
 
 def _memory(
@@ -205,63 +161,6 @@ def largest(fits: Callable[[int], bool], start: int, most: int = 1 << 16) -> int
     return low
 
 
-class _Failed(Exception):
-    """A method's step raised."""
-
-    def __init__(self, entry: Part, failure: Exception):
-        super().__init__()
-        self.entry, self.failure = entry, failure
-
-
-def _time(part: Part, work: Workload, device: torch.device, seconds: float, save: Callable[[], None]) -> None:
-    """All in turns; whoever fails beside the others (a GPU may have no memory for all) is left out."""
-    while "nonprivate plain" in (running := {key_of(entry): entry for entry in usable(part)}) and not part.get("timed"):
-        try:
-            _turns(part, work, running, device, seconds, save)
-            part["timed"] = True
-        except _Failed as failed:
-            failed.entry["error"] = f"beside the others: {measure.said(failed.failure)}"
-        measure.free_memory()
-        save()
-
-
-def key_of(entry: Part) -> str:
-    return f"{entry['method']} {entry['variant']}"
-
-
-def _guarded(entry: Part, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as failure:  # a row of the table, in its own words
-        raise _Failed(entry, failure) from failure
-
-
-def _turns(
-    part: Part,
-    work: Workload,
-    running: Mapping[str, Part],
-    device: torch.device,
-    seconds: float,
-    save: Callable[[], None],
-) -> None:
-    steps: dict[str, measure.Step] = {}
-    for key, entry in tqdm(running.items(), desc=f"{work.name}: set up", leave=False):
-        start = _guarded(entry, partial(start_training, work, entry["method"], entry["variant"], device))
-        steps[key] = partial(_guarded, entry, _guarded(entry, start))
-    if "flops" not in part:
-        part["flops"] = flops_of(steps["nonprivate plain"])
-    kept = {key: {int(n): s for n, s in entry.get("seconds", {}).items()} for key, entry in running.items()}
-    with tqdm(desc=f"{work.name}: rounds", leave=False) as bar:
-
-        def keep(taken: Mapping[str, Mapping[int, float]]) -> None:
-            for key, entry in running.items():
-                entry["seconds"] = {str(n): s for n, s in taken[key].items()}
-            bar.update()
-            save()
-
-        measure.in_turns(steps, device, seconds, kept, keep)
-
-
 def rows_to_draw(parts: Mapping[str, Part]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Title and rows of every part that has a ratio to show, for :func:`bench.plots.draw_ratios`."""
     groups = (
@@ -278,7 +177,7 @@ def summary(part: Part, peak_flops: float | None) -> list[dict[str, Any]]:
     seconds = {key_of(e): {int(n): s for n, s in e.get("seconds", {}).items()} for e in part.get("entries", [])}
     by_key = {key_of(entry): entry for entry in part.get("entries", [])}
     for key, entry in by_key.items():
-        base = f"nonprivate {BASE_VARIANT[entry['variant']]}"
+        base = base_of(entry)
         row: dict[str, Any] = {name: entry[name] for name in ("method", "variant", "verdicts", "error")}
         row |= {name: entry[name] for name in ("memory", "largest_batch") if name in entry}
         if seconds[key] and entry["error"] is None:
@@ -287,7 +186,7 @@ def summary(part: Part, peak_flops: float | None) -> list[dict[str, Any]]:
             row["samples_per_second"] = part["batch_size"] / step["median"]
             if part["tokens"]:
                 row["tokens_per_second"] = part["tokens"] * part["batch_size"] / step["median"]
-            if peak_flops:
+            if peak_flops and "flops" in part:
                 row["of_roofline"] = part["flops"] / step["median"] / peak_flops
             row["time_ratio"] = measure.percentiles(measure.paired_ratios(seconds[key], seconds[base]))
         if base in by_key:

@@ -73,7 +73,7 @@ class Workload:
 
     @property
     def check_size(self) -> int:
-        """Samples in the correctness check: enough for clipping to matter, few enough for a float64 oracle."""
+        """Different samples in the correctness check: enough for clipping to matter, few for a float64 oracle."""
         return max(2, min(4, self.batch_size // 2))
 
     def model(self, variant: str = "plain", device: torch.device | str = "cpu") -> nn.Module:

@@ -19,13 +19,12 @@ import torch
 from tqdm import tqdm
 
 from bench import roofline
-from bench.measure import free_memory, markdown_table, paired_ratios, percentiles, said, spread, why_not
+from bench.measure import free_memory, markdown_table, paired_ratios, percentiles, prefixed, spread, turns_of, why_not
 from bench.record import Record, title_of
 from bench.roofline_plot import draw_roofline
 from bench.suites import Options, kernel_cases, memory_cases, noise_cases, planner_cases
 from bench.suites.kernel_cases import SIZES, SMALL, WEIGHT, Case, CaseSet, Sizes
 from bench.suites.planner_cases import planned
-from bench.suites.turns import turns_of
 
 UNITS = {"flops": "FLOP/s", "bytes": "B/s"}
 
@@ -46,7 +45,7 @@ def run(record: Record, options: Options) -> bool:
     waiting = case_sets(sizes, device)
     share = options.seconds / (len(waiting) + len(sizes.plans))
     for dtype in dict.fromkeys(one.dtype for one in waiting):
-        work.append((roofs, str(dtype).removeprefix("torch."), partial(peaks, device, dtype)))
+        work.append((roofs, str(dtype).removeprefix("torch."), partial(roofline.peaks, device, dtype)))
     for one in waiting:
         work.append((sets, one.title, partial(measured, one, device, share, roofs)))
     for shape in sizes.plans:
@@ -62,13 +61,6 @@ def run(record: Record, options: Options) -> bool:
             bar.update()
     rows = [row for one in (*sets.values(), *plans.values()) for row in one]
     return not any("error" in row and row.get("ours", True) for row in rows)
-
-
-def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    try:
-        return roofline.peaks(device, dtype)
-    except (RuntimeError, MemoryError) as failure:
-        return {"error": said(failure)}
 
 
 def wrong(case: Case) -> str | None:
@@ -155,24 +147,12 @@ HEADER = ("what", "ms", "rate", "of the roofline", "of the first one's rate", "t
 def report(data: dict[str, Any]) -> str:
     suite = data["suite"]
     parts = [title_of(data)]
-    parts += [f"Peaks, {dtype}: {_said_of(roof)}." for dtype, roof in suite.get("roofline", {}).items()]
+    parts += [f"Peaks of {dtype}: {roofline.in_words(roof)}." for dtype, roof in suite.get("roofline", {}).items()]
     for title, rows in suite.get("sets", {}).items():
         parts += [f"**{title}**\n\n{_table(rows)}", *_noise_line(rows)]
     if plans := [row for rows in suite.get("planner", {}).values() for row in rows]:
         parts.append(f"**the planner**\n\n{planner_cases.report(plans)}")
     return "\n\n".join(parts)
-
-
-def _said_of(roof: Mapping[str, Any]) -> str:
-    if "error" in roof:
-        return roof["error"]
-    moved, flops = roof["bytes_per_second"], roof["flops_per_second"]
-    return f"a copy {_prefixed(moved, 'B/s')}, a matrix product {_prefixed(flops, 'FLOP/s')}"
-
-
-def _prefixed(value: float, unit: str) -> str:
-    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
-    return f"{value / scale:.3g} {prefix}{unit}"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -184,7 +164,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return [row["name"], row["error"], "", "", "", "", ""]
-    rate = _prefixed(row[f"{row['by']}_per_second"]["median"], UNITS[row["by"]])
+    rate = prefixed(row[f"{row['by']}_per_second"]["median"], UNITS[row["by"]])
     roof = f"{row['roofline']['median']:.0%}" if "roofline" in row else ""
     cells = [row["name"], spread(row["milliseconds"], digits=".3f"), rate, roof]
     if "share" not in row:

@@ -43,7 +43,7 @@ def run(record: Record, options: Options) -> bool:
             methods = [METHODS[name] for name in options.methods or names if name not in missing]
             measure_work(part, work, methods, device, share, record.save, named, options.small)
             measure.free_memory()
-        part["rows"] = summary(part, suite["peaks"]["flops_per_second"])
+        part["rows"] = summary(part, suite["peaks"].get("flops_per_second"))
         bar.update()
 
     for work in kinds.values():

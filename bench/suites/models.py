@@ -10,7 +10,7 @@ from tqdm import tqdm
 from bench import measure, plots
 from bench.methods import METHODS, Method, absent
 from bench.record import Record, title_of
-from bench.roofline import peaks
+from bench.roofline import in_words, peaks
 from bench.side_by_side import measure_work, rows_to_draw, summary
 from bench.suites import Options
 from bench.workloads import FULL, VARIANTS, Workload, workloads
@@ -53,7 +53,7 @@ def run(record: Record, options: Options) -> bool:
             methods = methods_of(work, options)
             measure_work(part, work, methods, device, share, record.save, small=options.small)
             measure.free_memory()
-        part["rows"] = summary(part, suite["peaks"]["flops_per_second"])
+        part["rows"] = summary(part, suite["peaks"].get("flops_per_second"))
         record.save()
     ours = [entry for part in parts.values() for entry in part["entries"] if entry["method"].startswith("dpfast")]
     return all(entry["error"] is None for entry in ours)
@@ -64,11 +64,9 @@ def report(data: dict[str, Any]) -> str:
     suite = data["suite"]
     parts = [f"## Models\n\n{title_of(data)}"]
     if "peaks" in suite:
-        roof = suite["peaks"]
-        product, copy = roof["flops_per_second"] / 1e12, roof["bytes_per_second"] / 1e9
         parts.append(
-            f"The roof, measured in this run: {product:.3g} TFLOP/s of a {roof['dtype']} product, {copy:.3g} GB/s of a "
-            f"copy. Flops are those of the non-private step's products."
+            f"The roof, measured in this run: {in_words(suite['peaks'])}. Flops are those of the non-private step's "
+            f"products."
         )
     for part in suite.get("works", {}).values():
         rows = part.get("rows", [])

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import markdown_table, percentiles, why_not
-from bench.suites.turns import turns_of
+from bench.measure import markdown_table, percentiles, turns_of, why_not
 from dpfast import planner
 from dpfast.layers.forms import Factored, by
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="the bench needs the extra 'demo'")
 
 from bench import measure, roofline
 from bench.record import Record
-from bench.suites import Options, kernel_cases, kernels, memory_cases, noise_cases, planner_cases, turns
+from bench.suites import Options, kernel_cases, kernels, memory_cases, noise_cases, planner_cases
 from bench.suites.kernel_cases import SMALL, Case, CaseSet
 from dpfast import ops, planner
 from dpfast.rates import BUILT_IN
@@ -207,8 +207,8 @@ def test_who_finds_no_memory_beside_the_others_is_left_out():
 
 
 def test_a_failure_of_nobody_is_everybodys(monkeypatch):
-    monkeypatch.setattr(turns, "in_turns", lambda *_: raises())
-    taken, reasons = turns.turns_of({"a": list, "b": list}, CPU, 0.01)
+    monkeypatch.setattr(measure, "in_turns", lambda *_: raises())
+    taken, reasons = measure.turns_of({"a": list, "b": list}, CPU, 0.01)
     assert not taken and set(reasons) == {"a", "b"}
 
 

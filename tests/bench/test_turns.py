@@ -1,0 +1,107 @@
+"""Loops in which methods take turns: who has room beside whom, and who fails there."""
+
+import pytest
+import torch
+
+pytest.importorskip("psutil", reason="the bench needs the extra 'demo'")
+pytest.importorskip("tqdm", reason="the bench needs the extra 'demo'")
+
+from bench import measure, side_by_side, turns
+from bench.methods import quiet_peers
+from bench.workloads import workloads
+
+CPU = torch.device("cpu")
+WORK = workloads("cpu", small=True)["mlp"]
+
+
+@pytest.fixture(autouse=True)
+def _all_in_every_round(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW", float("inf"))
+    quiet_peers()
+
+
+def entry(method, peak=0, kept=0, variant="plain"):
+    memory = {"before_bytes": 1, "growth_bytes": peak - 1, "kept_bytes": kept}
+    return {"method": method, "variant": variant, "error": None, "verdicts": [], "memory": memory}
+
+
+def test_all_in_one_loop_where_there_is_room():
+    entries = [entry("nonprivate", 10, 4), entry("dpfast", 11, 4), entry("hooks", 30, 4)]
+    assert turns.loops_of(entries, 8 + 30) == [["nonprivate plain", "dpfast plain", "hooks plain"]]
+
+
+@pytest.mark.parametrize("room", [1, 20, 37])
+def test_the_base_is_in_every_loop_and_each_loop_has_room(room):
+    entries = [entry("nonprivate", 10, 4), entry("dpfast", 11, 4), entry("hooks", 30, 4), entry("ghost", 12, 4)]
+    loops = turns.loops_of(entries, room)
+    assert all(loop[0] == "nonprivate plain" for loop in loops)
+    others = [key for loop in loops for key in loop[1:]]
+    assert sorted(others) == ["dpfast plain", "ghost plain", "hooks plain"]
+    by_key = {turns.key_of(one): one for one in entries}
+    for loop in loops:
+        assert len(loop) == 2 or turns._taken([by_key[key] for key in loop]) <= room
+    assert len(loops) == {1: 3, 20: 2, 37: 2}[room]
+
+
+def test_alone_it_is_a_loop_too():
+    assert turns.loops_of([entry("nonprivate")], 0) == [["nonprivate plain"]]
+
+
+def test_several_loops_keep_their_own_rounds(monkeypatch):
+    """Each figure is over the non-private rounds of its own loop."""
+    monkeypatch.setattr(turns, "loops_of", lambda entries, room: [[BASE, "dpfast plain"], [BASE, "hooks plain"]])
+    BASE = "nonprivate plain"
+    part = {"entries": [entry(name) for name in ("nonprivate", "dpfast", "hooks")], "batch_size": 4, "tokens": 0}
+    part["targets"] = {}
+    turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
+    base, dpfast, hooks = ({int(n) for n in one["seconds"]} for one in part["entries"])
+    assert dpfast and hooks and dpfast.isdisjoint(hooks) and base == dpfast | hooks
+    rows = {row["method"]: row for row in side_by_side.summary(part, None)}
+    assert rows["dpfast"]["time_ratio"]["n"] == len(dpfast) and rows["nonprivate"]["time_ratio"]["median"] == 1
+
+
+@pytest.mark.parametrize("loop", [0, 1])
+def test_without_its_base_there_is_no_figure(loop, monkeypatch):
+    """Memory that only one loop lacks costs the figures of that loop alone."""
+    base, here = "nonprivate plain", []
+    monkeypatch.setattr(turns, "loops_of", lambda entries, room: [[base, "dpfast plain"], [base, "hooks plain"]])
+    start = turns.start_training
+
+    def full():
+        raise torch.OutOfMemoryError("tried 80 GiB")
+
+    def no_room(work, method, variant, device):
+        here.append(method)
+        if method == "nonprivate" and here.count("nonprivate") == loop + 1:
+            return lambda: full
+        return start(work, method, variant, device)
+
+    monkeypatch.setattr(turns, "start_training", no_room)
+    part = {"entries": [entry(name) for name in ("nonprivate", "dpfast", "hooks")], "batch_size": 4, "tokens": 0}
+    part |= {"targets": {}, "flops": 1}
+    turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
+    rows = {row["method"]: row for row in side_by_side.summary(part, 1e9)}
+    left, right = (("hooks", "dpfast"), ("dpfast", "hooks"))[loop]
+    assert rows["nonprivate"]["error"] is None and rows["nonprivate"]["step_seconds"]["n"] >= measure.MIN_ROUNDS
+    assert rows[left]["time_ratio"]["n"] >= measure.MIN_ROUNDS and "time_ratio" not in rows[right]
+    assert rows[right]["error"] == "no non-private step beside it: out of memory: tried 80 GiB"
+
+
+def test_a_base_that_fails_everywhere_says_so(monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("tried 80 GiB")
+
+    monkeypatch.setattr(turns, "start_training", lambda work, method, *_: lambda: full)
+    part = {"entries": [entry("nonprivate"), entry("dpfast")], "batch_size": 4, "tokens": 0, "targets": {}, "flops": 1}
+    turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
+    rows = side_by_side.summary(part, 1e9)
+    assert ["out of memory" in row["error"] for row in rows] == [True, True]
+    assert not any("step_seconds" in row for row in rows)
+
+
+def test_who_fails_is_let_go_and_the_others_go_on():
+    held = [3]
+    calls = {"a": lambda: None, "b": lambda: held.pop()}
+    taken, reasons = measure.turns_of(calls, CPU, 0.01)
+    assert list(calls) == ["a"] and reasons == {"b": "IndexError: pop from empty list"}
+    assert sorted(taken["a"]) == list(range(len(taken["a"]))) and len(taken["a"]) >= measure.MIN_ROUNDS
