@@ -9,9 +9,9 @@ run on the machine.
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
+import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 import dpfast
 from bench import measure
 from bench.methods import fixed_loader, quiet_peers
-from bench.record import machine_record
+from bench.record import Record, title_of
 from bench.workloads import Workload, sequence_loss, workloads
 
 THREADS = 2
@@ -94,29 +94,49 @@ def main() -> None:
     seconds: dict[str, dict[int, float]] = {name: {} for name in steps}
     shares: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-2, arguments.rounds):  # the first two warm up: an ascent begins with the second
-        for name in measure.rotated(list(steps), number):
+        for name in measure.shuffled(list(steps), number):
             step, own = steps[name]
             taken, ascents = measure.timed(step), own.take()
             if number >= 0:
                 seconds[name][number] = taken
                 shares[name].append(taken / (taken - ascents))
-    rows, figures = [], []
-    for name, mine in seconds.items():
-        ratio = measure.percentiles(measure.paired_ratios(mine, seconds["DP-SGD"]))
-        time = measure.percentiles([1e3 * s for s in mine.values()])
-        spread = f"{ratio['p20']:.3f} to {ratio['p80']:.3f}"
-        share = measure.percentiles(shares[name])
-        rows.append([name, f"{time['median']:.1f}", f"{ratio['median']:.3f}", spread, f"{share['median']:.4f}"])
-        figures.append({"name": name, "milliseconds": time, "ratio": ratio, "share": share})
-    print(work.title)
-    print(measure.markdown_table(["way", "ms a step", "over DP-SGD", "p20 to p80", "own share"], rows))
-    print(f"target of DPSAT: at most {TARGET}")
+    figures = [
+        {
+            "name": name,
+            "milliseconds": measure.percentiles([1e3 * s for s in mine.values()]),
+            "ratio": measure.percentiles(measure.paired_ratios(mine, seconds["DP-SGD"])),
+            "share": measure.percentiles(shares[name]),
+        }
+        for name, mine in seconds.items()
+    ]
+    found = {"workload": work.title, "figures": figures}
+    print(table(found))
     if arguments.out is not None:
-        record = {"machine": machine_record(), "workload": work.name, "figures": figures}
-        path = arguments.out / f"ascent-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(path)
+        command = shlex.join(["python", "-m", "bench.ascent", *sys.argv[1:]])
+        device = torch.device("cpu")
+        record = Record.new(arguments.out, "ascent", device, {"command": command, "suite": "ascent"})
+        record.suite.update(found)
+        record.finish(device)
+        print(record.path)
+
+
+def table(found: dict[str, Any]) -> str:
+    rows = []
+    for one in found["figures"]:
+        time, ratio, share = (one[what] for what in ("milliseconds", "ratio", "share"))
+        over = [f"{ratio['median']:.3f}", f"{ratio['p20']:.3f} to {ratio['p80']:.3f}"]
+        rows.append([one["name"], f"{time['median']:.1f}", *over, f"{share['median']:.4f}"])
+    header = ["way", "ms a step", "over DP-SGD", "p20 to p80", "own share"]
+    return f"{found['workload']}\n\n{measure.markdown_table(header, rows)}\n\ntarget of DPSAT: at most {TARGET}"
+
+
+def report(data: dict[str, Any]) -> str:
+    """As a suite's (see bench.suites)."""
+    return f"## Ascent\n\n{title_of(data)}\n\n{table(data['suite'])}"
+
+
+def draw(data: dict[str, Any], stem: Path) -> list[Path]:
+    return []  # a table says it all
 
 
 if __name__ == "__main__":

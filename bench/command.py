@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import signal
+import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.measure import ROOT, THREADS
+from bench import signals
+from bench.measure import ROOT, THREADS, said
 from bench.methods import METHODS, absent, quiet_peers
-from bench.record import Record, ResumeError
+from bench.record import RecordError, Run, read
 from bench.suites import Options
 from bench.workloads import workloads
 
 SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0}  # seconds of timing loops by default
 DEFAULTS = ", ".join(f"{seconds:g} of {name}" for name, seconds in SUITES.items())
+USES: dict[str, tuple[str, ...]] = {"kernels": (), "layers": ("method",), "models": ("model", "method")}  # options
 DEVICES = ("cpu", "cuda")
+TABLES = {name: f"bench.suites.{name}" for name in SUITES}  # what prints a record
+TABLES |= {name: f"bench.{name}" for name in ("ascent", "distributed")}
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -31,7 +36,9 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, help=f"timing loops of one suite (default: {DEFAULTS})")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where records, tables and plots go")
-    parser.add_argument("--resume", action="store_true", help="go on with the newest unfinished record of the same run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the newest run like this one that was not finished"
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes, which show that everything runs")
     parser.add_argument("--list", action="store_true", help="list the models of the device")
     parser.add_argument(
@@ -41,13 +48,26 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 1 if dpfast was wrong somewhere, 2 for a bad request, 130 after an interruption."""
+    """Exit status 1 if dpfast was wrong or the device died, 2 for a bad request, 130 after an interruption."""
     asked = _arguments(arguments)
     quiet_peers()
     torch.set_num_threads(THREADS)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # out of time is an interruption like any other
-    if asked.report is not None:
-        return _show(asked.report)
+    kept = "" if asked.report else f": all that was measured is in {asked.out}; --resume goes on with it"
+    with signals.interruptible():
+        try:
+            return _measure(asked) if asked.report is None else _report(asked.report)
+        except RecordError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"\ninterrupted{kept}", file=sys.stderr)
+            return 130
+        except torch.AcceleratorError as error:  # nothing more can be asked of the device in this process
+            print(f"error: {said(error)}{kept}", file=sys.stderr)
+            return 1
+
+
+def _measure(asked: argparse.Namespace) -> int:
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if refusal := _refusal(asked, device):
         print(f"error: {refusal}", file=sys.stderr)
@@ -56,30 +76,24 @@ def main(arguments: Sequence[str]) -> int:
         for name, work in workloads(device, asked.small).items():
             print(f"{name:14} {work.title}{'' if work.by_default else '  (only by name)'}")
         return 0
-    right = True
-    for suite in asked.suite:
-        options = Options(
-            device=torch.device(device),
-            seconds=asked.seconds or SUITES[suite],
-            small=asked.small,
-            models=tuple(asked.model),
-            methods=tuple(asked.method),
-        )
-        try:
-            right = _run(suite, options, asked.out, asked.resume) and right
-        except ResumeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"\ninterrupted: all that was measured is in {asked.out}; --resume goes on with it", file=sys.stderr)
-            return 130
-    return 0 if right else 1
+    options = {suite: _options(suite, asked, device) for suite in asked.suite}
+    configurations = {suite: _configuration(suite, its) for suite, its in options.items()}
+    where = torch.device(device)
+    run = Run.resumed(asked.out, where, configurations) if asked.resume else Run.new(asked.out, where, options)
+    _can_write(asked.out)
+    for option in ("model", "method"):
+        if getattr(asked, option) and (others := [suite for suite in options if option not in USES[suite]]):
+            print(f"note: --{option} says nothing to {' and '.join(others)}", file=sys.stderr)
+    right = [_run(suite, options[suite], run, configurations[suite]) for suite in options]
+    return 0 if all(right) else 1
 
 
 def _refusal(asked: argparse.Namespace, device: str) -> str | None:
     """Why a request cannot be met, with the choices."""
     if device not in DEVICES:
         return f"--device {device!r} is not one of {', '.join(DEVICES)}"
+    if asked.list:
+        return None
     if device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: no CUDA device here; --device cpu measures what there is without one"
     for option, names, choices in (
@@ -90,35 +104,48 @@ def _refusal(asked: argparse.Namespace, device: str) -> str | None:
         for name in names:
             if name not in choices:
                 return f"--{option} {name!r} is not one of {', '.join(choices)}"
+    for option in ("model", "method"):
+        users = [suite for suite in SUITES if option in USES[suite]]
+        if getattr(asked, option) and not set(users) & set(asked.suite):
+            return f"--{option} says nothing to {' and '.join(asked.suite)}: it is for {' and '.join(users)}"
     for name, reason in absent().items():
         if name in asked.method:
             return f"--method {name}: {reason}: install it, or leave it out"
     if asked.method and "nonprivate" not in asked.method:
         return "--method: nonprivate must be one of them: every figure is a ratio to it"
-    if asked.seconds is not None and not asked.seconds > 0:
-        return f"--seconds {asked.seconds}: must be more than 0"
+    if asked.seconds is not None and not 0 < asked.seconds < math.inf:
+        return f"--seconds {asked.seconds}: must be more than 0, and finite"
     return None
 
 
-def _run(name: str, options: Options, out: Path, resume: bool) -> bool:
-    suite = importlib.import_module(f"bench.suites.{name}")
-    configuration = {
-        "command": _command(name, options),
-        "suite": name,
+def _can_write(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RecordError(f"--out {folder}: {error.strerror}: name a folder that can be written") from error
+
+
+def _options(suite: str, asked: argparse.Namespace, device: str) -> Options:
+    return Options(
+        device=torch.device(device),
+        seconds=asked.seconds or SUITES[suite],
+        small=asked.small,
+        models=tuple(asked.model) if "model" in USES[suite] else (),
+        methods=tuple(asked.method) if "method" in USES[suite] else (),
+    )
+
+
+def _configuration(suite: str, options: Options) -> dict[str, Any]:
+    return {
+        "command": _command(suite, options),
+        "suite": suite,
         "seconds": options.seconds,
         "small": options.small,
         "models": list(options.models),
         "methods": list(options.methods),
         "absent": absent(),
     }
-    make = Record.resumed if resume else Record.new
-    record = make(out, name, options.device, configuration)
-    try:
-        right = suite.run(record, options)
-        record.finish(options.device)
-    finally:
-        _show(record.path)
-    return right
 
 
 def _command(name: str, options: Options) -> str:
@@ -128,17 +155,40 @@ def _command(name: str, options: Options) -> str:
     return " ".join([*words, f"--seconds {options.seconds:g}", *(["--small"] if options.small else [])])
 
 
-def _show(path: Path) -> int:
-    """Print a record's tables; leave them and its plots beside it."""
+def _run(name: str, options: Options, run: Run, configuration: dict[str, Any]) -> bool:
+    """Measure what a suite's record lacks, and show it; whether dpfast was right."""
+    record = run.record(name, configuration)
+    if record.data["finished"]:
+        print(f"{name}: finished before, in {record.path}")
+        return record.data.get("right", True)
+    suite = importlib.import_module(TABLES[name])
     try:
-        data = json.loads(path.read_text())
-        suite = importlib.import_module(f"bench.suites.{data['configuration']['suite']}")
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {path} is no record: {error}", file=sys.stderr)
-        return 2
+        right = suite.run(record, options)
+        record.finish(options.device, right)
+    finally:
+        _show(record.path, read(record.path))
+    return right
+
+
+def _report(path: Path) -> int:
+    data = read(path)
+    name = data["configuration"]["suite"]
+    if name not in TABLES:
+        raise RecordError(f"{path} is of the suite {name!r}, which has no tables; {', '.join(TABLES)} have")
+    try:
+        _show(path, data)
+    except OSError as error:
+        raise RecordError(f"the tables of {path} cannot be written: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # a file that anybody may have made
+        raise RecordError(f"{path} is no record of the suite {name!r}: {said(error)}") from error
+    return 0
+
+
+def _show(path: Path, data: dict[str, Any]) -> None:
+    """Print a record's tables; leave them and its plots beside it."""
+    suite = importlib.import_module(TABLES[data["configuration"]["suite"]])
     text = suite.report(data)
     path.with_suffix(".md").write_text(text + "\n")
     plots = suite.draw(data, path.with_suffix(""))
     print(text)
     print("\n" + "\n".join(f"written: {one}" for one in (path, path.with_suffix(".md"), *plots)))
-    return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -269,11 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the worktree goes then too
     try:
+        _check(asked)
         commit = commit_of(asked.base)
         with worktree(commit) as tree:
             compare({"base": tree, "now": ROOT}, asked, found)
     except CompareError as error:
-        print(f"bench-compare: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -283,6 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found:
         print(f"The working tree beside {asked.base} ({commit[:10]})\n\n{table(found)}")
     return status
+
+
+def _check(asked: argparse.Namespace) -> None:
+    for name, least in (("rounds", 1), ("threads", 1), ("seconds", 1e-6)):
+        if not least <= getattr(asked, name) < math.inf:
+            raise CompareError(f"--{name} {getattr(asked, name)}: must be at least {least:g}, and finite")
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -130,7 +130,7 @@ def train(task: Task, methods: list[str]) -> list[Run]:
     every = task.steps // SCORES
     bar = tqdm(range(1, task.steps + 1), desc=f"{task.name}: training")
     for number in bar:
-        for run in measure.rotated(runs, number):
+        for run in measure.shuffled(runs, number):
             x, y = next(run.batches)
             run.seconds[number] = measure.timed(functools.partial(run.trainer.step, x, y))
             if number % every == 0 or number == task.steps:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench import measure, memory
 from bench.methods import quiet_peers
-from bench.record import machine_record
+from bench.record import Record, title_of
 from bench.workloads import sequence_loss, workloads
 
 RANKS = 2
@@ -133,13 +134,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=measure.ROOT / "bench" / "results")
     arguments = parser.parse_args()
-    record = {"machine": machine_record(), "ranks": RANKS, "rows": []}
+    torch.set_num_threads(1)  # as on the ranks
+    configuration = {
+        "command": shlex.join(["python", "-m", "bench.distributed", *sys.argv[1:]]),
+        "suite": "distributed",
+        "ranks": RANKS,
+        "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
+    }
+    record = Record.new(arguments.out, "distributed", torch.device("cpu"), configuration)
+    rows = record.suite.setdefault("rows", [])
     for work in arguments.work:
         for sharded in (False, True):
-            record["rows"].append(compared(work, sharded, arguments.seconds, arguments.rounds))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"distributed-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+            rows.append(compared(work, sharded, arguments.seconds, arguments.rounds))
+            record.save()
+    record.finish(torch.device("cpu"))
+    print(report(record.data))
+    print(f"record: {record.path}")
+
+
+def report(data: dict[str, Any]) -> str:
+    """As a suite's (see bench.suites)."""
     cells = [
         [
             row["work"],
@@ -149,11 +164,14 @@ def main() -> None:
             f"{row['growth_bytes'][0] / measure.MIB:.0f}",
             f"{row['memory_ratio']:.2f}",
         ]
-        for row in record["rows"]
+        for row in data["suite"].get("rows", [])
     ]
     header = ("workload", "two ranks", "non-private, s", "private", "growth of the larger rank, MiB", "private")
-    print(measure.markdown_table(header, cells))
-    print(f"record: {path}")
+    return f"## Two ranks\n\n{title_of(data)}\n\n{measure.markdown_table(header, cells)}"
+
+
+def draw(data: dict[str, Any], stem: Path) -> list[Path]:
+    return []  # a table says it all
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 FlashDP's own code scales its noise without C, leaves fused norms without any, and adds norms onto uninitialised memory.
 Here each of M layers is clipped to C/√M, and its noise has the standard deviation σ·C: one sample moves all layers
-together by at most C. As in FlashDP a linear layer's gradient is one product a sample; on a GPU it is the Triton kernel
-that makes norms, factors, sum and noise in two launches.
+together by at most C. As in FlashDP the norm of a linear layer's gradient comes from a product for each sample that is
+not kept, and the sum from one product of all; on a GPU the Triton kernel makes norms, factors, sum and noise in two
+launches.
+
+The loss is a mean, so backprops are those of a sample over the batch size: they are clipped to C over the batch size.
 
 Nothing here is certified against rounding, and only linear, embedding and normalisation layers are served: it is for
 the table, not for training.
@@ -40,7 +43,8 @@ def clip_each_layer(model: nn.Module, batch_size: int, noise_multiplier: float, 
             raise ValueError(f"{name} shares its weight: clipped in two layers, it would count in neither")
         seen.update(own)
         layers.append((name, module))
-    bound, std = max_grad_norm / math.sqrt(max(len(layers), 1)), noise_multiplier * max_grad_norm
+    bound = max_grad_norm / math.sqrt(max(len(layers), 1)) / batch_size
+    std = noise_multiplier * max_grad_norm / batch_size
     for number, (name, module) in enumerate(layers):
         module.forward = _Layer(name, number, module, batch_size, bound, std)  # type: ignore[method-assign]
     return [name for name, _ in layers]
@@ -52,7 +56,7 @@ class _Layer:
     def __init__(self, name: str, number: int, module: Any, batch_size: int, bound: float, std: float):
         self.name, self.number, self.module, self.batch_size = name, number, module, batch_size
         self.bound, self.std = bound, std
-        self.step = 0
+        self.stream: Tensor | None = None  # on a GPU, of this layer's noise
         self.sums = SERVED[type(module)]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -70,23 +74,31 @@ class _Layer:
             return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
         return F.rms_norm(x, self.module.normalized_shape, weight, self.module.eps)
 
+    def input_gradient(self, x: Tensor, G: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.module, nn.Linear):
+            return G @ weight
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(self.plain(leaf, weight.detach(), bias), leaf, G)[0]
+
     def noisy(self, x: Tensor, G: Tensor) -> list[Tensor]:
         """The gradients of weight and bias."""
-        self.step += 1
         if isinstance(self.module, nn.Linear) and x.is_cuda:
             return self._on_gpu(x, G)
         sums = self.sums(self.module, x, G.float(), self.bound)
-        return [(s + self.std * torch.randn_like(s)) / self.batch_size for s in sums]
+        return [s + self.std * torch.randn_like(s) for s in sums]
 
     def _on_gpu(self, x: Tensor, G: Tensor) -> list[Tensor]:
         from dpfast_kernels.noise import noise_stream
         from dpfast_kernels.per_layer import per_layer_noisy_gradient
 
+        if self.stream is None:
+            self.stream = noise_stream((0,) * 8, 0, x.device)
         sides = (side.reshape(len(side), -1, side.shape[-1]).contiguous() for side in (x, G))
-        stream = noise_stream((0,) * 8, self.step, x.device)
         numbers = 2 * self.number, 2 * self.number + 1
-        scale, biased = 1 / self.batch_size, self.module.bias is not None
-        weight, bias, _ = per_layer_noisy_gradient(*sides, self.bound, stream, *numbers, self.std, scale, biased)
+        biased = self.module.bias is not None
+        weight, bias, _ = per_layer_noisy_gradient(*sides, self.bound, self.stream, *numbers, self.std, 1.0, biased)
+        self.stream[-1] += 1
         return [weight, bias] if biased else [weight]
 
 
@@ -102,14 +114,10 @@ class _Clipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         layer, (x, weight, bias) = ctx.layer, ctx.saved_tensors
-        gx = None
-        if ctx.needs_input_grad[1]:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                (gx,) = torch.autograd.grad(layer.plain(leaf, weight.detach(), bias), leaf, G)
+        gx = layer.input_gradient(x, G, weight, bias) if ctx.needs_input_grad[1] else None
         gradients: list[Any] = [None, None]
         if weight.requires_grad:
-            found = layer.noisy(x, G * layer.batch_size)  # the loss is a mean
+            found = layer.noisy(x, G)
             for i, (p, one) in enumerate(zip((weight, bias), found, strict=False)):
                 gradients[i] = one.to(p.dtype)
         return None, gx, *gradients
@@ -120,16 +128,14 @@ def _factor(square: Tensor, bound: float) -> Tensor:
 
 
 def _linear(module: nn.Linear, x: Tensor, G: Tensor, bound: float) -> list[Tensor]:
-    weight = torch.zeros_like(module.weight, dtype=torch.float32)
-    biased = module.bias is not None
-    bias = torch.zeros(len(weight), device=G.device)
-    for a, g in zip(x.float(), G, strict=True):  # one product for each sample, as FlashDP has it
-        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-        one, total = g.T @ a, g.sum(0)
-        factor = _factor(one.square().sum() + (total.square().sum() if biased else 0.0), bound)
-        weight += one.mul_(factor)
-        bias += total.mul_(factor)
-    return [weight, bias] if biased else [weight]
+    A, G = (side.reshape(len(side), -1, side.shape[-1]) for side in (x.float(), G))
+    totals = G.sum(1)
+    squares = torch.stack([(g.T @ a).square_().sum() for a, g in zip(A, G, strict=True)])
+    if module.bias is not None:
+        squares += totals.square().sum(1)
+    factors = _factor(squares, bound)
+    weight = (G * factors[:, None, None]).flatten(0, 1).T @ A.flatten(0, 1)
+    return [weight] if module.bias is None else [weight, factors @ totals]
 
 
 def _embedding(module: nn.Embedding, ids: Tensor, G: Tensor, bound: float) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.workloads import FULL, Workload
 
 # Of every kind: B, T, d; what a convolution sees is B, C = d / 8, and an image of T pixels.
-SIZES = {"cpu": (16, 64, 512), "cuda": (64, 1024, 1024), "tiny": (4, 4, 16)}
+SIZES = {"cpu": (16, 64, 512), "cuda": (64, 1024, 1024), "tiny": (4, 4, 32)}
 VOCABULARY = {"cpu": 4096, "cuda": 50304, "tiny": 32}
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,23 +18,37 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 THREADS = 2
 WARM_UP = 2  # calls before the first that is timed: the first may compile, or check what it will trust afterwards
-LONG = 2.0  # seconds: a first call this long tells its cost; others are warm only at the second
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 SLOW = 8.0  # who takes this many times as long as the first one ...
 SLOW_ROUNDS = 3  # ... is timed in this many rounds only
-LEAD = 4_000_000  # cycles that a GPU waits at the start of a round, so that the host is ahead of it
+LEAD = 1_000_000  # cycles that a GPU waits before a short call, so that the host is ahead of it
 
 Step = Callable[[], object]
+Clock = Callable[[Step, torch.device], float]
 Name = TypeVar("Name", bound=Hashable)
 
 
-def timed(step: Step, device: torch.device | None = None) -> float:
-    """Seconds that one call takes, until the device is done with it."""
+def timed(step: Step, device: torch.device | None = None, times: int = 1) -> float:
+    """Seconds on the wall that a call takes, the mean of ``times`` in a row, until the device is done."""
     start = time.perf_counter()
-    step()
+    for _ in range(times):
+        step()
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / times
+
+
+def on_device(call: Step, device: torch.device) -> float:
+    """Seconds that a short call keeps a GPU busy, the host's part left out; on a CPU there is no difference."""
+    if device.type != "cuda":
+        return timed(call, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(LEAD)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
 
 
 def in_turns(
@@ -40,18 +57,16 @@ def in_turns(
     seconds: float,
     kept: Mapping[Name, Mapping[int, float]] | None = None,
     each_round: Callable[[dict[Name, dict[int, float]]], None] | None = None,
+    clock: Clock = timed,
 ) -> dict[Name, dict[int, float]]:
     """Seconds of every call in every round, for about ``seconds`` in all, and never in fewer than MIN_ROUNDS.
 
-    Who runs first moves by one each round, so nobody always follows the same neighbour. ``kept`` are rounds of an
-    earlier run, which count; ``each_round`` gets all there is after every round. On a GPU its own clock is read.
+    Each round has an order of its own, so that nobody always follows the same neighbour. ``kept`` are rounds of an
+    earlier run, which count; ``each_round`` gets all there is after every round.
     """
     taken: dict[Name, dict[int, float]] = {name: {**(kept or {}).get(name, {})} for name in calls}
-    costs: dict[Name, float] = {}
-    for name, call in calls.items():
-        costs[name] = timed(call, device)
-        if costs[name] < LONG:
-            costs[name] = min(timed(call, device) for _ in range(WARM_UP - 1))
+    read = partial(clock, device=device)
+    costs = {name: min(timed(partial(read, call), device) for _ in range(WARM_UP)) for name, call in calls.items()}
     first = next(iter(costs.values()))
     slow = {name for name, cost in costs.items() if cost > SLOW * first}
     whole = sum(cost for name, cost in costs.items() if name not in slow)
@@ -60,8 +75,8 @@ def in_turns(
     done = max((len(rounds) for rounds in taken.values()), default=0)
     slow_turns = {round(i * (count - 1) / (SLOW_ROUNDS - 1)) for i in range(SLOW_ROUNDS)}
     for number in range(done, count):
-        order = [name for name in rotated(list(calls), number) if name not in slow or number in slow_turns]
-        for name, once in one_round(calls, order, device).items():
+        order = [name for name in shuffled(list(calls), number) if name not in slow or number in slow_turns]
+        for name, once in one_round(calls, order, read).items():
             taken[name][number] = once
         if each_round is not None:
             each_round(taken)
@@ -74,6 +89,7 @@ def turns_of(
     seconds: float,
     kept: Mapping[str, Mapping[int, float]] | None = None,
     each_round: Callable[[dict[str, dict[int, float]]], None] | None = None,
+    clock: Clock = timed,
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """:func:`in_turns` for calls that may fail: the seconds of those that live, and why each of the others does not.
 
@@ -92,15 +108,17 @@ def turns_of(
         blamed: list[str] = []
         try:
             named = {name: _named(name, call, blamed) for name, call in calls.items()}
-            return in_turns(named, device, seconds, taken, keep), reasons
+            return in_turns(named, device, seconds, taken, keep, clock), reasons
         except Exception as failure:  # whatever it is, it is a row of the table
-            reason = said(failure)
+            reason, lost = said(failure), isinstance(failure, torch.AcceleratorError)
         del named
         for name in blamed or list(calls):
             reasons[name] = reason
             del calls[name], taken[name]
+        if lost:  # everybody would fail from here on
+            break
         free_memory()
-    return {}, reasons
+    return taken, reasons
 
 
 def _named(name: str, call: Step, blamed: list[str]) -> Step:
@@ -114,24 +132,14 @@ def _named(name: str, call: Step, blamed: list[str]) -> Step:
     return named
 
 
-def one_round(calls: Mapping[Name, Step], order: Sequence[Name], device: torch.device) -> dict[Name, float]:
-    """Seconds of one call each, in this order; the host waits for a GPU once, at the end."""
-    if device.type != "cuda":
-        return {name: timed(calls[name]) for name in order}
-    marks = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in order}
-    torch.cuda._sleep(LEAD)
-    for name in order:
-        marks[name][0].record()
-        calls[name]()
-        marks[name][1].record()
-    torch.cuda.synchronize(device)
-    return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in marks.items()}
+def one_round(calls: Mapping[Name, Step], order: Sequence[Name], read: Callable[[Step], float]) -> dict[Name, float]:
+    """Seconds of one call each, in this order."""
+    return {name: read(calls[name]) for name in order}
 
 
-def rotated(items: Sequence[Any], turns: int) -> list[Any]:
-    """The items, starting at another one each round."""
-    turns %= max(len(items), 1)
-    return [*items[turns:], *items[:turns]]
+def shuffled(items: Sequence[Any], number: int) -> list[Any]:
+    """The items in the order of round ``number``, the same in every run."""
+    return random.Random(number).sample(items, len(items))
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -141,8 +149,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratios(rounds: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """Time over the base's time in the same round: what disturbs a whole round cancels."""
-    return [seconds / base[number] for number, seconds in rounds.items()]
+    """Time over the base's time in the same round, where both have one: what disturbs a whole round cancels."""
+    return [seconds / base[number] for number, seconds in rounds.items() if number in base]
 
 
 def why_not(attempt: Callable[[], Any]) -> str | None:
@@ -169,7 +177,18 @@ def said(failure: BaseException) -> str:
 def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(torch.AcceleratorError):  # of a device that is lost: still_there tells
+            torch.cuda.empty_cache()
+
+
+def still_there(device: torch.device) -> None:
+    """To be asked when the rows are saved: after some errors a GPU does nothing more for this process.
+
+    Raises:
+        torch.AcceleratorError: it does not.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def spread(figure: Mapping[str, float], scale: float = 1.0, digits: str = ".2f") -> str:

@@ -55,7 +55,8 @@ def growth_here(job: Job, steps: int = 2) -> dict[str, Any]:
         step()
         growths.append(_status("VmHWM") - _status("RssFile") - _status("RssShmem") - before)
         _reset_peak()
-    return {"before_bytes": before, "growth_bytes": max(growths), "growth_by_step_bytes": growths}
+    figures = {"before_bytes": before, "growth_bytes": max(growths), "growth_by_step_bytes": growths}
+    return figures | _plan_of(step)
 
 
 def growth(function: str, **arguments: Any) -> dict[str, Any]:
@@ -117,7 +118,13 @@ def peak_on_gpu(job: Job, device: torch.device, steps: int = 2) -> dict[str, Any
         step()
     torch.cuda.synchronize(device)
     peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-    return {"before_bytes": before, "growth_bytes": peak - before, "kept_bytes": kept}
+    return {"before_bytes": before, "growth_bytes": peak - before, "kept_bytes": kept} | _plan_of(step)
+
+
+def _plan_of(step: Step) -> dict[str, Any]:
+    """What a step of dpfast chose, so that it is timed as it is measured here."""
+    plan = getattr(step, "plan", None)
+    return {} if plan is None else {"plan": plan}
 
 
 def ratio(memory: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.measure import Step
 from bench.workloads import Workload, sequence_loss
+from dpfast.planner import WAYS
 
 NOISE_MULTIPLIER = 1.0
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-3
+
+Plan = Mapping[str, str]  # layer → way
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,12 @@ def prepare(
     noise_multiplier: float,
     max_grad_norm: float,
     poisson_sampling: bool,
+    plan: Plan | None = None,
 ) -> Trainer:
-    """Hand the user's objects to the method's privacy engine (or to nobody) and wrap what comes back."""
+    """Hand the user's objects to the method's privacy engine (or to nobody) and wrap what comes back.
+
+    ``plan`` is which way dpfast goes in each layer; without one, its planner chooses.
+    """
     criterion: Any = nn.CrossEntropyLoss()
     settings = dict(noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
     if method.library is None:
@@ -147,6 +153,7 @@ def prepare(
             **settings,
             **({"criterion": criterion} if ghost else {}),
             **({"loss_reduction": "sum"} if summed else {}),
+            **({"plan": plan} if plan and method.library == "dpfast" else {}),
         )
         if ghost:
             model, optimizer, criterion, loader = parts
@@ -176,9 +183,34 @@ def _flashdp(model: nn.Module, optimizer: Any, loader: DataLoader, **settings: f
     return clip_each_layer(model, loader.batch_size or 1, **settings)
 
 
+@dataclass(frozen=True)
+class Training:
+    """A step of a trainer on data of its own."""
+
+    trainer: Trainer
+    x: Tensor
+    y: Tensor
+
+    def __call__(self) -> object:
+        return self.trainer.step(self.x, self.y)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The way that dpfast goes in each layer that has a choice; None for the others."""
+        book = getattr(self.trainer.model, "book", None)
+        if book is None:
+            return None
+        return {layer: way for layer, _, way in book.planner.state_dict()["plans"] if way in WAYS}
+
+
 def start_training(
-    work: Workload, method: str, variant: str, device: torch.device, size: int | None = None
-) -> Callable[[], Step]:
+    work: Workload,
+    method: str,
+    variant: str,
+    device: torch.device,
+    size: int | None = None,
+    plan: Plan | None = None,
+) -> Callable[[], Training]:
     """Build the model and the data; what is returned makes the model private and returns the step.
 
     On a GPU everyone has the AdamW that serves it best: torch's fused one, but for dpfast, whose own step is fused.
@@ -188,7 +220,7 @@ def start_training(
     if work.inner:
         x.requires_grad_(x.is_floating_point())
 
-    def start() -> Step:
+    def start() -> Training:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer: torch.optim.Optimizer
         if device.type == "cuda":
@@ -204,7 +236,8 @@ def start_training(
             noise_multiplier=NOISE_MULTIPLIER,
             max_grad_norm=MAX_GRAD_NORM,
             poisson_sampling=False,
+            plan=plan,
         )
-        return lambda: trainer.step(x, y)
+        return Training(trainer, x, y)
 
     return start

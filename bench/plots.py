@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file is wanted, never a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
@@ -125,41 +126,82 @@ def _memory_text(one: Result) -> str:
 CUT = 6.0  # longer bars end here; their figure is written at the end
 
 
-def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path, note: str) -> None:
-    """One panel a workload, one bar a method: step time over non-private with p20 to p80, of a summary's rows."""
+def gap(row: Mapping[str, Any]) -> str:
+    """What stands where a summary's row has no figure: the sort of its error, whose own words are in the report."""
+    error = row.get("error")
+    if error is None:
+        return "not measured"
+    if "out of memory" in error:
+        return "out of memory"
+    return next((sort for sort in ("wrong", "not checked") if error.startswith(sort)), "no figure")
+
+
+def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path, note: str) -> list[Path]:
+    """One panel a workload (its title, a summary's rows), one bar a method: step time over non-private.
+
+    A method without a figure keeps its place. Returns what was written: nothing where there is nothing to show yet.
+    """
+    groups = [(title, [row for row in rows if row["method"] != "nonprivate"]) for title, rows in groups]
+    groups = [(title, its) for title, its in groups if any("time_ratio" in row or row["error"] for row in its)]
+    if not groups:
+        return []
     columns = min(3, len(groups))
     lines, tallest = -(-len(groups) // columns), max(len(its) for _, its in groups)
     figure, grid = plt.subplots(
         lines,
         columns,
-        figsize=(5.4 * columns, (0.8 + 0.23 * tallest) * lines + 0.5),
+        figsize=(5.4 * columns, (0.8 + 0.23 * tallest) * lines + 0.6),
         squeeze=False,
         layout="constrained",
     )
-    far = max(row["time_ratio"]["p80"] for _, its in groups for row in its)
+    far = max((row["time_ratio"]["p80"] for _, its in groups for row in its if "time_ratio" in row), default=1.0)
     for axes, (title, its) in zip(grid.flat, groups, strict=False):
         for place, row in enumerate(its):
-            ratio, colour = row["time_ratio"], COLOURS[row["method"]]
-            axes.barh(place, min(ratio["median"], CUT), color=colour, height=0.75, edgecolor="black", linewidth=0.3)
-            axes.hlines(place, min(ratio["p20"], CUT), min(ratio["p80"], CUT), color="black", linewidth=1)
-            end = min(max(ratio["p80"], ratio["median"]), CUT)
-            text = f"{ratio['median']:.2f}" + ("" if row["variant"] == "plain" else f" ({row['variant']})")
-            text = f"▸ {text}" if ratio["median"] > CUT else text
-            axes.annotate(text, (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
-        axes.set_title("\n".join(textwrap.wrap(title, 62)), fontsize=8, loc="left")
+            _ratio_bar(axes, place, row)
+        axes.set_title("\n".join(textwrap.wrap(title, 66)), fontsize=8, loc="left")
         axes.set_yticks(range(len(its)), [METHODS[row["method"]].title for row in its], fontsize=7.5)
         axes.set_ylim(tallest - 0.4, -0.6)
-        axes.set_xlim(0, 1.3 * min(far, CUT))
-        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlim(0, 1.35 * min(max(far, 1.0), CUT))
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelsize=7.5)
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
-    figure.supxlabel("step time, × non-private training", fontsize=9)
-    figure.suptitle("\n".join(textwrap.wrap(note, 60 * columns)), fontsize=7)
-    figure.savefig(path, dpi=120)
+    what = (
+        "step time, × non-private training; bars: median, whiskers: p20–p80, ▸: cut, in brackets: another model variant"
+    )
+    figure.supxlabel("\n".join(textwrap.wrap(what, 45 * columns)), fontsize=9)
+    _caption(figure, note, 75 * columns)
+    return _written(figure, path, dpi=120)
+
+
+def _ratio_bar(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+    """A bar with its whisker and its figure, or in their place the word for why there is none."""
+    if "time_ratio" not in row:
+        axes.annotate(gap(row), (0, place), xytext=(4, 0), **_BESIDE, style="italic", color="#555555", bbox=_BLANK)
+        return
+    ratio, colour = row["time_ratio"], COLOURS[row["method"]]
+    median, p20, p80 = (min(ratio[name], CUT) for name in ("median", "p20", "p80"))
+    axes.barh(place, median, color=colour, height=0.75, edgecolor="black", linewidth=0.3)
+    axes.hlines(place, p20, p80, color="black", linewidth=1)
+    text = f"{ratio['median']:.2f}" + ("" if row["variant"] == "plain" else f" ({row['variant']})")
+    axes.annotate(f"▸ {text}" if ratio["median"] > CUT else text, (max(p80, median), place), xytext=(4, 0), **_BESIDE)
+
+
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
+_BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind a text that something would cross
+
+
+def _caption(figure: Figure, note: str, width: int) -> None:
+    """Where, when and with what: see :func:`bench.record.title_of`."""
+    figure.suptitle("\n".join(textwrap.wrap(note.replace("`", ""), width, break_on_hyphens=False)), fontsize=7)
+
+
+def _written(figure: Figure, path: Path, dpi: int) -> list[Path]:
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
+    return [path]
 
 
 @dataclass
@@ -167,12 +209,16 @@ class Curve:
     """How one method's cost grows."""
 
     method: str
-    points: list[tuple[float, float]]  # what grows, milliseconds
-    remarks: list[str]  # at each point: how it was done; told where it changes
+    points: list[tuple[float, float]] = field(default_factory=list)  # what grows, milliseconds
+    ways: list[str] = field(default_factory=list)  # at each point: how it was done; told where it changes
+    gaps: list[str] = field(default_factory=list)  # why points are missing
 
 
-def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, note: str) -> None:
-    """One panel a sweep (its title, what grows, its curves), both axes logarithmic."""
+def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, note: str) -> list[Path]:
+    """One panel a sweep (its title, what grows, its curves), both axes logarithmic; returns as :func:`draw_ratios`."""
+    panels = [panel for panel in panels if any(curve.points for curve in panel[2])]
+    if not panels:
+        return []
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(
@@ -180,33 +226,43 @@ def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, 
     )
     for axes, (title, grows, curves) in zip(grid.flat, panels, strict=False):
         for curve in curves:
-            colour, mark, label = COLOURS[curve.method], MARKS[curve.method], METHODS[curve.method].title
-            axes.plot(
-                *zip(*curve.points, strict=True), color=colour, marker=mark, markersize=5, linewidth=1.5, label=label
-            )
-            before = None
-            for point, remark in zip(curve.points, curve.remarks, strict=True):
-                if remark != before and remark:
-                    axes.annotate(
-                        remark,
-                        point,
-                        xytext=(0, -13),
-                        textcoords="offset points",
-                        fontsize=7.5,
-                        color=colour,
-                        ha="center",
-                    )
-                before = remark
+            _growth_curve(axes, curve)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.margins(0.09)  # room for the ways beside the axes
+        axes.set_xticks(sorted({x for curve in curves for x, _ in curve.points}))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
         axes.set_title(title, fontsize=9.5)
         axes.set_xlabel(grows)
-        axes.set_ylabel("step, ms")
+        axes.set_ylabel("step, median, ms")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle("\n".join(textwrap.wrap(note, 75 * columns)), fontsize=7)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _caption(figure, note, 90 * columns)
+    return _written(figure, path, dpi=130)
+
+
+def _growth_curve(axes: Axes, curve: Curve) -> None:
+    """A line with a mark at each point; the way above the first point that is done that way."""
+    colour, label = COLOURS[curve.method], ", ".join([METHODS[curve.method].title, *dict.fromkeys(curve.gaps)])
+    x, y = zip(*curve.points, strict=True) if curve.points else ((), ())
+    axes.plot(x, y, color=colour, marker=MARKS[curve.method], markersize=5, linewidth=1.5, label=label)
+    before = ""
+    for point, way in zip(curve.points, curve.ways, strict=True):
+        if way and way != before:
+            axes.annotate(
+                way,
+                point,
+                xytext=(0, 7),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=colour,
+                ha="center",
+                va="bottom",
+                bbox=_BLANK,
+                zorder=4,
+            )
+        before = way

@@ -1,8 +1,9 @@
 """One workload, all methods: is each right, what memory does it take, how long is a step.
 
-A method must first give the right clipped sum on the very model (bench/check.py). Then memory, one fresh process a
-figure on a CPU; then time, all methods in one process and one loop, taking turns, so that what disturbs the machine
-disturbs them all. A figure is a ratio to non-private training in the same round.
+First dpfast alone in a process, for its memory and for the plan that it makes there, which it keeps in what follows.
+Then every method must give the right clipped sum on the very model (bench/check.py). Then memory, one fresh process a
+figure on a CPU; then time, all methods in one process and in turns, so that what disturbs the machine disturbs them all
+(bench/turns.py). A figure is a ratio to non-private training in the same round.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from bench import measure, memory
-from bench.check import find_variant
+from bench.check import find_variant, oracle
 from bench.methods import METHODS, Method, quiet_peers, start_training
-from bench.turns import Part, base_of, key_of, time_in_turns, usable
+from bench.roofline import flops_of
+from bench.turns import Part, base_of, key_of, plan_of, time_in_turns, usable
 from bench.workloads import BASE_VARIANT, Workload
 
 MEMORY_LIMIT = {"cpu": 1 << 26, "cuda": None}  # that the largest batch may grow to; None: all that there is
@@ -60,6 +63,11 @@ def measure_work(
     """
     part |= {"title": work.title, "batch_size": work.batch_size, "tokens": work.tokens, "targets": dict(work.targets)}
     torch.compiler.reset()
+    if "flops" not in part:
+        part["flops"] = _flops(work, device)
+    if named is not None and any(method.library == "dpfast" for method in methods) and "alone" not in part:
+        part["alone"] = peak(_job(_entry("dpfast", "plain"), work, device, named, small), device)
+        save()
     _check(part, work, methods, device, save)
     if named is not None:
         _memory(part, work, device, named, small, save)
@@ -71,6 +79,17 @@ def measure_work(
     save()
 
 
+def _flops(work: Workload, device: torch.device) -> dict[str, int]:
+    """Of a step without privacy, for every base; without data where the model can be built so."""
+    found: dict[str, int] = {}
+    for base in dict.fromkeys(BASE_VARIANT[variant] for variant in work.variants):
+        for where in ("meta", device):
+            count = partial(flops_of, partial(work.backward, base, where))
+            if measure.why_not(lambda base=base, count=count: found.update({base: count()})) is None:  # type: ignore[misc]
+                break
+    return found
+
+
 def _check(
     part: Part, work: Workload, methods: Sequence[Method], device: torch.device, save: Callable[[], None]
 ) -> None:
@@ -80,7 +99,7 @@ def _check(
     for method in tqdm(private, desc=f"{work.name}: check", leave=False):
         if method.name in known:
             continue
-        verdicts = find_variant(work, method, device)
+        verdicts = find_variant(work, method, device, plan_of(part))
         entries.append(
             {
                 "method": method.name,
@@ -90,17 +109,19 @@ def _check(
             }
         )
         save()
+        measure.still_there(device)
+    oracle.cache_clear()  # its sums would be in everybody's way
     if part.get("checked"):
         return
     variants = dict.fromkeys(["plain", *(BASE_VARIANT[e["variant"]] for e in entries if e["error"] is None)])
-    bases = [_base("nonprivate", variant) for variant in variants]
-    bases += [_base(m.name, "plain") for m in methods if not m.private and m.name != "nonprivate"]
+    bases = [_entry("nonprivate", variant) for variant in variants]
+    bases += [_entry(m.name, "plain") for m in methods if not m.private and m.name != "nonprivate"]
     part |= {"entries": bases + entries, "checked": True}
     measure.free_memory()
     save()
 
 
-def _base(method: str, variant: str) -> Part:
+def _entry(method: str, variant: str) -> Part:
     return {"method": method, "variant": variant, "verdicts": [], "error": None}
 
 
@@ -112,9 +133,11 @@ def _memory(
     if device.type == "cpu":
         todo = [entry for entry in todo if not METHODS[entry["method"]].compiled]
     for entry in tqdm(todo, desc=f"{work.name}: memory", leave=False):
-        entry["memory"] = peak(_job(entry, work, device, named, small), device)
+        known = part.get("alone") if entry["method"] == "dpfast" else None
+        entry["memory"] = known or peak(_job(entry, work, device, named, small), device)
         entry["error"] = entry["memory"].get("error")
         save()
+        measure.still_there(device)
 
 
 def _job(entry: Part, work: Workload, device: torch.device, named: str, small: bool) -> dict[str, Any]:
@@ -131,64 +154,69 @@ def _job(entry: Part, work: Workload, device: torch.device, named: str, small: b
 def _largest_batches(
     part: Part, work: Workload, device: torch.device, named: str, small: bool, save: Callable[[], None]
 ) -> None:
+    """Not of compiled methods, which would compile for every size, nor on a CPU of a loop over the samples."""
     limit = MEMORY_LIMIT[device.type]
-    slow = {method.name for method in METHODS.values() if method.compiled or method.layerwise}  # a loop over samples
-    todo = [entry for entry in usable(part) if "largest_batch" not in entry and entry["method"] not in slow]
+    left_out = {m.name for m in METHODS.values() if m.compiled or (m.layerwise and device.type == "cpu")}
+    todo = [entry for entry in usable(part) if "largest_batch" not in entry and entry["method"] not in left_out]
     for entry in tqdm(todo, desc=f"{work.name}: largest batch", leave=False):
         job = _job(entry, work, device, named, small)
 
         def fits(size: int, job: dict[str, Any] = job) -> bool:
             taken = peak(job | {"size": size}, device)
-            return "error" not in taken and (limit is None or taken.get("growth_bytes", 0) <= limit)
+            error = taken.get("error", taken.get("not_measured", ""))
+            if error and not error.startswith("out of memory"):
+                raise RuntimeError(f"batch {size}: {error}")
+            return not error and (limit is None or taken["growth_bytes"] <= limit)
 
-        entry["largest_batch"] = largest(fits, work.batch_size)
+        try:
+            low, high = largest(fits, work.batch_size)
+            entry["largest_batch"] = {"fits": low, "fails": high}
+        except RuntimeError as failure:
+            entry["largest_batch"] = {"error": str(failure)}
         part["memory_limit_bytes"] = limit
         save()
+        measure.still_there(device)
 
 
-def largest(fits: Callable[[int], bool], start: int, most: int = 1 << 16) -> int:
-    """The largest size that fits, to a quarter of itself; 0 if not even one does."""
-    low, high = 0, start
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    if low == 0:
-        while high > 1 and not fits(high // 2):
-            high //= 2
-        low = high // 2
-    while high <= most and high - low > max(1, low // 4):
+def largest(fits: Callable[[int], bool], start: int, most: int = 1 << 20) -> tuple[int, int | None]:
+    """A size that fits and one that does not, closer than a sixteenth of it; None where ``most`` fits."""
+    low, high = 0, min(start, most)
+    while fits(high):
+        low = high
+        if high == most:
+            return low, None
+        high = min(2 * high, most)
+    while low == 0 and high > 1:
+        low, high = (high // 2, high) if fits(high // 2) else (0, high // 2)
+    while high - low > max(1, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return low, high
 
 
-def rows_to_draw(parts: Mapping[str, Part]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Title and rows of every part that has a ratio to show, for :func:`bench.plots.draw_ratios`."""
-    groups = (
-        (part["title"], [row for row in part["rows"] if "time_ratio" in row and row["method"] != "nonprivate"])
-        for part in parts.values()
-        if "rows" in part
-    )
-    return [group for group in groups if group[1]]
+def summary(part: Part, roof: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a method, of what is measured by now: percentiles, ratios, rates, and what dpfast's targets came to.
 
-
-def summary(part: Part, peak_flops: float | None) -> list[dict[str, Any]]:
-    """One row a method: percentiles, ratios, rates, and whether dpfast's targets are met."""
-    rows = []
-    seconds = {key_of(e): {int(n): s for n, s in e.get("seconds", {}).items()} for e in part.get("entries", [])}
+    ``roof`` are the device's peaks.
+    """
     by_key = {key_of(entry): entry for entry in part.get("entries", [])}
+    seconds = {key: {int(n): s for n, s in entry.get("seconds", {}).items()} for key, entry in by_key.items()}
+    rows = []
     for key, entry in by_key.items():
         base = base_of(entry)
         row: dict[str, Any] = {name: entry[name] for name in ("method", "variant", "verdicts", "error")}
-        row |= {name: entry[name] for name in ("memory", "largest_batch") if name in entry}
-        if seconds[key] and entry["error"] is None:
+        row |= {name: entry[name] for name in ("memory", "largest_batch", "ways") if name in entry}
+        ratios = measure.paired_ratios(seconds[key], seconds.get(base, {}))
+        if ratios and entry["error"] is None:
             step = measure.percentiles(list(seconds[key].values()))
             row["step_seconds"] = step
             row["samples_per_second"] = part["batch_size"] / step["median"]
             if part["tokens"]:
                 row["tokens_per_second"] = part["tokens"] * part["batch_size"] / step["median"]
-            if peak_flops and "flops" in part:
-                row["of_roofline"] = part["flops"] / step["median"] / peak_flops
-            row["time_ratio"] = measure.percentiles(measure.paired_ratios(seconds[key], seconds[base]))
+            flops = part.get("flops", {}).get(BASE_VARIANT[entry["variant"]])
+            if "flops_per_second" in roof and flops:
+                row["of_roofline"] = flops / step["median"] / roof["flops_per_second"]
+            row["time_ratio"] = measure.percentiles(ratios)
         if base in by_key:
             row["memory_ratio"] = memory.ratio(entry.get("memory", {}), by_key[base].get("memory", {}))
         if entry["method"] == "dpfast":

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from bench import measure
-from bench.methods import start_training
-from bench.roofline import flops_of
+from bench.methods import Plan, start_training
 from bench.workloads import BASE_VARIANT, Workload
 
-BASE = "nonprivate plain"  # whose products are counted
+STEPS_OF_A_TURN = {"cpu": 1, "cuda": 3}  # on a GPU the host runs ahead from one to the next, as in training
 ROOM = 0.9  # of a GPU's memory, for all that stand beside each other
 
 Part = dict[str, Any]  # of a record: what is known of one workload; or an entry of it, one method
@@ -37,6 +37,13 @@ def usable(part: Part) -> list[Part]:
     return [entry for entry in part["entries"] if entry["error"] is None]
 
 
+def plan_of(part: Part) -> Plan | None:
+    """What dpfast chose alone in a process, where it could be measured: beside others it sees more memory in use, of
+    which its budget is a part.
+    """
+    return part.get("alone", {}).get("plan")
+
+
 def time_in_turns(part: Part, work: Workload, device: torch.device, seconds: float, save: Callable[[], None]) -> None:
     """Fill ``seconds`` of every entry, by round. Whoever fails beside the others is left out."""
     room = ROOM * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
@@ -44,7 +51,9 @@ def time_in_turns(part: Part, work: Workload, device: torch.device, seconds: flo
     for number in range(part.get("timed", 0), len(loops)):
         entries = [entry for entry in usable(part) if key_of(entry) in loops[number]]
         _loop(part, entries, work, device, seconds / len(loops), number, save)
+        save()
         measure.free_memory()
+        measure.still_there(device)
         part["timed"] = number + 1
         save()
 
@@ -91,10 +100,8 @@ def _loop(
     for key, entry in tqdm(by_key.items(), desc=f"{work.name}: set up", leave=False):
 
         def set_up(key: str = key, entry: Part = entry) -> None:
-            step = start_training(work, entry["method"], entry["variant"], device)()
-            if key == BASE and "flops" not in part:
-                part["flops"] = flops_of(step)
-            steps[key] = step
+            plan = plan_of(part)
+            steps[key] = start_training(work, entry["method"], entry["variant"], device, plan=plan)()
 
         reasons[key] = measure.why_not(set_up)
     first = number * measure.MAX_ROUNDS
@@ -104,12 +111,16 @@ def _loop(
         def keep(taken: Mapping[str, Mapping[int, float]]) -> None:
             for key, rounds in taken.items():
                 by_key[key]["seconds"] = _rounds(by_key[key]) | {str(first + n): s for n, s in rounds.items()}
+                plan = getattr(steps[key], "plan", None)
+                if plan is not None:
+                    by_key[key]["ways"] = sorted(set(plan.values()))
             bar.update()
             save()
 
-        reasons |= measure.turns_of(steps, device, seconds, kept, keep)[1]
+        clock = partial(measure.timed, times=STEPS_OF_A_TURN[device.type])
+        reasons |= measure.turns_of(steps, device, seconds, kept, keep, clock)[1]
     for entry in entries:
-        own, base = (reasons.get(key) for key in (key_of(entry), base_of(entry)))
+        own, base = (reasons.get(key, "it failed before") for key in (key_of(entry), base_of(entry)))
         if entry["method"] == "nonprivate":
             last = number == len(part["loops"]) - 1
             entry["error"] = own if last and not _rounds(entry) else None

@@ -92,6 +92,12 @@ class Workload:
         y = torch.randint(self.classes, (size, self.tokens) if self.tokens else (size,)).to(device)
         return x.to(self.dtype) if x.is_floating_point() else x, y
 
+    def backward(self, variant: str, device: torch.device | str) -> None:
+        """Forward and backward of a step without privacy."""
+        model, (x, y) = self.model(variant, device), self.batch(device=device)
+        x.requires_grad_(self.inner and x.is_floating_point())
+        sequence_loss(nn.CrossEntropyLoss(), model(x), y).backward()
+
 
 LLAMA = {  # trained whole and with adapters
     "cpu": dict(width=512, layers=2, heads=8, key_heads=2, hidden=1376, vocabulary=4096, length=128),

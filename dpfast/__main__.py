@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import platform
 import sys
@@ -56,6 +57,10 @@ def bench(arguments: Sequence[str]) -> int:
     root = Path(dpfast.__file__).parent.parent
     if not (root / "bench" / "command.py").is_file():
         print("error: bench is in dpfast's sources, not in its package: run this in a clone of them", file=sys.stderr)
+        return 2
+    missing = [name for name in ("matplotlib", "psutil", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: bench needs {', '.join(missing)}: pip install 'dpfast[demo]'", file=sys.stderr)
         return 2
     sys.path.insert(0, str(root))
     return importlib.import_module("bench.command").main(arguments)

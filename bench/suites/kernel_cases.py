@@ -1,13 +1,14 @@
 """What a case of the kernels' suite is, the sizes, and the products: each op beside torch's own.
 
 The bytes of a case are each input read once and each output written once; a ghost norm counts as B·T²(p + d) flops.
+Products have the same inputs in each call, be they in the cache or not; what is bound by memory has sets of buffers.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.measure import why_not
 from dpfast import ops, reference
 
 TOLERANCE = 1e-3  # of the relative error: sums are made in float32, of inputs that float64 holds exactly
+UNTIMED = "not timed: another call's failure ended all of them"
 NORM, WEIGHT, MEMORY = 0.60, 1 / 1.10, 0.80  # targets on a GPU, as shares of the rate of a set's first case
-SETS = 3  # of buffers, together larger than the last cache
+# Bytes that are used before a buffer's turn comes again: four times an L3 of 32 MiB, twice the L2 of an H100.
+BEYOND_CACHE = 128 << 20
+FEWEST_SETS, MOST_SETS = 3, 8  # of buffers: small sizes are for seeing that everything runs
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,37 @@ def case_sets(sizes: Sizes, device: torch.device) -> list[CaseSet]:
     ]
 
 
-def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest over the tensors that are wanted; NaN where something is NaN."""
-    pairs = [(g.double().reshape(w.shape), w.double()) for g, w in zip(got, want, strict=False)]
-    errors = [(g - w).norm() / w.norm() for g, w in pairs]
-    return torch.stack(errors).max().item()
+def sets_of(nbytes: int) -> int:
+    """How many buffers of so many bytes take turns: one that was just used may still be in the cache."""
+    return min(MOST_SETS, max(FEWEST_SETS, -(-BEYOND_CACHE // nbytes)))
+
+
+def wrong(check: Callable[[], float], tolerance: float = TOLERANCE) -> str | None:
+    """Why what is checked gets no figure: it fails, or its error is too large."""
+    errors: list[float] = []
+    reason = why_not(lambda: errors.append(check()))
+    if reason is None and not errors[0] <= tolerance:
+        reason = f"wrong: relative error {errors[0]:.1e}"
+    return reason
+
+
+def relative_error(got: Sequence[Tensor], want: Sequence[Tensor], by_sample: bool = False) -> float:
+    """The largest over the tensors, or over the samples of each, along its first dimension; NaN where something is NaN.
+
+    Raises:
+        ValueError: there are more of the ones than of the others.
+    """
+    errors = []
+    for g, w in zip(got, want, strict=True):
+        rows = (len(w) if by_sample else 1, -1)
+        g, w = g.double().reshape(rows), w.double().reshape(rows)
+        errors.append((g - w).norm(dim=1) / w.norm(dim=1))
+    return torch.cat(errors).max().item()
+
+
+def gradients(A: Tensor, G: Tensor) -> Iterator[Tensor]:
+    """``g_i = G_iᵀ A_i`` in float64, one after the other: all at once would not fit."""
+    return (g.double().T @ a.double() for a, g in zip(A, G, strict=True))
 
 
 # ---------------------------------------------------------------- matrix products
@@ -156,9 +187,9 @@ def sides(flops_of_a_sample: float, T: int, d: int, p: int, sizes: Sizes, device
 
 
 def norms_error(squared: Tensor, A: Tensor, G: Tensor) -> float:
-    """The error of the first and the last sample's squared norms."""
-    want = [(G[i].double().T @ A[i].double()).square().sum() for i in (0, -1)]
-    return relative_error([squared[[0, -1]]], [torch.stack(want)])
+    """The largest error of a sample's squared norm."""
+    want = torch.stack([torch.linalg.vector_norm(g).square() for g in gradients(A, G)])
+    return relative_error([squared], [want], by_sample=True)
 
 
 def ghost_cases(T: int, d: int, p: int, sizes: Sizes, device: torch.device) -> list[Case]:
@@ -209,8 +240,8 @@ def weight_cases(T: int, d: int, p: int, sizes: Sizes, device: torch.device) -> 
 
     def error() -> float:
         want = torch.zeros(p, d, dtype=torch.float64, device=device)
-        for a, g, factor in zip(A, G, factors.double(), strict=True):
-            want.addmm_(g.double().T * factor, a.double())
+        for g, factor in zip(gradients(A, G), factors.tolist(), strict=True):
+            want.add_(g, alpha=factor)
         return relative_error([clipped()], [want])
 
     def wide() -> Tensor:
@@ -247,7 +278,7 @@ def convolution_cases(sizes: Sizes, device: torch.device) -> list[Case]:
         got, squares = samples()
         want = wanted()
         made = [got] if squares is None else [got, squares]
-        return relative_error(made, [want, want.flatten(1).square().sum(1)][: len(made)])
+        return relative_error(made, [want, want.flatten(1).square().sum(1)][: len(made)], by_sample=True)
 
     def clipped_error() -> float:
         return relative_error([clipped()], [torch.tensordot(factors.double(), wanted(), 1)])

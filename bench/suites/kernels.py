@@ -19,11 +19,22 @@ import torch
 from tqdm import tqdm
 
 from bench import roofline
-from bench.measure import free_memory, markdown_table, paired_ratios, percentiles, prefixed, spread, turns_of, why_not
+from bench.measure import (
+    free_memory,
+    markdown_table,
+    on_device,
+    paired_ratios,
+    percentiles,
+    prefixed,
+    spread,
+    still_there,
+    turns_of,
+    why_not,
+)
 from bench.record import Record, title_of
 from bench.roofline_plot import draw_roofline
 from bench.suites import Options, kernel_cases, memory_cases, noise_cases, planner_cases
-from bench.suites.kernel_cases import SIZES, SMALL, WEIGHT, Case, CaseSet, Sizes
+from bench.suites.kernel_cases import SIZES, SMALL, UNTIMED, WEIGHT, Case, CaseSet, Sizes, wrong
 from bench.suites.planner_cases import planned
 
 UNITS = {"flops": "FLOP/s", "bytes": "B/s"}
@@ -58,25 +69,10 @@ def run(record: Record, options: Options) -> bool:
             place[title] = measure()
             record.save()
             free_memory()
+            still_there(device)
             bar.update()
     rows = [row for one in (*sets.values(), *plans.values()) for row in one]
     return not any("error" in row and row.get("ours", True) for row in rows)
-
-
-def wrong(case: Case) -> str | None:
-    """Why a case gets no figure: it fails, or its result is not what it must be."""
-    errors = [0.0]
-
-    def attempt() -> None:
-        if case.check is None:
-            case.call()
-        else:
-            errors.append(case.check())
-
-    reason = why_not(attempt)
-    if reason is None and not errors[-1] <= case.tolerance:
-        reason = f"wrong: relative error {errors[-1]:.1e}"
-    return reason
 
 
 def measured(
@@ -87,15 +83,15 @@ def measured(
     cases: list[Case] = []
     if reason := why_not(lambda: cases.extend(one.make())):
         return [{"name": "all of them", "ours": True, "error": reason}]
-    reasons = {case.name: wrong(case) for case in cases}
+    reasons = {case.name: wrong(case.check, case.tolerance) if case.check else why_not(case.call) for case in cases}
     right = {case.name: case.call for case in cases if reasons[case.name] is None}
-    taken, failed = turns_of(right, device, seconds)
+    taken, failed = turns_of(right, device, seconds, clock=on_device)
     reasons |= failed
     rows = []
     for case in cases:
         row: dict[str, Any] = {"name": case.name, "ours": case.check is not None}
-        if reasons[case.name] is not None:
-            rows.append(row | {"error": reasons[case.name]})
+        if reasons[case.name] is not None or not taken.get(case.name):
+            rows.append(row | {"error": reasons[case.name] or UNTIMED})
         else:
             rows.append(row | figures(one, case, cases[0], taken, device, roof))
     return rows
@@ -124,9 +120,9 @@ def figures(
     if "bytes_per_second" in roof:
         least = max(case.flops / roof["flops_per_second"], case.bytes / roof["bytes_per_second"])
         figure["roofline"] = percentiles([least / s for s in seconds])
-    if base.name not in taken:
+    ratios = paired_ratios(taken[case.name], taken.get(base.name, {}))
+    if not ratios:
         return figure
-    ratios = paired_ratios(taken[case.name], taken[base.name])
     worth = getattr(case, one.by) / getattr(base, one.by)
     share = percentiles([worth / ratio for ratio in ratios])
     target = case.target if device.type == "cuda" else None  # they are a GPU's

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from bench import measure, plots
+from bench import measure
 from bench.layer_workloads import layers, points, sweeps
-from bench.methods import METHODS, absent, fixed_loader, prepare
+from bench.methods import METHODS, absent
+from bench.plots import Curve, draw_growth, gap
 from bench.record import Record, title_of
 from bench.roofline import peaks
-from bench.side_by_side import measure_work, rows_to_draw, summary
+from bench.side_by_side import measure_work, summary
 from bench.suites import Options
+from bench.suites.models import draw_bars, heading, reasons, roof_line, rows_of, section
 from bench.workloads import FULL, Workload
 
 KINDS = ("nonprivate", "dpfast", "hooks", "functorch", "ghost", "fastdp", "flashdp")
-GROWING = ("nonprivate", "dpfast", "hooks", "ghost")  # those whose curves are drawn
+GROWING = ("nonprivate", "dpfast", "hooks", "ghost")  # of a sweep, where none are named
 NAMED = "bench.layer_workloads:layers"
 
 
@@ -43,18 +44,16 @@ def run(record: Record, options: Options) -> bool:
             methods = [METHODS[name] for name in options.methods or names if name not in missing]
             measure_work(part, work, methods, device, share, record.save, named, options.small)
             measure.free_memory()
-        part["rows"] = summary(part, suite["peaks"].get("flops_per_second"))
+        part["rows"] = summary(part, suite["peaks"])
+        record.save()
         bar.update()
 
     for work in kinds.values():
         measured(suite.setdefault("kinds", {}), work, KINDS, NAMED if device.type == "cuda" else None)
-        record.save()
     for sweep, its in swept:
         parts = suite.setdefault("sweeps", {}).setdefault(sweep.grows, {"title": sweep.title, "points": {}})
         for work in its.values():
             measured(parts["points"], work, GROWING, None)
-            parts["points"][work.name].setdefault("way", way_taken(work, device))
-            record.save()
     bar.close()
     ours = [row for part in _parts(suite) for row in part["rows"] if row["method"].startswith("dpfast")]
     return all(row["error"] is None for row in ours)
@@ -62,85 +61,75 @@ def run(record: Record, options: Options) -> bool:
 
 def _parts(suite: dict[str, Any]) -> list[dict[str, Any]]:
     swept = [part for sweep in suite.get("sweeps", {}).values() for part in sweep["points"].values()]
-    return [part for part in [*suite.get("kinds", {}).values(), *swept] if "rows" in part]
-
-
-def way_taken(work: Workload, device: torch.device) -> str:
-    """How the planner has the norm and the sum of the weight made, in a step of its own."""
-    x, y = work.batch(device=device)
-    model = work.model(device=device)
-    trainer = prepare(
-        METHODS["dpfast"],
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        fixed_loader(x, y),
-        noise_multiplier=0.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-    )
-    trainer.step(x, y)
-    plans = trainer.model.book.planner.state_dict()["plans"]  # type: ignore[union-attr, operator]
-    return ", ".join(dict.fromkeys(way for _, _, way in plans))
+    return [*suite.get("kinds", {}).values(), *swept]
 
 
 def report(data: dict[str, Any]) -> str:
-    """One table of all kinds, one of each sweep: a column a method, step time over non-private."""
+    """Step time over non-private of all kinds and in each sweep; then all figures of each kind."""
     suite = data["suite"]
-    parts = [f"## Layers\n\n{title_of(data)}"]
+    parts = heading(data, "Layers")
+    parts.append(
+        "A step is forward, loss, backward and update of one layer. The loss, a cross-entropy over the layer's "
+        "outputs, is in every method's step and dilutes the ratios of a small layer. Tables of ratios to the "
+        "non-private step have p20 and p80 in brackets."
+    )
     if kinds := suite.get("kinds"):
-        parts.append(
-            "Step time over the non-private step's, p20 and p80 in brackets:\n\n" + _table("layer", kinds, KINDS)
-        )
+        parts.append(_ratios("layer", suite, kinds))
     for grows, sweep in suite.get("sweeps", {}).items():
-        table = _table(grows, sweep["points"], GROWING, ways=True)
-        parts.append(f"### {sweep['title']}; {grows} grows\n\n{table}")
-    wrong = [
-        f"- {METHODS[row['method']].title}, {part['title']}: {row['error']}"
-        for part in _parts(suite)
-        for row in part["rows"]
-        if row["error"] is not None
-    ]
-    return "\n\n".join(parts + (["\n".join(dict.fromkeys(wrong))] if wrong else []))
+        parts.append(f"### {sweep['title']}; {grows} grows")
+        parts.append(_ratios(grows, suite, sweep["points"]))
+        failed = [f"- {name}: {line[2:]}" for name, part in sweep["points"].items() for line in _failed(suite, part)]
+        parts += ["\n".join(failed)] if failed else []
+    if kinds:
+        parts += ["## Layers, every figure", *([roof_line(suite)] if "peaks" in suite else [])]
+        if data["device"]["name"] == "cpu":
+            parts.append("Memory of single layers is measured on a GPU only: on a CPU each figure takes a process.")
+        parts += [section(suite, part) for part in kinds.values()]
+    return "\n\n".join(parts)
 
 
-def _table(first: str, parts: dict[str, Any], names: Sequence[str], ways: bool = False) -> str:
-    parts = {name: part for name, part in parts.items() if "rows" in part}
-    used = [name for name in names if any(row["method"] == name for part in parts.values() for row in part["rows"])]
-    header = [first, "non-private, ms", *(METHODS[name].title for name in used if name != "nonprivate")]
-    rows = []
-    for name, part in parts.items():
-        by_method = {row["method"]: row for row in part["rows"]}
-        base = by_method["nonprivate"].get("step_seconds")
-        cells = [name.removeprefix(f"{first} "), measure.spread(base, 1e3) if base else "not measured"]
-        for method in used[1:]:
-            row = by_method.get(method, {})
-            figure = measure.spread(row["time_ratio"]) if "time_ratio" in row else "no figure"
-            cells.append(figure + (f", {part['way']}" if ways and method == "dpfast" and "way" in part else ""))
-        rows.append(cells)
-    return measure.markdown_table(header, rows)
+def _failed(suite: dict[str, Any], part: dict[str, Any]) -> list[str]:
+    return [line for row in rows_of(suite, part) if row["error"] is not None for line in reasons(row)]
+
+
+def _ratios(first: str, suite: dict[str, Any], parts: dict[str, Any]) -> str:
+    """A line a part, a column a method; beside dpfast's ratio the ways that its planner chose in the timed run."""
+    found = {name: {row["method"]: row for row in rows_of(suite, part)} for name, part in parts.items()}
+    used = [name for name in METHODS if name != "nonprivate" and any(name in rows for rows in found.values())]
+    lines = []
+    for name, rows in found.items():
+        base = rows.get("nonprivate", {})
+        timed = "step_seconds" in base
+        line = [name.removeprefix(f"{first} "), measure.spread(base["step_seconds"], 1e3) if timed else gap(base)]
+        for row in (rows.get(method, {}) for method in used):
+            timed = "time_ratio" in row
+            line.append(", ".join([measure.spread(row["time_ratio"]), *row.get("ways", [])]) if timed else gap(row))
+        lines.append(line)
+    return measure.markdown_table([first, "non-private, ms", *(METHODS[name].title for name in used)], lines)
 
 
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:
     """The bars of all kinds, and the growth curves."""
-    suite, title = data["suite"], title_of(data)
-    paths = {what: stem.with_name(f"{stem.name}-{what}.png") for what in ("ratios", "growth")}
-    groups = rows_to_draw(suite.get("kinds", {}))
+    suite = data["suite"]
     panels = [
-        (sweep["title"], grows, [curve for name in GROWING if (curve := _curve(name, grows, sweep["points"])).points])
+        (sweep["title"], grows, [curve for name in METHODS if (curve := _curve(name, grows, suite, sweep["points"]))])
         for grows, sweep in suite.get("sweeps", {}).items()
     ]
-    if groups:
-        plots.draw_ratios(groups, paths["ratios"], title)
-    if panels:
-        plots.draw_growth(panels, paths["growth"], title)
-    return [path for path, drawn in zip(paths.values(), (groups, panels), strict=True) if drawn]
+    growth = stem.with_name(f"{stem.name}-growth.png")
+    return draw_bars(data, "kinds", stem) + draw_growth(panels, growth, title_of(data))
 
 
-def _curve(method: str, grows: str, parts: dict[str, Any]) -> plots.Curve:
-    curve = plots.Curve(method, [], [])
+def _curve(method: str, grows: str, suite: dict[str, Any], parts: dict[str, Any]) -> Curve | None:
+    """None of a method that the sweep is without."""
+    curve = Curve(method)
+    missing: dict[str, list[str]] = {}
     for name, part in parts.items():
-        for row in part.get("rows", []):
-            if row["method"] == method and "step_seconds" in row:
-                curve.points.append((float(name.removeprefix(f"{grows} ")), 1e3 * row["step_seconds"]["median"]))
-                curve.remarks.append(part.get("way", "") if method == "dpfast" else "")
-    return curve
+        value = name.removeprefix(f"{grows} ")
+        for row in (row for row in rows_of(suite, part) if row["method"] == method):
+            if "step_seconds" in row:
+                curve.points.append((float(value), 1e3 * row["step_seconds"]["median"]))
+                curve.ways.append(", ".join(row.get("ways", [])))
+            elif row["error"] is not None:
+                missing.setdefault(gap(row), []).append(value)
+    curve.gaps = [f"{why} at {grows} {', '.join(values)}" for why, values in missing.items()]
+    return curve if curve.points or curve.gaps else None

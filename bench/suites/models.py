@@ -1,7 +1,11 @@
-"""The models suite: whole training steps of every workload by every method, with memory and rates."""
+"""The models suite: whole training steps of every workload by every method, with memory and rates.
+
+The layers suite prints its rows by the same functions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from bench import measure, plots
 from bench.methods import METHODS, Method, absent
 from bench.record import Record, title_of
 from bench.roofline import in_words, peaks
-from bench.side_by_side import measure_work, rows_to_draw, summary
+from bench.side_by_side import measure_work, summary
 from bench.suites import Options
 from bench.workloads import FULL, VARIANTS, Workload, workloads
 
@@ -22,9 +26,9 @@ HEADER = (
     "× non-private (p20–p80)",
     "samples/s",
     "tokens/s",
-    "of the roof",
+    "of the product's roof",
     "memory, MiB",
-    "× non-private",
+    "memory, × non-private",
     "largest batch",
 )
 
@@ -53,7 +57,7 @@ def run(record: Record, options: Options) -> bool:
             methods = methods_of(work, options)
             measure_work(part, work, methods, device, share, record.save, small=options.small)
             measure.free_memory()
-        part["rows"] = summary(part, suite["peaks"].get("flops_per_second"))
+        part["rows"] = summary(part, suite["peaks"])
         record.save()
     ours = [entry for part in parts.values() for entry in part["entries"] if entry["method"].startswith("dpfast")]
     return all(entry["error"] is None for entry in ours)
@@ -62,43 +66,99 @@ def run(record: Record, options: Options) -> bool:
 def report(data: dict[str, Any]) -> str:
     """One table a workload, whether the targets are met, and why a peer was not given the plain model."""
     suite = data["suite"]
-    parts = [f"## Models\n\n{title_of(data)}"]
+    parts = heading(data, "Models")
     if "peaks" in suite:
-        parts.append(
-            f"The roof, measured in this run: {in_words(suite['peaks'])}. Flops are those of the non-private step's "
-            f"products."
-        )
-    for part in suite.get("works", {}).values():
-        rows = part.get("rows", [])
-        lines = [line for row in rows for line in (*targets(row), *notes(row))]
-        table = measure.markdown_table(HEADER, [cells(row) for row in rows])
-        limit = part.get("memory_limit_bytes")
-        if limit:
-            lines.append(f"- the largest batch is one that grows memory by at most {limit / measure.MIB:g} MiB")
-        parts.append("\n\n".join([f"### {part['title']}", table, *(["\n".join(lines)] if lines else [])]))
+        parts.append(roof_line(suite))
+    parts += [section(suite, part) for part in suite.get("works", {}).values()]
+    if data["finished"] and not any(part["targets"] for part in suite.get("works", {}).values()):
+        parts.append(where_targets_are("cpu" if data["device"]["name"] == "cpu" else "cuda"))
     return "\n\n".join(parts)
 
 
+def section(suite: dict[str, Any], part: dict[str, Any]) -> str:
+    """A part's table, and in lines below it what has no room there."""
+    rows = rows_of(suite, part)
+    lines = [line for row in rows for line in targets(row)]
+    lines += [line for row in rows for line in reasons(row)] + largest_line(part, rows)
+    text = table(rows) if rows else "Nothing measured yet."
+    return "\n\n".join([f"### {part['title']}", text, *(["\n".join(lines)] if lines else [])])
+
+
+def heading(data: dict[str, Any], what: str) -> list[str]:
+    """What it is, whether it is all of it, and where it was made."""
+    lines = [f"## {what}"]
+    if not data["finished"]:
+        lines.append(
+            "unfinished: the run was stopped; below is what it had measured by then. The same command with --resume "
+            "goes on with it"
+        )
+    return [*lines, title_of(data)]
+
+
+def roof_line(suite: dict[str, Any]) -> str:
+    text = f"The roof, measured in this run: {in_words(suite['peaks'])}."
+    if "flops_per_second" not in suite["peaks"]:
+        return text
+    return (
+        f"{text} Shares are of the product's rate alone, by the flops of the non-private step's products; attention's "
+        f"count in full, causal or not."
+    )
+
+
+def rows_of(suite: dict[str, Any], part: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part's rows; of one that was interrupted, of what it has."""
+    return part["rows"] if "rows" in part else summary(part, suite.get("peaks", {}))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a row; columns where nobody has anything are left out."""
+    lines = [cells(row) for row in rows]
+    kept = [k for k in range(len(HEADER)) if any(line[k] for line in lines)]
+    return measure.markdown_table([HEADER[k] for k in kept], [[line[k] for k in kept] for line in lines])
+
+
 def cells(row: dict[str, Any]) -> list[str]:
+    """In the order of HEADER."""
     title = METHODS[row["method"]].title
-    if row["variant"] != "plain" and row["error"] is None:
-        title += f" ({VARIANTS[row['variant']]})"
     if row["error"] is not None:
-        return [title, row["error"], *[""] * (len(HEADER) - 2)]
+        return [title, plots.gap(row), *[""] * (len(HEADER) - 2)]
+    if row["variant"] != "plain":
+        title += f" ({VARIANTS[row['variant']]})"
     verdicts, memory = row["verdicts"], row.get("memory", {})
     found = [title, f"{verdicts[-1]['error']:.0e}" if verdicts else "", *[""] * (len(HEADER) - 2)]
     if "step_seconds" in row:
-        found[2] = measure.spread(row["step_seconds"], 1e3, ".1f")
+        found[2] = measure.spread(row["step_seconds"], 1e3, ".1f" if row["step_seconds"]["median"] >= 0.1 else ".2f")
         found[3] = f"{measure.spread(row['time_ratio'])}, n={row['time_ratio']['n']}"
-        found[4] = f"{row['samples_per_second']:.0f}"
-        found[5] = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else ""
-        found[6] = f"{row['of_roofline']:.0%}" if "of_roofline" in row else ""
+        found[4] = rate(row["samples_per_second"])
+        found[5] = rate(row["tokens_per_second"]) if "tokens_per_second" in row else ""
+        found[6] = f"{row['of_roofline']:.0%}" if row.get("of_roofline") else ""  # none without a product
     found[7] = memory.get(
         "not_measured", f"{memory['growth_bytes'] / measure.MIB:.0f}" if "growth_bytes" in memory else ""
     )
     found[8] = f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") is not None else ""
-    found[9] = str(row.get("largest_batch", ""))
+    found[9] = largest_batch(row.get("largest_batch"))
     return found
+
+
+def rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def largest_batch(found: dict[str, Any] | int | None) -> str:
+    """What fits, and what does not."""
+    if not isinstance(found, dict):  # older records have the number alone
+        return "" if found is None else str(found)
+    if "error" in found:
+        return found["error"]
+    return f"≥ {found['fits']}" if found["fails"] is None else f"{found['fits']} (not {found['fails']})"
+
+
+def largest_line(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not any("largest_batch" in row for row in rows):
+        return []
+    limit = part.get("memory_limit_bytes")
+    where = f"in {limit / measure.MIB:g} MiB of growth" if limit else "in the GPU's memory"
+    return [f"- largest batch {where}, by bisection: the first number fits, the one in brackets does not"]
 
 
 def targets(row: dict[str, Any]) -> list[str]:
@@ -112,16 +172,28 @@ def targets(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def notes(row: dict[str, Any]) -> list[str]:
+def where_targets_are(device: str) -> str:
+    names = " ".join(name for name, work in workloads(device).items() if work.targets)
+    return (
+        f"None of these has a target. On {device} these have: "
+        f"`python -m dpfast bench --suite models --device {device} --method nonprivate dpfast --model {names}`"
+    )
+
+
+def reasons(row: dict[str, Any]) -> list[str]:
+    """Why it has no figure, or why it was not given the plain model."""
     title = METHODS[row["method"]].title
-    return [f"- {title}, {VARIANTS[v['variant']]}: {v['reason']}" for v in row["verdicts"][:-1]]
+    lines = [] if row["error"] is None else [f"- {title}: {row['error']}"]
+    return lines + [f"- {title}, {VARIANTS[v['variant']]}: {v['reason']}" for v in row["verdicts"][:-1]]
 
 
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:
     """The bars of ratios."""
-    groups = rows_to_draw(data["suite"].get("works", {}))
-    if not groups:
-        return []
-    path = stem.with_name(stem.name + "-ratios.png")
-    plots.draw_ratios(groups, path, title_of(data))
-    return [path]
+    return draw_bars(data, "works", stem)
+
+
+def draw_bars(data: dict[str, Any], parts: str, stem: Path) -> list[Path]:
+    """Of all ``parts`` of the suite."""
+    suite = data["suite"]
+    groups = [(part["title"], rows_of(suite, part)) for part in suite.get(parts, {}).values()]
+    return plots.draw_ratios(groups, stem.with_name(stem.name + "-ratios.png"), title_of(data))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.suites.kernel_cases import SETS, Case, CaseSet, Sizes, relative_error
+from bench.suites.kernel_cases import Case, CaseSet, Sizes, relative_error, sets_of
 from dpfast import ops
 from dpfast.reference.noisy_grad import noisy_grad_ as reference_noisy_grad_
 
@@ -75,33 +75,34 @@ def wanted(summed: Tensor, at: slice, parameter: int, noise: ops.Noise) -> Tenso
 
 
 def noise_cases(n: int, device: torch.device) -> list[Case]:
+    """All of them together go from one set of buffers to the next: none finds in the cache what its neighbour left."""
     steps = count()
-    sizes = shapes(n)
+    sizes, sets = shapes(n), sets_of(4 * n)
 
-    x = [torch.randn(n, device=device) for _ in range(SETS)]
+    x = [torch.randn(n, device=device) for _ in range(sets)]
     y = [torch.empty_like(one) for one in x]
-    half = [torch.empty(n, dtype=torch.bfloat16, device=device) for _ in range(SETS)]
-    many = [[list(torch.randn(sum(sizes), device=device).split(sizes)) for _ in range(2)] for _ in range(SETS)]
-    pairs = cycle(list(zip(x, y, strict=True)))
+    half = [torch.empty(n, dtype=torch.bfloat16, device=device) for _ in range(sets)]
+    many = [[list(torch.randn(sum(sizes), device=device).split(sizes)) for _ in range(2)] for _ in range(sets)]
 
     def copy() -> None:
-        source, target = next(pairs)
-        target.copy_(source)
+        turn = next(steps) % sets
+        y[turn].copy_(x[turn])
 
     def theirs() -> None:
         """On a GPU into a buffer that is there; elsewhere the two lines that a script has."""
-        source, target = next(pairs)
+        turn = next(steps) % sets
+        source, target = x[turn], y[turn]
         if device.type == "cuda":
             torch.randn(n, out=target, device=device).add_(source).mul_(0.5)
         else:
             source.add_(torch.randn_like(source)).mul_(0.5)
 
     def case(name: str, moved: float, mode: str, buffers: list[tuple[list[Tensor], list[Tensor]]]) -> Case:
-        turns = cycle(buffers)
         total = sum(one.numel() for one in buffers[0][0])
 
         def call() -> None:
-            noisy(*next(turns), noise_at(next(steps), mode, 0.5))
+            step = next(steps)
+            noisy(*buffers[step % sets], noise_at(step, mode, 0.5))
 
         flops = (3 + (NORMAL if mode != "none" else -2)) * total
         check = partial(noisy_error, *buffers[-1], noise_at(1 << 20, mode, 0.5))
@@ -142,19 +143,19 @@ State = list[list[Tensor]]  # summed, grads, params, then the optimizer's states
 def update_cases(n: int, device: torch.device) -> list[Case]:
     """Ours also make the noise, scale, and leave the noisy gradient in ``grads``."""
     steps = count()
-    sizes = shapes(n)
+    sizes, sets = shapes(n), sets_of(16 * n)
 
     def theirs() -> Callable[[], Any]:
         param = torch.nn.Parameter(torch.randn(n, device=device))
         param.grad = torch.randn(n, device=device)
         return torch.optim.AdamW([param], lr=LR, fused=True).step
 
-    fused = cycle([theirs() for _ in range(SETS)])
+    fused = cycle([theirs() for _ in range(sets)])
 
     def case(
         name: str, moved: float, flops: float, rule: Callable[..., None], mode: str, state: Callable[[], State]
     ) -> Case:
-        buffers = [state() for _ in range(SETS)]
+        buffers = [state() for _ in range(sets)]
         turns = cycle(buffers)
         total = sum(one.numel() for one in buffers[0][0])
         narrow = buffers[0][2][0].dtype != torch.float32

@@ -93,6 +93,16 @@ def test_what_is_no_commit_is_an_error_in_a_line(base, clone, capsys):
     assert len(said) == 1 and (f"BASE={base} is no commit" in said[0] or not base)
 
 
+@pytest.mark.parametrize(
+    "given", [["--rounds", "0"], ["--rounds", "-1"], ["--threads", "0"], ["--seconds", "nan"], ["--seconds", "inf"]]
+)
+def test_a_bad_number_is_an_error_in_a_line(given, clone, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("it began"))
+    assert compare.main(["HEAD", *given]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"error: {given[0]} ") and worktrees(clone) == 1
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, CompareError, None])
 def test_the_worktree_is_gone_afterwards(failure, clone):
     tree = None

@@ -1,6 +1,7 @@
 """The kernels' suite, as far as a CPU goes: its record is whole, what is wrong has no figure, nothing is lost."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from bench.record import Record
 from bench.suites import Options, kernel_cases, kernels, memory_cases, noise_cases, planner_cases
 from bench.suites.kernel_cases import SMALL, Case, CaseSet
 from dpfast import ops, planner
+from dpfast.layers.forms import Factored
 from dpfast.rates import BUILT_IN
 
 CPU = torch.device("cpu")
@@ -60,7 +62,9 @@ def test_the_record_is_whole(tmp_path):
     suite = data["suite"]
     assert set(suite["sets"]) == {one.title for one in kernels.case_sets(SMALL, CPU)}
     assert set(suite["planner"]) == {planner_cases.title(shape) for shape in SMALL.plans}
-    assert suite["roofline"]["float32"].keys() >= ROOF.keys()
+    roof = suite["roofline"]["float32"]
+    assert roof["passes"].keys() == {"copy", "read only", "in place"} and roof["flops_per_second"] > 0
+    assert roof["bytes_per_second"] == max(roof["passes"].values())
     for rows in suite["sets"].values():
         assert len(rows) >= 2 and not rows[0]["ours"] and any(row["ours"] for row in rows)
         for row in rows:
@@ -76,6 +80,19 @@ def test_the_record_is_whole(tmp_path):
     assert all(f"**{title}**" in printed for title in suite["sets"])
     (path,) = kernels.draw(data, tmp_path / "a")
     assert path.name == "a-roofline.png" and path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "passes, words",
+    [
+        ({}, "a copy 10 GB/s"),  # an old record
+        ({"passes": {"copy": 1e10, "read only": 9e9}}, "a copy 10 GB/s"),
+        ({"passes": {"copy": 8e9, "read only": 9e9, "in place": 1e10}}, "a copy 8 GB/s (in place 10 GB/s)"),
+    ],
+)
+def test_a_roof_in_words(passes, words):
+    roof = ROOF | passes | {"dtype": "float32"}
+    assert roofline.in_words(roof) == f"{words}, a float32 matrix product 100 GFLOP/s"
 
 
 def test_all_ops_have_a_case():
@@ -95,6 +112,25 @@ def test_tritons_kernels_pass_too(monkeypatch):
     monkeypatch.setattr(ops, "TRITON_DEVICES", {device.type})
     cases = [case for case in memory_cases.memory_cases(SMALL, device) if "Triton" in case.name]
     assert len(cases) == 7 and all(case.check() <= case.tolerance for case in cases)
+
+
+def test_no_call_finds_its_buffers_in_the_cache():
+    """Those of its neighbours are others, and what is used before they come again is larger than the cache."""
+    cases = [case for case in memory_cases.memory_cases(SMALL, CPU) if "native" in case.name]
+    last = set()
+    for case in cases * 3:
+        arguments = case.call.func(lambda *given: given, *case.call.args[1:])
+        used = {id(one) for one in torch.utils._pytree.tree_leaves(arguments)} - shared(case)
+        assert used and not used & last
+        last = used
+    B, T, d, _ = kernel_cases.SIZES["cpu"].memory
+    for nbytes in (2 * B * T * d, 4 * kernel_cases.SIZES["cpu"].elements):
+        assert nbytes * kernel_cases.sets_of(nbytes) >= kernel_cases.BEYOND_CACHE
+
+
+def shared(case):
+    """What every call gets: factors and ids."""
+    return set.intersection(*({id(one) for one in torch.utils._pytree.tree_leaves(a)} for a in case.call.args[1]))
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
@@ -126,7 +162,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert set(before["sets"]) == {"first"} and "float32" in before["roofline"] and not before["planner"]
     measured.clear()
     sets[1] = one_and(count("second"), title="second")
-    again = Record.resumed(tmp_path, "kernels", CPU, {"command": "test"})
+    again = Record(record.path, on_disk(record))
     assert kernels.run(again, OPTIONS)
     after = on_disk(again)["suite"]
     assert set(measured) == {"second", "third"}
@@ -262,3 +298,73 @@ def test_updates_are_compared(name, value, monkeypatch):
     wrong = {case for case, (error, limit) in errors(cases).items() if error > limit}
     rule = {"BETAS": "adam", "T": "adam", "MOMENT": "sgd", "DECAY": ""}[name]
     assert wrong == {case for case in errors(cases) if rule in case}
+
+
+WRONG = 1.01  # what a middle sample is multiplied by: among all samples' numbers it would not be seen
+
+
+def spoilt(out):
+    """A tensor, or several, with a middle sample that is a little wrong."""
+    if not isinstance(out, torch.Tensor):
+        return type(out)(map(spoilt, out))
+    out = out.clone()
+    out[len(out) // 2] *= WRONG
+    return out
+
+
+def test_ghost_norms_of_all_samples_are_compared(monkeypatch):
+    right = ops.ghost_squared_norm
+    cases = kernel_cases.ghost_cases(16, 16, 24, SMALL, CPU)
+    ((_, limit),) = errors(cases).values()
+    assert errors(cases)["ghost norm"][0] <= limit
+    monkeypatch.setattr(ops, "ghost_squared_norm", lambda A, G: spoilt(right(A, G)))
+    assert errors(cases)["ghost norm"][0] > limit
+
+
+def test_every_sample_and_every_output_is_compared():
+    B = 256
+    cases = [case for case in memory_cases.memory_cases(replace(SMALL, memory=(B, 8, 16, 50)), CPU) if case.check]
+    if not cases:
+        pytest.skip("no compiled library")
+    for case in cases:
+        op, one, _ = case.check.args
+        assert with_outputs(case, lambda out: out) is None
+        if isinstance(op(*one.arguments[0]), tuple | list):
+            assert "ValueError" in with_outputs(case, lambda out: out[:-1])
+            assert "ValueError" in with_outputs(case, lambda out: [*out, out[0]])
+        if one.by_sample:
+            of_samples = spoilt if "squared_norms" not in case.name else lambda out: spoilt(out[0])[None]
+            assert with_outputs(case, of_samples).startswith("wrong: relative error"), case.name
+
+
+def with_outputs(case, change):
+    """Why a case would get no figure if its op's outputs were changed."""
+    op, one, outputs = case.check.args
+    return kernel_cases.wrong(lambda: case.check.func(lambda *given: change(op(*given)), one, outputs))
+
+
+@pytest.mark.parametrize("method", ["squared_norm", "clipped_sum"])
+def test_a_way_that_is_wrong_gets_no_figure(method, monkeypatch):
+    right = getattr(Factored, method)
+    monkeypatch.setattr(Factored, method, lambda *given: spoilt(right(*given)))
+    rows = {row["way"]: row for row in planner_cases.planned((256, 16, 16, 16), torch.float32, CPU, 0.01)}
+    assert rows["ghost"]["error"].startswith("wrong: relative error") and rows["ghost"]["ours"]
+    assert "seconds" not in rows["ghost"] and rows["instantiate"]["fastest"] and "error" not in rows["instantiate"]
+
+
+@pytest.mark.parametrize("shape, way", [((4, 4, 64, 64), "ghost"), ((4, 64, 64, 64), "instantiate")])
+def test_the_way_is_the_one_of_the_default_budget(shape, way, monkeypatch):
+    """It is what most of a model's weights get."""
+    monkeypatch.setattr(planner, "rates_of", lambda *_: replace(BUILT_IN["cpu"], gram=1e7))
+    rows = planner_cases.planned(shape, torch.float32, CPU, 0.01)
+    assert [row["way"] for row in rows] == ["instantiate", "ghost"] and rows[0]["fastest_predicted"]
+    assert [row["way"] for row in rows if row["chosen"]] == [way]
+    over = "For 1 the budget left no room for the way that was predicted to be the fastest."
+    assert (over in planner_cases.report(rows)) is (way == "ghost")
+    B, T, d, p = shape
+    form = Factored(torch.ones(B, 1, T, d), torch.ones(B, 1, T, p), rows=p)
+    layers = 24
+    monkeypatch.setattr(planner, "in_use", lambda device: layers * planner_cases.in_use(form.shape))
+    model = planner.Planner()
+    ways = Counter(model.choose(f"layer {k}", form.shape).way for k in range(layers))
+    assert ways.most_common(1)[0][0] == way

@@ -1,5 +1,8 @@
 """Loops in which methods take turns: who has room beside whom, and who fails there."""
 
+import itertools
+import time
+
 import pytest
 import torch
 
@@ -56,7 +59,7 @@ def test_several_loops_keep_their_own_rounds(monkeypatch):
     turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
     base, dpfast, hooks = ({int(n) for n in one["seconds"]} for one in part["entries"])
     assert dpfast and hooks and dpfast.isdisjoint(hooks) and base == dpfast | hooks
-    rows = {row["method"]: row for row in side_by_side.summary(part, None)}
+    rows = {row["method"]: row for row in side_by_side.summary(part, {})}
     assert rows["dpfast"]["time_ratio"]["n"] == len(dpfast) and rows["nonprivate"]["time_ratio"]["median"] == 1
 
 
@@ -70,17 +73,17 @@ def test_without_its_base_there_is_no_figure(loop, monkeypatch):
     def full():
         raise torch.OutOfMemoryError("tried 80 GiB")
 
-    def no_room(work, method, variant, device):
+    def no_room(work, method, variant, device, plan):
         here.append(method)
         if method == "nonprivate" and here.count("nonprivate") == loop + 1:
             return lambda: full
-        return start(work, method, variant, device)
+        return start(work, method, variant, device, plan=plan)
 
     monkeypatch.setattr(turns, "start_training", no_room)
     part = {"entries": [entry(name) for name in ("nonprivate", "dpfast", "hooks")], "batch_size": 4, "tokens": 0}
-    part |= {"targets": {}, "flops": 1}
+    part |= {"targets": {}, "flops": {"plain": 1}}
     turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
-    rows = {row["method"]: row for row in side_by_side.summary(part, 1e9)}
+    rows = {row["method"]: row for row in side_by_side.summary(part, {"flops_per_second": 1e9})}
     left, right = (("hooks", "dpfast"), ("dpfast", "hooks"))[loop]
     assert rows["nonprivate"]["error"] is None and rows["nonprivate"]["step_seconds"]["n"] >= measure.MIN_ROUNDS
     assert rows[left]["time_ratio"]["n"] >= measure.MIN_ROUNDS and "time_ratio" not in rows[right]
@@ -91,12 +94,53 @@ def test_a_base_that_fails_everywhere_says_so(monkeypatch):
     def full():
         raise torch.OutOfMemoryError("tried 80 GiB")
 
-    monkeypatch.setattr(turns, "start_training", lambda work, method, *_: lambda: full)
-    part = {"entries": [entry("nonprivate"), entry("dpfast")], "batch_size": 4, "tokens": 0, "targets": {}, "flops": 1}
+    monkeypatch.setattr(turns, "start_training", lambda *_, plan: lambda: full)
+    part = {"entries": [entry("nonprivate"), entry("dpfast")], "batch_size": 4, "tokens": 0}
+    part |= {"targets": {}, "flops": {"plain": 1}}
     turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
-    rows = side_by_side.summary(part, 1e9)
+    rows = side_by_side.summary(part, {"flops_per_second": 1e9})
     assert ["out of memory" in row["error"] for row in rows] == [True, True]
     assert not any("step_seconds" in row for row in rows)
+
+
+def test_the_plan_is_the_one_that_dpfast_makes_alone():
+    """Beside others more memory is in use, of which the planner's budget is a part."""
+    for way in ("ghost", "instantiate"):
+        work = workloads("cpu", small=True)["gpt2"]
+        part = {"entries": [entry("nonprivate"), entry("dpfast")], "batch_size": 4, "tokens": 8, "targets": {}}
+        part["alone"] = {"plan": {"": way}}
+        turns.time_in_turns(part, work, CPU, 0.05, lambda: None)
+        assert side_by_side.summary(part, {})[1]["ways"] == [way]
+
+
+def test_each_round_has_an_order_of_its_own():
+    items = list("abcdef")
+    orders = [measure.shuffled(items, number) for number in range(200)]
+    assert orders == [measure.shuffled(items, number) for number in range(200)]
+    pairs = {pair for order in orders for pair in itertools.pairwise(order)}
+    assert len(pairs) == 30 and {order[0] for order in orders} == set(items)
+
+
+def test_a_first_call_that_compiles_is_not_its_cost(monkeypatch):
+    """It would be taken for a slow one, and timed in few rounds."""
+    monkeypatch.setattr(measure, "SLOW", 100.0)
+    first = [time.sleep]
+
+    def compiled():
+        first.pop()(0.5) if first else None
+
+    taken = measure.in_turns({"base": lambda: time.sleep(0.002), "compiled": compiled}, CPU, 0.1)
+    assert len(taken["compiled"]) == len(taken["base"])
+
+
+def test_a_lost_device_ends_the_turns():
+    """Who lost it is named; the others are not blamed for what they cannot do any more."""
+
+    def lost():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    taken, reasons = measure.turns_of({"a": lambda: None, "b": lost}, CPU, 0.01)
+    assert set(reasons) == {"b"} and "illegal memory access" in reasons["b"] and set(taken) == {"a"}
 
 
 def test_who_fails_is_let_go_and_the_others_go_on():
