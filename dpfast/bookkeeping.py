@@ -117,13 +117,18 @@ class Book(Recorder):
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
             some_left_out = self._any_left_out(factors, lost)
             parts: dict[nn.Parameter, list[tuple[Form, Tensor]]] = {}
+            known: dict[Any, tuple[Tensor, Tensor | None]] = {}  # parameters of one kind have the same weights
             for p in list(combined):
                 forms = combined.pop(p)
-                factor = factors[self.clipping.group_of(p)]
-                weights = _towards_zero(factor * scale, compute_dtype(p.dtype)).to(p.device)
-                if some_left_out:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
-                    index = factor.nonzero().squeeze(1).to(p.device)
-                    forms, weights = [form.select(index) for form in forms], weights[index]
+                kind = self.clipping.group_of(p), compute_dtype(p.dtype), p.device
+                if kind not in known:
+                    factor = factors[kind[0]]
+                    weights = _towards_zero(factor * scale, kind[1]).to(p.device)
+                    index = factor.nonzero().squeeze(1).to(p.device) if some_left_out else None
+                    known[kind] = weights if index is None else weights[index], index
+                weights, index = known[kind]
+                if index is not None:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
+                    forms = [form.select(index) for form in forms]
                 parts[p] = [(form, weights) for form in forms]
             if self.ranks.sharded:
                 self._share(parts)
@@ -149,14 +154,12 @@ class Book(Recorder):
     def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
         """Squared norms ``[groups, B]`` and the bounds on their errors."""
         first, forms = next(iter(combined.items()))
-        shape = (len(self.clipping.thresholds), forms[0].batch)
-        squares = torch.zeros(shape, dtype=torch.float64, device=first.device)
-        bounds = torch.zeros_like(squares)
+        none = torch.zeros(forms[0].batch, dtype=torch.float64, device=first.device)
+        totals = [(none, none)] * len(self.clipping.thresholds)
         for p, forms in combined.items():
-            squared, bound = squared_norm(forms)
-            squares[self.clipping.group_of(p)] += squared.to(first.device)
-            bounds[self.clipping.group_of(p)] += bound.to(first.device)
-        return squares, bounds
+            (squares, bounds), (squared, bound) = totals[group := self.clipping.group_of(p)], squared_norm(forms)
+            totals[group] = squares + squared.to(first.device), bounds + bound.to(first.device)
+        return torch.stack([squares for squares, _ in totals]), torch.stack([bounds for _, bounds in totals])
 
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
         sizes = {form.batch: self.names[p] for p, forms in uses.items() for form in forms}

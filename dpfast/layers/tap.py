@@ -6,6 +6,7 @@ the per-sample gradients go to the :class:`Recorder` instead.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,3 +233,6 @@ class LayerOp(torch.autograd.Function):
         rows = x.flatten(0, 1) if merge else x
         y = LayerOp.apply(Call(call.tap, call.spec, info.batch_size), None, rows, *params)
         return (y.unflatten(0, x.shape[:2]) if merge else y), 0
+
+
+LayerOp.forward.__signature__ = inspect.signature(LayerOp.forward)  # type: ignore[attr-defined]  # apply asks each time

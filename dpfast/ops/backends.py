@@ -115,5 +115,7 @@ def _row(op: str, device: str) -> tuple[str, str]:
     return instead, "; ".join(reasons)
 
 
+@cache
 def _has(op: str, device: str) -> bool:
+    """Asked when the device's library is loaded, so that the answer stays."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"dpfast::{op}", device.upper())

@@ -56,7 +56,7 @@ def certified(squared: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     Float64 ones are sums of exact squares, or nearly; float32 ones were summed in blocks in float32.
     """
     blocks = BLOCK_UNITS * unit_roundoff(torch.float32) if squared.dtype == torch.float32 else 0.0
-    return with_safety(squared, blocks * squared.double(), samples.dtype, squares=math.prod(samples.shape[1:]))
+    return with_safety(squared, 0.0, samples.dtype, squares=math.prod(samples.shape[1:]), relative=blocks)
 
 
 def one_position_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,8 @@ def one_position_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     a, g = torch.ops.dpfast.squared_norms([A.contiguous(), G.contiguous()])
     # Each sum is rounded, and what its squares lose below the smallest float32 is multiplied by the other one.
     (a, slack_a), (g, slack_g) = certified(a, A), certified(g, G)
-    return with_safety(a * g, a * slack_g + g * slack_a + slack_a * slack_g, G.dtype)
+    product = a * g
+    return with_safety(product, (a + slack_a) * (g + slack_g) - product, G.dtype)
 
 
 def sum_positions(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,12 @@ def _step_replaced(optimizer: Optimizer) -> bool:
 
 
 def _share_memory(params: Sequence[Tensor]) -> bool:
-    spans = sorted((str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes) for p in params if p.numel())
-    return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(spans))
+    spans: dict[torch.device, list[tuple[int, int]]] = defaultdict(list)
+    for p in params:
+        start, length = p.data_ptr(), p.nbytes
+        if length:
+            spans[p.device].append((start, start + length))
+    return any(b[0] < a[1] for its in spans.values() for a, b in pairwise(sorted(its)))
 
 
 def noisy_step(

@@ -56,10 +56,17 @@ def of_slip(squared: Tensor, slip: Tensor) -> Tensor:
     return 2 * squared.clamp_min(0).sqrt() * slip + slip**2
 
 
-def with_safety(squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squares: int = 0) -> tuple[Tensor, Tensor]:
-    """``(squared, bound + SAFETY_UNITS · u · squared + underflow of so many squares)``, float64, never negative."""
+def with_safety(
+    squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squares: int = 0, relative: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``(squared, bound + (SAFETY_UNITS · u + relative) · squared + underflow of so many squares)``, float64, never
+    negative.
+    """
     squared = squared.double().clamp_min(0)
-    return squared, SAFETY_UNITS * unit_roundoff(dtype) * squared + bound + squares * smallest(dtype)
+    slack, underflow = squared * (SAFETY_UNITS * unit_roundoff(dtype) + relative), squares * smallest(dtype)
+    if isinstance(bound, Tensor):  # as few ops as can be: there is one of these for every parameter
+        return squared, slack + bound + underflow if squares else slack + bound
+    return squared, slack + (bound + underflow)
 
 
 def rounded_up(value: float) -> float:
