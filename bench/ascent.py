@@ -9,8 +9,6 @@ run on the machine.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +110,8 @@ def main() -> None:
     found = {"workload": work.title, "figures": figures}
     print(table(found))
     if arguments.out is not None:
-        command = shlex.join(["python", "-m", "bench.ascent", *sys.argv[1:]])
+        chosen = f"--workload {arguments.workload} --ways {' '.join(arguments.ways)} --rounds {arguments.rounds}"
+        command = f"python -m bench.ascent {chosen}"
         device = torch.device("cpu")
         record = Record.new(arguments.out, "ascent", device, {"command": command, "suite": "ascent"})
         record.suite.update(found)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -136,7 +134,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as on the ranks
     configuration = {
-        "command": shlex.join(["python", "-m", "bench.distributed", *sys.argv[1:]]),
+        "command": f"python -m bench.distributed --work {' '.join(arguments.work)} --seconds {arguments.seconds:g} "
+        f"--rounds {arguments.rounds}",
         "suite": "distributed",
         "ranks": RANKS,
         "seconds": arguments.seconds,

@@ -172,7 +172,7 @@ def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Pa
         "step time, × non-private training; bars: median, whiskers: p20–p80, ▸: cut, in brackets: another model variant"
     )
     figure.supxlabel("\n".join(textwrap.wrap(what, 45 * columns)), fontsize=9)
-    _caption(figure, note, 75 * columns)
+    caption(figure, note, 75 * columns)
     return _written(figure, path, dpi=120)
 
 
@@ -193,7 +193,7 @@ _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fonts
 _BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind a text that something would cross
 
 
-def _caption(figure: Figure, note: str, width: int) -> None:
+def caption(figure: Figure, note: str, width: int) -> None:
     """Where, when and with what: see :func:`bench.record.title_of`."""
     figure.suptitle("\n".join(textwrap.wrap(note.replace("`", ""), width, break_on_hyphens=False)), fontsize=7)
 
@@ -241,7 +241,7 @@ def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, 
         axes.legend(frameon=False, fontsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    _caption(figure, note, 90 * columns)
+    caption(figure, note, 90 * columns)
     return _written(figure, path, dpi=130)
 
 

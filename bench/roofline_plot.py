@@ -13,6 +13,8 @@ matplotlib.use("Agg")  # a file is wanted, never a window
 import numpy as np
 from matplotlib import pyplot as plt
 
+from bench.plots import caption
+
 # Okabe and Ito's, in an order that keeps neighbours apart; a kernel's mark differs too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -22,13 +24,14 @@ NUMBER, POINT = (13, 9), 8  # points that numbers keep from each other, and from
 
 
 def draw_roofline(
-    roofs: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path, device: str
+    roofs: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path, note: str
 ) -> None:
     """Each kernel has a colour, a mark, and a number at its fastest point; the list beside the plot says what it is.
 
     Args:
         roofs: peaks by dtype.
         rows: of kernels, with ``name``, ``intensity``, ``flops_per_second`` and ``roofline``.
+        note: where, when and with what they were measured.
     """
     names = list(dict.fromkeys(row["name"] for row in rows))
     figure, axes = plt.subplots(figsize=(12, 6.5), layout="constrained")
@@ -57,9 +60,10 @@ def draw_roofline(
     _label(axes, rows, names)
     axes.set_xlabel("arithmetic intensity, flops per byte (each input read once, each output written once)")
     axes.set_ylabel("flops per second")
-    axes.set_title(f"{device}: kernels under the measured roofs, and their shares of them", fontsize=11, loc="left")
+    axes.set_title("kernels under the measured roofs, and their shares of them", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
+    caption(figure, note, 190)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8.5)
     figure.savefig(path, dpi=130)
     plt.close(figure)

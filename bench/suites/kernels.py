@@ -198,6 +198,5 @@ def draw(data: dict[str, Any], stem: Path) -> list[Path]:
     if not roofs or not rows:
         return []
     path = stem.with_name(f"{stem.name}-roofline.png")
-    name = data["device"]["name"]
-    draw_roofline(roofs, rows, path, data["machine"]["cpu"] if name == "cpu" else name)
+    draw_roofline(roofs, rows, path, title_of(data))
     return [path]
