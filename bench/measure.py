@@ -21,7 +21,7 @@ WARM_UP = 2  # calls before the first that is timed: the first may compile, or c
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 SLOW = 8.0  # who takes this many times as long as the first one ...
 SLOW_ROUNDS = 3  # ... is timed in this many rounds only
-LEAD = 1_000_000  # cycles that a GPU waits before a short call, so that the host is ahead of it
+LEAD = 2_000_000  # cycles that a GPU waits before a short call, so that the host is ahead of it
 
 Step = Callable[[], object]
 Clock = Callable[[Step, torch.device], float]
@@ -106,30 +106,26 @@ def turns_of(
 
     while calls:
         blamed: list[str] = []
+
+        def read(call: Step, device: torch.device, blamed: list[str] = blamed) -> float:
+            try:
+                return clock(call, device)  # a GPU's failure comes when the clock waits for it
+            except Exception:
+                blamed += [name for name, one in calls.items() if one is call]
+                raise
+
         try:
-            named = {name: _named(name, call, blamed) for name, call in calls.items()}
-            return in_turns(named, device, seconds, taken, keep, clock), reasons
+            return in_turns(calls, device, seconds, taken, keep, read), reasons
         except Exception as failure:  # whatever it is, it is a row of the table
-            reason, lost = said(failure), isinstance(failure, torch.AcceleratorError)
-        del named
-        for name in blamed or list(calls):
+            reason = said(failure)
+        lost = is_lost(device)  # then the others are not to blame for what they cannot do any more
+        for name in blamed or ([] if lost else list(calls)):
             reasons[name] = reason
             del calls[name], taken[name]
-        if lost:  # everybody would fail from here on
+        if lost:
             break
         free_memory()
     return taken, reasons
-
-
-def _named(name: str, call: Step, blamed: list[str]) -> Step:
-    def named() -> object:
-        try:
-            return call()
-        except Exception:
-            blamed.append(name)
-            raise
-
-    return named
 
 
 def one_round(calls: Mapping[Name, Step], order: Sequence[Name], read: Callable[[Step], float]) -> dict[Name, float]:
@@ -169,7 +165,8 @@ def why_not(attempt: Callable[[], Any]) -> str | None:
 def said(failure: BaseException) -> str:
     """A failure in a line."""
     words = " ".join(str(failure).split())
-    if isinstance(failure, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words:
+    other = "can't allocate memory" in words or "CUDA error: out of memory" in words
+    if other or isinstance(failure, torch.OutOfMemoryError | MemoryError):
         return f"out of memory: {words[:160]}"
     return f"{type(failure).__name__}: {words[:300]}"
 
@@ -189,6 +186,14 @@ def still_there(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def is_lost(device: torch.device) -> bool:
+    try:
+        still_there(device)
+    except torch.AcceleratorError:
+        return True
+    return False
 
 
 def spread(figure: Mapping[str, float], scale: float = 1.0, digits: str = ".2f") -> str:

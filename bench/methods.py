@@ -196,11 +196,19 @@ class Training:
 
     @property
     def plan(self) -> Plan | None:
-        """The way that dpfast goes in each layer that has a choice; None for the others."""
+        """The way that dpfast goes in each layer that has a choice, if it is the same in all its uses; None for the
+        other methods.
+        """
         book = getattr(self.trainer.model, "book", None)
         if book is None:
             return None
-        return {layer: way for layer, _, way in book.planner.state_dict()["plans"] if way in WAYS}
+        root = self.trainer.model._module  # the book calls it by its type, a plan by the empty name
+        names = {name: name for name, _ in root.named_modules()} | {type(root).__name__: ""}
+        ways: dict[str, set[str]] = {}
+        for layer, _, way in book.planner.state_dict()["plans"]:
+            if layer in names and way in WAYS:
+                ways.setdefault(names[layer], set()).add(way)
+        return {layer: way for layer, (way, *more) in ways.items() if not more}
 
 
 def start_training(

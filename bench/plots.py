@@ -150,7 +150,7 @@ def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Pa
     figure, grid = plt.subplots(
         lines,
         columns,
-        figsize=(5.4 * columns, (0.8 + 0.23 * tallest) * lines + 0.6),
+        figsize=(5.4 * columns, (0.8 + 0.23 * max(tallest, 4)) * lines + 0.6),
         squeeze=False,
         layout="constrained",
     )

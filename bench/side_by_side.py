@@ -35,7 +35,8 @@ def memory_job(
     quiet_peers()
     module, function = named.split(":")
     found = getattr(importlib.import_module(module), function)(device, small)[work]
-    return lambda little: start_training(found, method, variant, torch.device(device), 2 if little else size)
+    on, first = torch.device(device), method.removesuffix("-compiled")  # nobody compiles just to be warm
+    return lambda little: start_training(found, first if little else method, variant, on, 2 if little else size)
 
 
 def peak(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def measure_work(
     if named is not None and any(method.library == "dpfast" for method in methods) and "alone" not in part:
         part["alone"] = peak(_job(_entry("dpfast", "plain"), work, device, named, small), device)
         save()
+        measure.still_there(device)
     _check(part, work, methods, device, save)
     if named is not None:
         _memory(part, work, device, named, small, save)
@@ -159,20 +161,19 @@ def _largest_batches(
     left_out = {m.name for m in METHODS.values() if m.compiled or (m.layerwise and device.type == "cpu")}
     todo = [entry for entry in usable(part) if "largest_batch" not in entry and entry["method"] not in left_out]
     for entry in tqdm(todo, desc=f"{work.name}: largest batch", leave=False):
-        job = _job(entry, work, device, named, small)
+        job, reasons = _job(entry, work, device, named, small), dict[int, str]()
 
-        def fits(size: int, job: dict[str, Any] = job) -> bool:
+        def fits(size: int, job: dict[str, Any] = job, reasons: dict[int, str] = reasons) -> bool:
             taken = peak(job | {"size": size}, device)
             error = taken.get("error", taken.get("not_measured", ""))
             if error and not error.startswith("out of memory"):
-                raise RuntimeError(f"batch {size}: {error}")
+                reasons[size] = error
             return not error and (limit is None or taken["growth_bytes"] <= limit)
 
-        try:
-            low, high = largest(fits, work.batch_size)
-            entry["largest_batch"] = {"fits": low, "fails": high}
-        except RuntimeError as failure:
-            entry["largest_batch"] = {"error": str(failure)}
+        low, high = largest(fits, work.batch_size)
+        entry["largest_batch"] = {"fits": low, "fails": high}
+        if high in reasons:
+            entry["largest_batch"]["error"] = reasons[high]
         part["memory_limit_bytes"] = limit
         save()
         measure.still_there(device)

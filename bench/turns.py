@@ -94,6 +94,7 @@ def _loop(
     save: Callable[[], None],
 ) -> None:
     """One loop; its rounds have numbers that no other loop has."""
+    measure.free_memory()
     by_key = {key_of(entry): entry for entry in entries}
     steps: dict[str, measure.Step] = {}
     reasons: dict[str, str | None] = {}
@@ -104,6 +105,9 @@ def _loop(
             steps[key] = start_training(work, entry["method"], entry["variant"], device, plan=plan)()
 
         reasons[key] = measure.why_not(set_up)
+        if measure.is_lost(device):
+            by_key[key]["error"] = f"beside the others: {reasons[key]}"
+            return
     first = number * measure.MAX_ROUNDS
     kept = {key: {int(n) - first: s for n, s in _rounds(by_key[key]).items() if int(n) >= first} for key in steps}
     with tqdm(desc=f"{work.name}: rounds", leave=False) as bar:
@@ -119,6 +123,7 @@ def _loop(
 
         clock = partial(measure.timed, times=STEPS_OF_A_TURN[device.type])
         reasons |= measure.turns_of(steps, device, seconds, kept, keep, clock)[1]
+    lost = measure.is_lost(device)
     for entry in entries:
         own, base = (reasons.get(key, "it failed before") for key in (key_of(entry), base_of(entry)))
         if entry["method"] == "nonprivate":
@@ -126,7 +131,7 @@ def _loop(
             entry["error"] = own if last and not _rounds(entry) else None
         elif own is not None:
             entry["error"] = f"beside the others: {own}"
-        elif base is not None:
+        elif base is not None and not lost:
             entry["error"] = f"no non-private step beside it: {base}"
 
 

@@ -149,7 +149,7 @@ def largest_batch(found: dict[str, Any] | int | None) -> str:
     if not isinstance(found, dict):  # older records have the number alone
         return "" if found is None else str(found)
     if "error" in found:
-        return found["error"]
+        return f"{found['fits']} (not {found['fails']}: {found['error']})"
     return f"≥ {found['fits']}" if found["fails"] is None else f"{found['fits']} (not {found['fails']})"
 
 

@@ -382,7 +382,15 @@ def test_a_signal_is_not_lost(number, again, tmp_path):
     assert not record["finished"] and [len(one) for one in rounds] == [0 if again else 1] * 2
 
 
-def test_handlers_are_as_before(tmp_path, monkeypatch):
+@pytest.fixture
+def _nothing_is_ignored():
+    """As Ctrl-C is in what a shell runs in the background, the tests perhaps."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_handlers_are_as_before(tmp_path, monkeypatch, _nothing_is_ignored):
     inside = []
 
     def look(record, options):
@@ -431,6 +439,17 @@ def test_the_largest_batch_of_every_method(monkeypatch):
     limit = part["memory_limit_bytes"] // mib
     assert found["nonprivate"]["fits"] <= limit < found["nonprivate"]["fails"] <= 1.1 * limit
     assert found["hooks"] == {"fits": limit // 40, "fails": limit // 40 + 1} and found["flashdp"] is None
+
+
+def test_a_size_that_fails_otherwise_is_named_beside_what_fits(monkeypatch):
+    entry = {"method": "hooks", "variant": "plain", "verdicts": [], "error": None}
+    refused = {"error": "RuntimeError: integer overflow"}
+    monkeypatch.setattr(side_by_side, "peak", lambda job, _: refused if job["size"] > 9 else {"growth_bytes": 1})
+    work = replace(workloads("cpu", small=True)["mlp"], largest_batch=True)
+    side_by_side._largest_batches(
+        {"entries": [entry]}, work, torch.device("cpu"), side_by_side.NAMED, True, lambda: None
+    )
+    assert entry["largest_batch"] == {"fits": 9, "fails": 10, "error": "RuntimeError: integer overflow"}
 
 
 def test_every_method_is_checked_before_it_is_timed(tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def test_a_plot_where_nobody_has_a_figure(tmp_path, drawn):
         ({"fits": 1792, "fails": 1920}, "1792 (not 1920)"),
         ({"fits": 65536, "fails": None}, "≥ 65536"),
         ({"fits": 0, "fails": 1}, "0 (not 1)"),
-        ({"error": "batch 8: RuntimeError: no"}, "batch 8: RuntimeError: no"),
+        ({"fits": 4, "fails": 8, "error": "RuntimeError: no"}, "4 (not 8: RuntimeError: no)"),
         (768, "768"),
     ],
 )

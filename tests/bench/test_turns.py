@@ -1,16 +1,19 @@
 """Loops in which methods take turns: who has room beside whom, and who fails there."""
 
+import copy
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("psutil", reason="the bench needs the extra 'demo'")
 pytest.importorskip("tqdm", reason="the bench needs the extra 'demo'")
 
 from bench import measure, side_by_side, turns
-from bench.methods import quiet_peers
+from bench.methods import quiet_peers, start_training
 from bench.workloads import workloads
 
 CPU = torch.device("cpu")
@@ -133,14 +136,66 @@ def test_a_first_call_that_compiles_is_not_its_cost(monkeypatch):
     assert len(taken["compiled"]) == len(taken["base"])
 
 
-def test_a_lost_device_ends_the_turns():
+def test_a_lost_device_ends_the_turns(monkeypatch):
     """Who lost it is named; the others are not blamed for what they cannot do any more."""
+    gone = []
+    monkeypatch.setattr(measure, "is_lost", lambda device: bool(gone))
 
-    def lost():
+    def lost(call, device):  # a GPU's error comes when the clock waits for it, not in the call
+        if call is calls["b"]:
+            gone.append("it")
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return measure.timed(call, device)
+
+    calls = {"a": lambda: None, "b": lambda: None}
+    taken, reasons = measure.turns_of(calls, CPU, 0.01, clock=lost)
+    assert set(reasons) == {"b"} and "illegal memory access" in reasons["b"] and set(taken) == {"a"}
+
+
+def test_a_failure_that_leaves_the_device_as_it_was_is_one_calls_own():
+    def refused():
+        raise torch.AcceleratorError("CUDA error: too many resources requested for launch")
+
+    taken, reasons = measure.turns_of({"a": lambda: None, "b": refused}, CPU, 0.01)
+    assert set(reasons) == {"b"} and len(taken["a"]) >= measure.MIN_ROUNDS
+
+
+@pytest.mark.parametrize("when", ["set up", "timed"])
+def test_on_a_lost_device_nobody_else_has_failed(when, monkeypatch):
+    """A new process goes on with the others."""
+    gone = []
+    monkeypatch.setattr(measure, "is_lost", lambda device: bool(gone))
+    start = turns.start_training
+
+    def broken():
+        gone.append("it")
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    taken, reasons = measure.turns_of({"a": lambda: None, "b": lost}, CPU, 0.01)
-    assert set(reasons) == {"b"} and "illegal memory access" in reasons["b"] and set(taken) == {"a"}
+    def started(work, method, *given, **more):
+        if method == "nonprivate":
+            return start(work, method, *given, **more)
+        return broken if when == "set up" else lambda: lambda: broken()
+
+    monkeypatch.setattr(turns, "start_training", started)
+    part = {"entries": [entry("nonprivate"), entry("flashdp"), entry("hooks")]}
+    part |= {"batch_size": 4, "tokens": 0, "targets": {}}
+    turns.time_in_turns(part, WORK, CPU, 0.05, lambda: None)
+    errors = {one["method"]: one["error"] for one in part["entries"]}
+    assert errors["nonprivate"] is None and "illegal memory access" in errors["flashdp"] and errors["hooks"] is None
+
+
+@pytest.mark.parametrize("model", [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))])
+def test_a_plan_can_be_given_back(model):
+    """Also that of a model which is one layer: its name in the book is no module's."""
+    work = replace(WORK, build=lambda variant: copy.deepcopy(model), inputs=lambda n: torch.randn(n, 3, 8))
+    work = replace(work, classes=4, tokens=3)
+    step = start_training(work, "dpfast", "plain", CPU)()
+    step()
+    assert step.plan and set(step.plan.values()) <= {"ghost", "instantiate"}
+    for way in ("ghost", "instantiate"):
+        again = start_training(work, "dpfast", "plain", CPU, plan=dict.fromkeys(step.plan, way))()
+        again()
+        assert set(again.plan.values()) == {way}
 
 
 def test_who_fails_is_let_go_and_the_others_go_on():
