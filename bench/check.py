@@ -113,8 +113,12 @@ def _squares(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: g.double().square().sum() for name, g in gradient.items()}
 
 
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
 def _layers(parameters: Iterable[str]) -> set[str]:
-    return {name.rpartition(".")[0] for name in parameters}
+    return {_layer(name) for name in parameters}
 
 
 def _clipped_sums(
@@ -125,11 +129,7 @@ def _clipped_sums(
     for gradient, count in zip(_gradients(model, x, y), counts, strict=True):
         squares = _squares(gradient)
         for name, g in gradient.items():
-            mine = [
-                s
-                for other, s in squares.items()
-                if not layerwise or other.rpartition(".")[0] == name.rpartition(".")[0]
-            ]
+            mine = [s for other, s in squares.items() if not layerwise or _layer(other) == _layer(name)]
             limit = bound / math.sqrt(len(layers)) if layerwise else bound
             norm = torch.stack(mine).sum().sqrt()
             sums[name] += count * g.double() * (limit / norm).clamp(max=1.0)

@@ -157,8 +157,9 @@ class Book(Recorder):
         none = torch.zeros(forms[0].batch, dtype=torch.float64, device=first.device)
         totals = [(none, none)] * len(self.clipping.thresholds)
         for p, forms in combined.items():
-            (squares, bounds), (squared, bound) = totals[group := self.clipping.group_of(p)], squared_norm(forms)
-            totals[group] = squares + squared.to(first.device), bounds + bound.to(first.device)
+            group = self.clipping.group_of(p)
+            squared, bound = (each.to(first.device) for each in squared_norm(forms))
+            totals[group] = totals[group][0] + squared, totals[group][1] + bound
         return torch.stack([squares for squares, _ in totals]), torch.stack([bounds for _, bounds in totals])
 
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
