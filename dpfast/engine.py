@@ -23,7 +23,7 @@ from dpfast.clipping import Clipping
 from dpfast.clipping_functions import ClippingFunction, clipping_function
 from dpfast.compatibility import problems
 from dpfast.criterion import PerSampleCriterion
-from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
+from dpfast.grad_sample import FusedHooks, FusedModule, check_public_state, parameter_names
 from dpfast.noise import check_state
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascent, check_ascent
@@ -123,6 +123,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ascent: Ascent | None = None,
         memory_budget: int | float | None = None,
         plan: Mapping[str, str] | None = None,
+        public_state: Sequence[str] = (),
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
@@ -152,6 +153,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 :mod:`dpfast.optim.ascent`. ε does not change.
             memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
                 choose: see :class:`dpfast.planner.Planner`. ``dpfast.explain`` shows the plan.
+            public_state: names of buffers and parameters, or of modules that hold them, which forwards may change by
+                the samples. They are released without noise, and the guarantee does not cover them.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
@@ -161,9 +164,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 were.
         """
         if grad_sample_mode != FUSED:
-            if memory_budget is not None or plan is not None or clipping_fn != "abadi":
+            if memory_budget is not None or plan is not None or clipping_fn != "abadi" or public_state:
                 raise ValueError(
-                    f"memory_budget, plan and clipping_fn are of the fused mode, not of {grad_sample_mode!r}"
+                    f"memory_budget, plan, public_state and clipping_fn are of the fused mode, not of "
+                    f"{grad_sample_mode!r}"
                 )
             if ascent is not None:
                 raise ValueError(f"ascent={ascent!r}: the fused mode has it, not {grad_sample_mode!r}")
@@ -236,6 +240,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         planner = Planner(memory_budget, plan)
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
+        check_public_state(public_state, model)
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
         if not len(data_loader):
             raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
@@ -256,6 +261,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.book.planner = planner
+        hooks.public_state = tuple(public_state)
         if poisson_sampling or isinstance(data_loader.batch_sampler, PoissonBatches):
             hooks.forbid_grad_accumulation()  # a sample may be in two of such batches
         else:

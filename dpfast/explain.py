@@ -14,7 +14,7 @@ from dpfast.grad_sample import FusedHooks, FusedModule
 from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Form, by
 from dpfast.planner import Plan, Planner, segments, small
 from dpfast.rates import seconds
-from dpfast.separation import observed
+from dpfast.separation import Verdict, observed
 from dpfast.trees import tensors
 
 _COLUMNS = ("layer", "T", "d", "p", "way", "predicted ms", "measured ms", "kept bytes")
@@ -31,7 +31,8 @@ def explain(model: nn.Module, batch: Any) -> str:
     Returns:
         A table: layer, T positions, d and p (the sides of its per-sample gradient), way, what its norm and clipped sum
         were predicted to take and took here (the ordinary weight gradient, which they replace, is in these), and the
-        bytes of per-sample gradients that are kept until the factors are known.
+        bytes of per-sample gradients that are kept until the factors are known. Below it: whether the model keeps the
+        samples apart, proved from its operators or tried, and which operators in which modules are not proved.
     """
     plain = model._module if isinstance(model, FusedModule) else model
     planner = model.book.planner if isinstance(model, FusedModule) else Planner()
@@ -39,7 +40,8 @@ def explain(model: nn.Module, batch: Any) -> str:
     rows: list[tuple[str, ...]] = [_COLUMNS]
     total = [0.0, 0.0, 0]
     with torch.no_grad():
-        for name, kept in _forms(plain, batch).items():
+        forms, separation = _forms(plain, batch)
+        for name, kept in forms.items():
             for form in kept:
                 plan, took = _measured(name, form, planner)
                 total = [sum(pair) for pair in zip(total, (plan.seconds, took, plan.kept), strict=True)]
@@ -49,6 +51,7 @@ def explain(model: nn.Module, batch: Any) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    table += f"\n{separation}" if separation else ""
     print(table)
     return table
 
@@ -78,8 +81,8 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     return plan, seconds(run, device)
 
 
-def _forms(plain: nn.Module, batch: Any) -> dict[str, list[Form]]:
-    """What a backward pass on a copy of the model hands to the book, by layer."""
+def _forms(plain: nn.Module, batch: Any) -> tuple[dict[str, list[Form]], Verdict | None]:
+    """What a backward pass on a copy of the model hands to the book, by layer; and whether samples are kept apart."""
     found: dict[str, list[Form]] = {}
     twin = pristine_copy(plain).train()
     hooks = FusedHooks(twin)
@@ -93,7 +96,7 @@ def _forms(plain: nn.Module, batch: Any) -> dict[str, list[Form]]:
             raise ValueError("explain: the model has no trainable parameter that its output depends on")
         with observed(hooks.book, observe):
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
-    return found
+    return found, hooks.separation
 
 
 def pristine_copy(model: nn.Module) -> nn.Module:

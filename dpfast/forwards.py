@@ -16,7 +16,8 @@ from dpfast.layers.overridden import Overridden
 from dpfast.layers.recorder import OUTSIDE, LayoutError, Recorder, running_backward
 from dpfast.layers.shift import Shift, swapped
 from dpfast.layers.tap import Tap
-from dpfast.separation import aside, restore, same, untouched_buffers, without_autocast
+from dpfast.separation import aside, kept, same, without_autocast
+from dpfast.separation.state import Kept
 from dpfast.trees import map_tensors, tensors
 
 
@@ -158,11 +159,12 @@ def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim:
     If it fails, it runs on a row of zeros, and the outputs are emptied: a scalar is 0. No layer records anything, and
     no buffer keeps anything of the row that nobody has given.
     """
-    before = {buffer: buffer.detach().clone() for buffer in module.buffers()}
+    keeping = Kept(module)
     try:
-        return run(args, kwargs)
+        with keeping:
+            return run(args, kwargs)
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
-        restore(before)
+        keeping.restore()
 
     def one(x: Tensor) -> Tensor:
         if x.dim() <= batch_dim or x.shape[batch_dim]:
@@ -172,7 +174,7 @@ def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim:
     def none(x: Tensor) -> Tensor:
         return x.narrow(batch_dim, 0, 0) if x.dim() > batch_dim else x.masked_fill(x.new_ones(()).bool(), 0)
 
-    with untouched_buffers(module):
+    with kept(module):
         out = run(*map_tensors(one, (args, kwargs)))
     return map_tensors(none, out)
 

@@ -6,6 +6,7 @@ Types, attributes, ``state_dict`` names and signatures of the model stay as they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleModule
@@ -23,11 +24,22 @@ from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
 from dpfast.model_forward import ModelForward
 from dpfast.ranks import Ranks
+from dpfast.separation import Verdict
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
     """Every parameter once (tied ones under their first name), with its full name."""
     return {p: name for name, p in module.named_parameters()}
+
+
+def check_public_state(names: Sequence[str], model: nn.Module) -> None:
+    """Refuse names that are no buffer's, parameter's or module's of ``model``."""
+    held = {name for named in (model.named_modules, model.named_buffers, model.named_parameters) for name, _ in named()}
+    if isinstance(names, str) or (unknown := [name for name in names if name not in held]):
+        raise ValueError(
+            f"public_state={names!r}: give a list of names of the model's buffers, parameters or modules"
+            + ("" if isinstance(names, str) else f"; {unknown} are none")
+        )
 
 
 class FusedHooks(AbstractGradSampleHooks):
@@ -116,6 +128,21 @@ class FusedHooks(AbstractGradSampleHooks):
     def runs_by_sample(self) -> bool:
         """Whether the model is run one sample at a time under vmap, as its layers cannot tell the samples apart."""
         return self._model_forward.runs_by_sample
+
+    @property
+    def separation(self) -> Verdict | None:
+        """What the last check has shown of whether the model keeps samples apart; None before the first one."""
+        return self._model_forward.verdict
+
+    @property
+    def public_state(self) -> tuple[str, ...]:
+        """Names of buffers, parameters and modules that forwards may change by the samples."""
+        return self._model_forward.public_state
+
+    @public_state.setter
+    def public_state(self, names: Sequence[str]) -> None:
+        check_public_state(names, self._module)
+        self._model_forward.public_state = tuple(names)
 
     @property
     def nonfinite_samples(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 from dpfast.forwards import Forward, lend, on_nobody, trains
 from dpfast.layers.generic import ONE_BY_ONE, Generic
-from dpfast.layers.recorder import BypassError, LayoutError, Recorder
+from dpfast.layers.recorder import OUTSIDE, BypassError, LayoutError, Recorder, RowsError, running_backward
+from dpfast.layers.rows import PickedRows
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import batch_token
-from dpfast.separation import aside, same, try_backward, untouched_buffers, unvarying, why_mixed, without_autocast
+from dpfast.separation import Check, Verdict, aside, kind, noisy, same, try_backward, unvarying, without_autocast
+from dpfast.separation.schedule import Schedule
+from dpfast.separation.texts import Left
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
@@ -29,11 +33,18 @@ class ModelForward(Forward):
     No layer is trusted in a layout (its input's number of dimensions, and what its rows are taken for) before a check
     has shown that it keeps the samples apart there: see :mod:`dpfast.separation`. A model that fails, or in which a
     layer's rows cannot be the samples', is run sample by sample under vmap, if that computes the same; else it is
-    refused.
+    refused. It is checked again at steps 2, 4, 8 and so on, and when it is called in another way.
+
+    ``public_state`` names parameters, buffers and modules with such that forwards may change by the samples.
     """
 
     def __init__(
-        self, module: nn.Module, inner: Forward | None, by_sample: Generic, batch_dim: int, one_by_one: bool = False
+        self,
+        module: nn.Module,
+        inner: Forward | None,
+        by_sample: Generic,
+        batch_dim: int,
+        one_by_one: bool = False,
     ):
         super().__init__(module)
         self.inner = inner
@@ -47,6 +58,9 @@ class ModelForward(Forward):
         self._kinds: set[Any] = set()  # of inputs that were checked
         self._untested: set[int] = set()  # inputs that were the same for all samples whenever there was a check
         self._agreed = False  # the ranks of a sharded model have made the first check
+        self._schedule = Schedule()
+        self.public_state: tuple[str, ...] = ()
+        self.verdict: Verdict | None = None  # of the last check
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_guards": {}, "_compiler": None}  # hooks stay with the parameters that they are on
@@ -149,14 +163,19 @@ class ModelForward(Forward):
         recorder = self.recorder
         recorder.new_layouts = set()
         self._forget_what_no_longer_holds(args, kwargs)
+        picks = False
         try:
+            why = ""
             if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
                 why = self._why_mixed(args, kwargs)
-            if recorder.verified or not why:
+            elif self._is_checked and running_backward() == OUTSIDE and self._schedule.due():
+                why = self._why_mixed_now(args, kwargs)
+            if not why:
                 out = self._run(args, kwargs)
                 why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
+            picks = why != "" and self.verdict is not None and self.verdict.picks
         except LayoutError as error:
-            why = str(error)
+            why, picks = str(error), isinstance(error, RowsError)
         except BypassError:
             raise
         except RuntimeError as error:
@@ -164,19 +183,40 @@ class ModelForward(Forward):
                 raise
             # Copies of what all samples share have a batch dimension, which the model's code may not expect.
             why = f"inputs shared by all samples do not fit ({error})"
+        if picks and self._follow_rows():
+            return self._try_to_run(args, kwargs)
         if why:
             self._switch_to_samples(why, args, kwargs)
             return self._run(args, kwargs)
         return out
 
+    def _follow_rows(self) -> bool:
+        """Note from now on whose the rows are that the model picks; False if that is done, or cannot be."""
+        recorder = self.recorder
+        if recorder.follows_rows or not self._is_checked:
+            return False
+        recorder.follows_rows, recorder.verified = True, set()
+        return True
+
     def _forget_what_no_longer_holds(self, args: Any, kwargs: Any) -> None:
         """A check has shown nothing of inputs that were the same for all samples (masks without padding), or absent."""
         recorder = self.recorder
-        if not recorder.verified or not recorder.verifies or self.runs_by_sample or recorder.batch_size in (None, 0, 1):
+        if not recorder.verified or not self._is_checked:
             return
         tested = not self._untested or self._untested <= self._unvarying(args, kwargs, self._untested)
-        if not tested or _kind(args, kwargs) not in self._kinds:
+        if not tested or self._kind(args, kwargs) not in self._kinds:
             recorder.verified, self._untested = set(), set()
+
+    @property
+    def _is_checked(self) -> bool:
+        """Whether this batch can show anything, and needs to."""
+        return self.recorder.verifies and not self.runs_by_sample and self.recorder.batch_size not in (None, 0, 1)
+
+    def _kind(self, args: Any, kwargs: Any) -> Any:
+        return kind(args, kwargs, self.recorder.batch_size, self.batch_dim)
+
+    def _is_public(self, name: str) -> bool:
+        return any(name == prefix or name.startswith(f"{prefix}.") for prefix in self.public_state)
 
     def _unvarying(self, args: Any, kwargs: Any, among: set[int] | None = None) -> set[int]:
         return unvarying((args, kwargs), self.recorder.batch_size or 0, self.batch_dim, among)
@@ -191,19 +231,35 @@ class ModelForward(Forward):
                 f"the batch size cannot be told from the inputs of {type(self.module).__name__}: pass tensors with the "
                 f"batch first"
             )
-        with untouched_buffers(self.module), self._uncompiled():
-            why = why_mixed(run or self._run, args, kwargs, recorder, self.batch_dim, self.module)
-        if not why:
-            self._kinds.add(_kind(args, kwargs))
+        with self._uncompiled():
+            self.verdict = self._check(args, kwargs, run).whole()
+        if not self.verdict.mixed:
+            self._kinds.add(self._kind(args, kwargs))
             self._untested |= self._unvarying(args, kwargs)
-        return why
+        return self.verdict.mixed
+
+    def _why_mixed_now(self, args: Any, kwargs: Any) -> str:
+        """The same of a model that was found clean, on this batch."""
+        began = perf_counter()
+        with self._uncompiled():
+            verdict = self._check(args, kwargs).again()
+        self._schedule.checked(perf_counter() - began)
+        if verdict.mixed:
+            self.verdict = verdict
+        return verdict.mixed
+
+    def _check(self, args: Any, kwargs: Any, run: Any = None) -> Check:
+        seed = self._schedule.steps
+        return Check(run or self._run, args, kwargs, self.recorder, self.batch_dim, self.module, seed, self._is_public)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:
             with self._uncompiled():
                 return self.by_sample(self.plain, *args, **kwargs)
-        if self._compiler is None or self.runs_by_sample:
-            return (self.inner or self.plain)(*args, **kwargs)
+        if self._compiler is None or self.runs_by_sample or self.recorder.follows_rows:
+            batch = self.recorder.batch_size
+            with PickedRows(batch) if self.recorder.follows_rows and batch else nullcontext():
+                return (self.inner or self.plain)(*args, **kwargs)
         from dpfast import compiling
 
         own = self.inner or compiling.of_one_model(self.module, self.previous, self.plain)
@@ -241,6 +297,14 @@ class ModelForward(Forward):
             if p.requires_grad and p not in self._guards:
                 self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))
 
+    def _same_by_sample(self, inputs: Any) -> bool:
+        """Whether the model computes the same for each sample by itself."""
+        self.runs_by_sample = False
+        with self.recorder.setting(paused=True):
+            expected = tensors(self._run(*inputs))
+        self.runs_by_sample = True
+        return same(expected, tensors(self._run(*inputs)))
+
     def _refuse_batch_statistics(self) -> None:
         for name, module in self.module.named_modules():
             if normalises_over_batch(module):
@@ -252,7 +316,7 @@ class ModelForward(Forward):
     def _switch_to_samples(self, why: str, args: Any, kwargs: Any) -> None:
         """Run by sample from now on, provided that this computes the same function."""
         recorder = self.recorder
-        if not recorder.verifies:
+        if not recorder.verifies or isinstance(why, Left):  # what is left behind is left by one sample, too
             raise LayoutError(why)
         hint = (
             f"{why}, so it cannot be told which gradient is whose. Inputs that all samples share (position ids, "
@@ -263,11 +327,7 @@ class ModelForward(Forward):
         try:
             full_precision = without_autocast(self.module, args, kwargs)
             with aside(self.module), recorder.setting(shift=Shift()), full_precision as full:
-                with recorder.setting(paused=True):
-                    expected = tensors(self._run(*full))
-                self.runs_by_sample = True
-                found = tensors(self._run(*full))
-            self.runs_by_sample = same(expected, found)
+                self.runs_by_sample = self._same_by_sample(full) and self._same_by_sample(noisy(full))
         except Exception as error:
             self.runs_by_sample = False
             raise LayoutError(
@@ -279,8 +339,8 @@ class ModelForward(Forward):
                 f"over the batch), depends on the batch size, or draws random numbers. {ONE_BY_ONE}"
             )
         try:
-            with untouched_buffers(self.module), self._uncompiled():
-                try_backward(self._run, args, kwargs, recorder, self.batch_dim)
+            with self._uncompiled():
+                try_backward(self._run, args, kwargs, recorder, self.batch_dim, self.module)
         except BypassError as error:
             self.runs_by_sample = False
             if not lend(self.module, self.inner, self.by_sample, error.parameters):
@@ -294,13 +354,6 @@ def normalises_over_batch(module: nn.Module) -> bool:
     batch_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
     instance_norm = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
     return batch_norm and not instance_norm and (module.training or module.running_mean is None)
-
-
-def _kind(args: Any, kwargs: Any) -> Any:
-    """Which inputs a call has, and its switches."""
-    given = [*enumerate(args), *sorted(kwargs.items())]
-    switches = tuple([(k, x) for k, x in given if isinstance(x, (bool, str))])
-    return switches, tuple([(x.dim(), x.is_floating_point()) for x in tensors((args, kwargs))])
 
 
 def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:

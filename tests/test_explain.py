@@ -65,9 +65,25 @@ def test_a_private_model_may_be_explained_too(capsys):
     model = nn.Sequential(nn.Linear(4, 3))
     plain = table(capsys, model, torch.randn(5, 4))
     wrapped, _, _ = make_private(model)
-    for one, other in zip(plain[2:-1], table(capsys, wrapped, torch.randn(5, 4))[2:-1], strict=True):
+    for one, other in zip(plain[2:-2], table(capsys, wrapped, torch.randn(5, 4))[2:-2], strict=True):
         cells, others = (line.split()[:6] for line in (one, other))  # up to the predicted time
         assert cells == others
+
+
+def test_what_is_proved_and_what_is_not(capsys):
+    """The operator that a proof cannot settle, and its module."""
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(torch.as_strided(self.inner(x).clone(), (len(x) // 2, 2, 3), (6, 3, 1)).tanh().view(-1, 3))
+
+    assert table(capsys, nn.Linear(4, 3), torch.randn(6, 4))[-1].startswith("samples are kept apart: proved")
+    said = "\n".join(table(capsys, Folded(), torch.randn(8, 4)))
+    assert "no proof beyond" in said and "aten.tanh in the model (Folded)" in said
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])

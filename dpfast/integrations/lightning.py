@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from dpfast.analysis.collation import check_collation
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import pieces
@@ -276,10 +277,16 @@ class _Cut:
 
     def __init__(self, whole: Callable[..., Any], callback: DPCallback, size: int | None):
         self.__wrapped__, self.callback, self.size = whole, callback, size  # the name by which Lightning looks inside
+        # The rows and what collates them, until they are compared:
+        self.collated: tuple[Any, Any] | None = (callback._loader.dataset, callback._loader.collate_fn)
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = self.callback.optimizer
         assert optimizer is not None
+        if self.collated is not None:
+            data, collate_fn = self.collated
+            self.collated = None
+            check_step(self.callback.hooks, self.__wrapped__, data, collate_fn, args, kwargs)
         optimizer.abandon()  # Lightning's zero_grad comes after the forward of the last, and then keeps the sums
         if not tensors(batch):
             return torch.zeros((), requires_grad=True)
@@ -310,6 +317,30 @@ class _Collate:
 
     def __call__(self, samples: list[Any]) -> Any:
         return self.collate_fn(samples) if samples else []
+
+
+def check_step(
+    hooks: Any, step: Callable[..., Any], data: Any, collate_fn: Callable[[list[Any]], Any], args: Any, kwargs: Any
+) -> None:
+    """See :func:`dpfast.analysis.collation.check_collation`; what ``training_step`` logs meanwhile goes nowhere."""
+    module = hooks._module
+
+    def loss_of(batch: Any) -> Tensor:
+        return _loss(step(module.transfer_batch_to_device(batch, module.device, 0), *args, **kwargs))
+
+    quiet = {"log": _ignored, "log_dict": _ignored}
+    before = {name: vars(module)[name] for name in quiet if name in vars(module)}
+    vars(module).update(quiet)
+    try:
+        check_collation(hooks, loss_of, data, collate_fn)
+    finally:
+        for name in quiet:
+            del vars(module)[name]
+        vars(module).update(before)
+
+
+def _ignored(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of a module's ``log``."""
 
 
 def _loss(out: Any) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpfast.amp import GradScaler
+from dpfast.analysis.collation import check_collation
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import backward_in_pieces
@@ -98,6 +99,7 @@ class DPTrainer(Trainer):
         self.hooks: FusedHooks | None = None
         self._resumed: dict[str, Any] | None = None  # what privacy.pt of the checkpoint holds
         self._batch_seed: int | None = None
+        self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
         self._logical_batch_size = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
         )
@@ -173,6 +175,7 @@ class DPTrainer(Trainer):
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
         workers = self.args.dataloader_num_workers
+        self._collated = data, collator
         return DataLoader(
             data,
             batch_sampler=batches,
@@ -369,14 +372,16 @@ class DPTrainer(Trainer):
         optimizer: FusedDPOptimizer = self.optimizer
         scaler = self.accelerator.scaler
         size, parts = self._train_batch_size, inputs["pieces"]
+        if self._collated is not None:
+            assert self.hooks is not None
+            (data, collator), self._collated = self._collated, None
+            check_collation(self.hooks, lambda batch: self._losses(model, batch).sum(), data, collator)
 
         def loss_of(piece: Any) -> Tensor:
             rows = piece["rows"]
             if not len(rows):  # many models cannot run on no samples
                 return torch.zeros((), device=self.args.device, requires_grad=True)
-            part = self._prepare_inputs(parts[int(rows[0]) // size])
-            with self.compute_loss_context_manager():
-                losses = self.compute_loss(model, part)
+            losses = self._losses(model, parts[int(rows[0]) // size])
             if losses.shape != rows.shape:
                 raise ValueError(
                     f"the loss has shape {list(losses.shape)} for a batch of {len(rows)} samples: compute_loss and "
@@ -389,6 +394,12 @@ class DPTrainer(Trainer):
         if not self.privacy.log_training_loss:
             return torch.zeros_like(total)
         return total * self.args.world_size / self._logical_batch_size
+
+    def _losses(self, model: Any, batch: Any) -> Tensor:
+        """Losses of a collated batch."""
+        part = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, part)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

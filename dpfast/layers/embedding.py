@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.layers.base import Layer, by_sample
 from dpfast.layers.forms import EmbeddingRows, Form
@@ -104,13 +105,14 @@ def _pad_bags(
     ids: Tensor, offsets: Tensor, weights: Tensor | None, include_last_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bags of a flat list of ids as ``[bags, longest]``, with a mask of what is inside."""
-    ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
-    starts = offsets[:-1] if include_last_offset else offsets
-    lengths = ends - starts
-    longest = int(lengths.max()) if len(lengths) else 0
-    place = torch.arange(longest, device=ids.device)
-    inside = place < lengths.unsqueeze(1)
-    index = (starts.unsqueeze(1) + place).clamp(max=max(len(ids) - 1, 0))
+    with _disable_current_modes():  # where rows lie follows from all offsets; what is in them does not
+        ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
+        starts = offsets[:-1] if include_last_offset else offsets
+        lengths = ends - starts
+        longest = int(lengths.max()) if len(lengths) else 0
+        place = torch.arange(longest, device=ids.device)
+        inside = place < lengths.unsqueeze(1)
+        index = (starts.unsqueeze(1) + place).clamp(max=max(len(ids) - 1, 0))
     if len(ids) == 0:
         return (
             ids.new_zeros(inside.shape),

@@ -10,9 +10,8 @@ A parameter that is used outside of the module that owns it (a Mamba mixer compu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpfast import layers
 from dpfast.layers.base import Layer
+from dpfast.layers.branches import all_branches
 from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.recorder import LayoutError, Recorder
 from dpfast.layers.shift import swapped
@@ -128,7 +128,7 @@ class Generic:
         def run() -> Any:
             results.clear()
             attention = sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext()
-            with _no_branch_on_samples(), attention, _PaddedRows():
+            with all_branches(torch._C._functorch.is_batchedtensor), attention, _PaddedRows():
                 return torch.func.vmap(one_sample, randomness="different")(token, copies, inputs)
 
         try:
@@ -190,22 +190,3 @@ class _PaddedRows(TorchFunctionMode):
             return torch.where(padded, rows.detach(), rows)
 
         return embedding(*args, **kwargs)
-
-
-@contextmanager
-def _no_branch_on_samples() -> Iterator[None]:
-    """Transformers takes a tensor that vmap has batched for one that is traced: it does not branch on its values.
-
-    Its masks leave out what is not needed for the very values given (no padding in this batch, say), but for traced
-    tensors; what is computed is the same.
-    """
-    utils: Any = sys.modules.get("transformers.utils.import_utils")
-    known = getattr(utils, "is_fake_tensor", None)
-    if known is None:
-        yield
-        return
-    utils.is_fake_tensor = lambda x: torch._C._functorch.is_batchedtensor(x) or known(x)
-    try:
-        yield
-    finally:
-        utils.is_fake_tensor = known

@@ -33,6 +33,10 @@ class LayoutError(RuntimeError):
     """It cannot be told what belongs to which sample."""
 
 
+class RowsError(LayoutError):
+    """A layer got rows that are not as many of each sample."""
+
+
 class BypassError(RuntimeError):
     """Parameters were used outside of the modules that own them, past their taps."""
 
@@ -55,6 +59,7 @@ class Recorder:
 
     def __init__(self, names: Mapping[nn.Parameter, str]):
         self.names = dict(names)
+        self.loss_reduction = "mean"  # how losses are reduced over the batch
         self.planner = Planner()
         self.ranks = Ranks()
         self.shift = Shift()
@@ -64,6 +69,7 @@ class Recorder:
         self.inside = False  # and this is inside
         self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
         self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
+        self.follows_rows = False  # the model picks rows of samples: whose they are is noted
         self.paused = False  # layers run their own forward, untapped
         self.evaluating = False  # the last forward was in eval(): its gradients are not for training
         self.evaluated = False  # and some reached a parameter since the last step
@@ -230,7 +236,7 @@ class Recorder:
         elif rows == 1:
             layout = (tap.name, ndim, "shared")
         else:
-            raise LayoutError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
+            raise RowsError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
         if layout not in self.verified:
             self.new_layouts.add(layout)
         return batch, layout

@@ -17,9 +17,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
 from dpfast.layers.recorder import OUTSIDE, Layout, LayoutError, Recorder, running_backward
+from dpfast.layers.rows import owned, owners_of, places
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -101,6 +103,8 @@ class Tap:
             )
         if recorder.row_order is not None:
             return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
+        if recorder.follows_rows and (owners := owners_of(x)) is not None:
+            return self._on_picked_rows(x, owners, *params, spec=spec)
         if self._use(spec, params) is None:
             self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
         dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
@@ -123,7 +127,8 @@ class Tap:
 
         recorder, token = self.recorder, _token
         number = self._use(spec, params)
-        plain = recorder.token is None and recorder.row_order is None and not recorder.ranks.sharded
+        plain = recorder.token is None and recorder.row_order is None
+        plain = plain and not (recorder.ranks.sharded or recorder.follows_rows)
         if number is None or token is None or not plain or x.dim() < self.layer.least_dims or len(params) > 2:
             return compiled.out_of_graph(self, x, *params, spec=spec)
         dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
@@ -136,10 +141,21 @@ class Tap:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return compiled.tapped(token, x, weight, bias, self.handle, number, shared, autocast).movedim(0, dim)
 
+    def _on_picked_rows(self, x: Tensor, owners: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
+        """``x [n, *]``: row r is of sample ``owners[r]``; the op sees as many of each, zeros where there are less."""
+        batch = self.recorder.batch_size or 0
+        if not len(x):
+            return owned(LayerOp.apply(Call(self, spec), None, x, *params), owners)
+        index, most = places(owners, batch)
+        batch, layout = self.recorder.resolve_rows(self, batch, x.dim() + 1, batch)
+        rows = x.new_zeros(batch * most, *x.shape[1:]).index_copy(0, index, x)
+        return owned(LayerOp.apply(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index), owners)
+
     def _on_packed_rows(self, x: Tensor, order: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """``x [b, d]``: row r is of sample ``order[r]``; the op sees all samples in their order, else zeros."""
         batch, layout = self.recorder.resolve_rows(self, len(order), x.dim())
-        index = order[: len(x)]
+        with _disable_current_modes():  # an order, of nobody's values
+            index = order[: len(x)].clone()
         rows = x.new_zeros(len(order), *x.shape[1:]).index_copy(0, index, x)
         return LayerOp.apply(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index)
 

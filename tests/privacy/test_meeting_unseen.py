@@ -37,13 +37,20 @@ def masked(padded):
     return mask
 
 
-def refused_after(model, first, then, match="gradients"):
-    """The first batch may be trained on; the second is refused."""
+def refused_by_then(model, first, then):
+    """Refused at the first batch or at the second; or run sample by sample, and each moves the sum by at most C."""
     private = Private(model.double(), TIGHT)
-    private.backward(*first, mse)
-    with pytest.raises(RuntimeError, match=match):
-        private.backward(*then, mse)
-    assert private.nothing_summed()
+    try:
+        private.backward(*first, mse)
+        whole = private.backward(*then, mse)
+    except RuntimeError as refusal:
+        assert "gradients" in str(refusal)
+        assert private.nothing_summed()
+        return
+    assert private.wrapped.runs_by_sample
+    for i in range(B):
+        rest = oracle.take(then, [j for j in range(B) if j != i])
+        assert distance(whole, private.backward(*rest, mse)) <= TIGHT * SLACK
 
 
 def kept_within_c(model, first, then, change=None):
@@ -69,7 +76,7 @@ def by_mean(h):
 
 def test_a_first_batch_of_equal_samples():
     (x,), y = batch()
-    refused_after(Two(by_mean), ((x[:1].expand(B, -1, -1).clone(),), y), ((x,), y))
+    refused_by_then(Two(by_mean), ((x[:1].expand(B, -1, -1).clone(),), y), ((x,), y))
 
 
 def test_masks_without_padding_first():
@@ -79,20 +86,20 @@ def test_masks_without_padding_first():
         return h * mask[..., None] * mask.double().mean(1).min()
 
     (x,), y = batch()
-    refused_after(Two(most), ((x, masked(False)), y), ((x, masked(True)), y))
+    refused_by_then(Two(most), ((x, masked(False)), y), ((x, masked(True)), y))
 
 
 def test_a_mask_that_comes_later():
     (x,), y = batch()
-    refused_after(Two(by_mask), ((x,), y), ((x, masked(True)), y))
+    refused_by_then(Two(by_mask), ((x,), y), ((x, masked(True)), y))
 
 
 def test_no_check_is_repeated_without_need(monkeypatch):
     """Constant inputs stay unchecked, and are looked at only."""
     from dpfast import model_forward
 
-    checks, check = [], model_forward.why_mixed
-    monkeypatch.setattr(model_forward, "why_mixed", lambda *args: checks.append(1) or check(*args))
+    checks, check = [], model_forward.Check.whole
+    monkeypatch.setattr(model_forward.Check, "whole", lambda self: checks.append(1) or check(self))
     (x,), y = batch()
     private = Private(Two(lambda h, mask: h * mask[..., None]).double(), TIGHT)
     for padded, expected in ((False, 1), (False, 1), (True, 2), (True, 2), (False, 2)):
@@ -100,7 +107,7 @@ def test_no_check_is_repeated_without_need(monkeypatch):
         assert len(checks) == expected
 
 
-def refused(model, inputs, target, match="how many or which other samples"):
+def refused(model, inputs, target, match="how many or which other samples|several samples meet"):
     private = Private(model.double(), TIGHT)
     with pytest.raises(RuntimeError, match=match):
         private.backward(inputs, target, mse)

@@ -15,6 +15,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dpfast.analysis.collation import check_collation
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.finetune import checkpoint, fit, privacy
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
@@ -144,6 +145,15 @@ class Job:
         factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return config.learning_rate * factor[config.lr_schedule]
 
+    def _check_collation(self) -> None:
+        """A sample's gradient must not depend on what it is padded with; shards would have to be gathered for that."""
+        if self.config.fsdp:
+            return
+        try:
+            check_collation(self.private, self.loss_of, self.data, self.collate)
+        except (ValueError, LayoutError) as error:
+            raise FinetuneError(f"--model cannot be trained privately: {str(error).splitlines()[0]}") from error
+
     def take_step(self, batch: dict[str, Tensor]) -> float:
         """One private step on a logical batch, an empty one too; the summed loss."""
         # Dropout too is a function of seed, step and rank: a resumed run needs no generator's state.
@@ -190,6 +200,7 @@ class Job:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
+        self._check_collation()
         first, config = self.place.rank == 0, self.config
         logs = SummaryWriter(str(Path(config.output) / "logs"), purge_step=self.step + 1) if first else None
         shown: dict[str, str] = {}

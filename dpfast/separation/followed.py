@@ -1,0 +1,125 @@
+"""A proof along one pass of a private model: of what its layers hand over, returns and leaves behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from dpfast.layers.forms import Form
+from dpfast.layers.recorder import Recorder
+from dpfast.separation.inputs import label_inputs
+from dpfast.separation.labels import Drawn, Label, Lost, Met, Rows, Unwritten
+from dpfast.separation.proof import Proof
+from dpfast.separation.state import attributes
+from dpfast.separation.texts import left, shortened
+
+SIDES = ("samples", "ids", "A", "G", "x")  # of forms: what they hold of samples
+
+
+class Followed(Proof):
+    """Follows a pass of ``module``; ``earlier`` are tensors that an earlier forward has left, by name.
+
+    What is written to ``public`` parameters and buffers counts as nobody's.
+
+    Attributes:
+        met: by where samples meet, the layers in whose gradients they do.
+        lost: what cannot be followed, and where.
+        reached: parameters and buffers that samples are in when the forward ends.
+        picks: layers got rows that the samples' values pick or order.
+        drew: Python's or numpy's random numbers were drawn.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        module: nn.Module,
+        batch_dim: int,
+        *,
+        earlier: Mapping[str, list[Tensor]] | None = None,
+        answer: Callable[[Label, Any], Any] | None = None,
+        base: str = "",
+        public: Callable[[str], bool] = lambda name: False,
+    ):
+        assert recorder.batch_size is not None
+        super().__init__(module, recorder.batch_size, answer, base)
+        self.public = public
+        held = [*module.named_parameters(), *module.named_buffers()]
+        self.unlabelled = {x.untyped_storage()._cdata for name, x in held if public(name)}
+        self.root, self.batch_dim, self.earlier = module, batch_dim, earlier or {}
+        self.met: dict[str, set[str]] = {}
+        self.lost: set[str] = set()
+        self.reached: dict[str, Label] = {}
+        self.drew = self.picks = False
+        self.returned = base or "what the model returns"
+
+    @contextmanager
+    def following(self) -> Iterator[Proof]:
+        before = random.getstate(), repr(np.random.get_state())
+        with super().following():
+            yield self
+        self.drew = before != (random.getstate(), repr(np.random.get_state()))
+
+    def label(self, batch: Any) -> None:
+        """Say whose the tensors of a batch are."""
+        label_inputs(self.labels, (batch,), self.batch_dim)
+
+    def starts(self, args: Any, kwargs: Any) -> None:
+        """The pass begins, with these inputs."""
+        label_inputs(self.labels, (args, kwargs), self.batch_dim)
+        for name, tensors in self.earlier.items():
+            for x in tensors:
+                self.labels[x] = Met("what an earlier forward has left", name)
+
+    def sees(self, name: str, form: Form) -> None:
+        """A layer's form: its rows must be the samples', in their order."""
+        for side in SIDES:
+            x = getattr(form, side, None)
+            if isinstance(x, Tensor):
+                self._note(name, self.labels[x], self.labels.in_order(0, x.shape[0]))
+
+    def returns(self, outputs: list[Tensor], cotangents: list[Tensor]) -> None:
+        """The forward ends; gradients of what it returns are the samples' as the outputs are."""
+        held = [*self.root.named_parameters(), *self.root.named_buffers()]
+        labels = {name: self.labels[x] for name, x in held if not self.public(name)}
+        self.reached = {name: label for name, label in labels.items() if isinstance(label, Rows | Met)}
+        for x, cotangent in zip(outputs, cotangents, strict=True):
+            label = self.labels[x]
+            if isinstance(label, Met) and label.summed:
+                continue  # a sum over the samples of what each gives by itself, as of losses
+            self._note(self.returned, label, None)
+            self.labels[cotangent] = label if isinstance(label, Rows | Met) else None
+
+    def _note(self, where: str, label: Label, expected: Label) -> None:
+        if isinstance(label, Met):
+            self.met.setdefault(str(label), set()).add(where)
+        elif isinstance(label, Lost | Unwritten):
+            self.lost.add(str(label) if isinstance(label, Lost) else "memory that no operator has written to")
+        elif isinstance(label, Rows) and label.by_data:
+            self.picks = True
+            self.lost.add(f"rows of {where} that are picked or ordered by the samples' values")
+        elif isinstance(label, Rows) and expected is not None and label != expected:
+            self.lost.add(f"rows of {where} that are not the samples' in their order")
+
+    def why(self) -> str:
+        """What samples leave behind, or why they are not kept apart; empty if nothing shows it."""
+        if self.reached:
+            first = next(iter(self.reached.values()))
+            return left(self.reached, first if isinstance(first, Met) else None)
+        for where, layers in self.met.items():
+            names = shortened(layers - {self.returned} or layers)
+            return f"gradients of several samples meet in {names}: {where} does that"
+        return ""
+
+    def left(self) -> dict[str, list[Tensor]]:
+        """Tensors of samples that modules hold as plain attributes, for the next forward perhaps."""
+        free = (type(None), Drawn, Unwritten)
+        found = {
+            name: [x for x in held if not isinstance(self.labels[x], free)]
+            for name, held in attributes(self.root).items()
+        }
+        return {name: held for name, held in found.items() if held}

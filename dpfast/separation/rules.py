@@ -1,0 +1,538 @@
+"""What each of PyTorch's operators does to whose data is where.
+
+A rule takes an :class:`Op` and returns the label of its outputs: one for all of them, or a list. The rules follow from
+what an operator computes, whatever the values: an operator that lets samples meet does so behind a mask that is zero
+today, too. Operators without a rule are tried alone: see :mod:`dpfast.separation.trial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.separation.labels import Drawn, Label, Labels, Lost, Met, Rows, Unwritten
+
+
+class Op:
+    """One call of an operator, its arguments by name."""
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], labels: Labels, module: str):
+        self.name = func._schema.name.removeprefix("aten::")
+        self.labels, self.module = labels, module
+        self.a: dict[str, Any] = {}
+        for k, argument in enumerate(func._schema.arguments):
+            if k < len(args):
+                self.a[argument.name] = args[k]
+            else:
+                self.a[argument.name] = kwargs.get(argument.name, argument.default_value)
+        self.out: list[Tensor] = []
+
+    def __getitem__(self, name: str) -> Label:
+        """The label of a tensor argument."""
+        x = self.a.get(name)
+        return self.labels[x] if isinstance(x, Tensor) else None
+
+    @property
+    def shown(self) -> str:
+        return self.name if "::" in self.name else f"aten.{self.name}"
+
+    def met(self, summed: bool = False) -> Met:
+        return Met(self.shown, self.module, summed)
+
+    def lost(self) -> Lost:
+        return Lost(self.shown, self.module)
+
+    def given(self) -> list[Tensor]:
+        """All tensor arguments."""
+        found: list[Tensor] = []
+        for x in self.a.values():
+            if isinstance(x, Tensor):
+                found.append(x)
+            elif isinstance(x, (list, tuple)):
+                found += [y for y in x if isinstance(y, Tensor)]
+        return found
+
+
+Rule = Callable[[Op], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for the operators of these names."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return add
+
+
+def together(op: Op, found: Iterable[Label], linear: bool = False) -> Label:
+    """The label of what is computed from places with these labels; ``Rows`` name dimensions of the output.
+
+    ``linear``: it is a linear function of what has been summed over samples.
+    """
+    met = lost = drawn = None
+    rows: Rows | None = None
+    clash = False
+    for label in found:
+        if isinstance(label, Rows):
+            both = label if rows is None else op.labels.merged(rows, label)
+            clash |= both is None
+            rows = both or label
+        elif isinstance(label, Met):
+            linear &= label.summed
+            met = met or label
+        elif isinstance(label, Lost | Unwritten):
+            lost = lost or (label if isinstance(label, Lost) and not label.dims else op.lost())
+        elif isinstance(label, Drawn):
+            drawn = label
+    if met is not None:
+        return Met(met.op, met.module, linear and rows is None and lost is None)
+    if clash:
+        return op.met()
+    return lost or rows or drawn
+
+
+def moved(label: Label, dim: Callable[[int], int]) -> Label:
+    """A label with its dimension renumbered."""
+    return replace(label, dim=dim(label.dim)) if isinstance(label, Rows) and label.dim is not None else label
+
+
+def shifted(label: Label, by: int) -> Label:
+    """A label with ``by`` more dimensions before its own."""
+    return moved(label, lambda d: d + by)
+
+
+def broadcast(op: Op, x: Any, ndim: int) -> Label:
+    """The label of an argument, by the dimensions of an output of ``ndim`` that it is broadcast to."""
+    if not isinstance(x, Tensor):
+        return None
+    return shifted(op.labels[x], ndim - x.dim())
+
+
+LINEAR = {"add", "sub", "rsub", "neg", "clone", "_to_copy", "copy", "lift_fresh_copy", "detach_copy"}
+
+
+def pointwise(op: Op) -> Label:
+    given = op.given()
+    ndim = op.out[0].dim() if op.out else max((x.dim() for x in given), default=0)
+    found = [broadcast(op, x, ndim) for x in given]
+    name = op.name.removesuffix("_")
+    linear = name in LINEAR
+    if name in ("mul", "div"):
+        sums = [k for k, label in enumerate(found) if isinstance(label, Met)]
+        linear = sums == [0] or (name == "mul" and len(sums) == 1)
+    return together(op, found, linear)
+
+
+rule(
+    "clone _to_copy tril triu native_dropout native_dropout_backward _fused_dropout rrelu_with_noise bernoulli "
+    "_unsafe_masked_index_ masked_fill masked_fill_ fill masked_scatter_backward_ hardtanh_backward "
+    "quantize_per_tensor _assert_tensor_metadata dropout lift_fresh_copy binary_cross_entropy_with_logits_"
+)(pointwise)
+
+
+@rule("copy_")
+def _copy(op: Op) -> Label:
+    return broadcast(op, op.a["src"], op.a["self"].dim())
+
+
+@rule("bernoulli_ normal_ uniform_ random_ exponential_ cauchy_ log_normal_ geometric_")
+def draw(op: Op) -> Label:
+    """In place of what was there; with probabilities that may be somebody's (``bernoulli_(p)``)."""
+    return together(op, [op[name] for name in op.a if name != "self"]) or Drawn()
+
+
+@rule("fill_ zero_ zero fill.Tensor")
+def _fill(op: Op) -> Label:
+    return op["value"]
+
+
+def dims_of(op: Op, x: Tensor) -> list[int]:
+    dims = op.a.get("dim", op.a.get("dims"))
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(x.dim()))
+    return [d % max(1, x.dim()) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+SUMS = {"sum", "mean", "nansum"}
+
+
+@rule(
+    "sum mean nansum amax amin max min prod var std var_mean std_mean logsumexp any all argmax argmin median nanmedian "
+    "mode kthvalue norm linalg_vector_norm aminmax count_nonzero hash_tensor"
+)
+def reduce(op: Op) -> Label:
+    x = op.a["self"] if "self" in op.a else op.a["input"]
+    label = op.labels[x]
+    if "other" in op.a:  # max and min of two
+        return pointwise(op)
+    summed = op.name in SUMS
+    if isinstance(label, Met):
+        return Met(label.op, label.module, label.summed and summed)
+    dims = dims_of(op, x)
+    if isinstance(label, Lost) and set(label.dims) & set(dims):
+        return op.met(summed)
+    if isinstance(label, Rows) and label.dim is not None:
+        if label.dim in dims:
+            return op.met(summed)
+        if not op.a.get("keepdim"):
+            return moved(label, lambda d: d - sum(k < d for k in dims))
+    return together(op, [label])
+
+
+@rule(
+    "cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax softmax log_softmax sort argsort topk flip "
+    "roll glu _softmax_backward_data _log_softmax_backward_data glu_backward _fft_r2c _fft_c2c _fft_c2r rot90 renorm "
+    "cumsum_ "
+    "cumprod_ unfold_backward logcumsumexp_ _safe_softmax"
+)
+def along(op: Op) -> Label:
+    """Along some dimensions, and each index of the others by itself."""
+    given = [x for x in op.given() if x.dim()]
+    label = together(op, [op.labels[x] for x in op.given()])
+    if any(isinstance(op.labels[x], Lost) and op.labels[x].dims for x in given):  # type: ignore[union-attr]
+        return op.met()
+    if not isinstance(label, Rows) or label.dim is None:
+        return label
+    x = max(given, key=Tensor.dim)
+    dims = op.a.get("dim", op.a.get("dims", -1))
+    inside = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
+    if op.name in ("roll", "rot90") and not dims:
+        return op.met()
+    return op.met() if label.dim in inside else label
+
+
+@rule(
+    "linalg_inv_ex linalg_solve_ex _linalg_solve_ex linalg_qr _linalg_eigh linalg_eig _linalg_svd linalg_cholesky_ex "
+    "linalg_lu_factor_ex linalg_solve_triangular _linalg_det _linalg_slogdet linalg_householder_product matrix_exp "
+    "linalg_matrix_exp cholesky_solve linalg_lstsq triangular_solve linalg_pinv"
+)
+def matrices(op: Op) -> Label:
+    """Of the last two dimensions, for each index of the others."""
+    found = []
+    for x in op.given():
+        label = op.labels[x]
+        if isinstance(label, Rows) and label.dim is not None and label.dim >= x.dim() - 2:
+            return op.met()
+        found.append(label)
+    return together(op, found)
+
+
+def product(op: Op, letters: str, *names: str) -> Label:
+    """Of a sum of products, as in ``torch.einsum``: ``"nk,km->nm"``."""
+    sides, _, result = letters.partition("->")
+    found: list[Label] = []
+    contracted = False
+    for side, name in zip(sides.split(","), names, strict=True):
+        label = op[name]
+        if isinstance(label, Lost) and any(side[d] not in result for d in label.dims):
+            return op.met(summed=True)
+        if isinstance(label, Rows) and label.dim is not None:
+            letter = side[label.dim]
+            contracted |= letter not in result
+            label = replace(label, dim=result.find(letter))
+        found.append(label)
+    of = together(op, found, linear=sum(isinstance(label, Met) for label in found) == 1)
+    return op.met(summed=True) if contracted and isinstance(of, Rows) else of
+
+
+PRODUCTS = {
+    "mm": ("nk,km->nm", "self", "mat2"),
+    "bmm": ("bnk,bkm->bnm", "self", "mat2"),
+    "mv": ("nk,k->n", "self", "vec"),
+    "dot": ("k,k->", "self", "tensor"),
+    "vdot": ("k,k->", "self", "other"),
+    "addmm": ("nk,km->nm", "mat1", "mat2"),
+    "_addmm_activation": ("nk,km->nm", "mat1", "mat2"),
+    "addmv": ("nk,k->n", "mat", "vec"),
+    "addbmm": ("bnk,bkm->nm", "batch1", "batch2"),
+    "baddbmm": ("bnk,bkm->bnm", "batch1", "batch2"),
+    "addr": ("n,m->nm", "vec1", "vec2"),
+    "ger": ("n,m->nm", "self", "vec2"),
+}
+
+
+@rule(" ".join(PRODUCTS) + " mm_ addmm_ baddbmm_ addmv_ addr_ addbmm_")
+def matmul(op: Op) -> Label:
+    letters, *names = PRODUCTS[op.name.removesuffix("_")]
+    label = product(op, letters, *names)
+    if "self" not in names:
+        label = together(op, [label, broadcast(op, op.a["self"], len(letters.partition("->")[2]))], linear=True)
+    return label
+
+
+@rule("linear")
+def linear(op: Op) -> Label:
+    weight = op["weight"]
+    if weight is None or isinstance(weight, Drawn):
+        x = op.a["input"]
+        label = op["input"]
+        if isinstance(label, Rows) and label.dim == x.dim() - 1:
+            return op.met(summed=op.a["bias"] is None)
+        return together(op, [label, op["bias"]], linear=True)
+    return op.lost()
+
+
+@rule("_cdist_forward _euclidean_dist")
+def distances(op: Op) -> Label:
+    x1, x2 = op.a["x1"], op.a["x2"]
+    first = op.labels[x1]
+    second = op.labels[x2]
+    for x, label in ((x1, first), (x2, second)):
+        if isinstance(label, Rows) and label.dim == x.dim() - 1:
+            return op.met()
+    ndim = max(x1.dim(), x2.dim())
+    second = moved(broadcast(op, x2, ndim), lambda d: d + 1 if d == ndim - 2 else d)
+    return together(op, [broadcast(op, x1, ndim), second])
+
+
+def first(op: Op, names: Sequence[str] | None = None) -> Label:
+    """Operators whose first dimension is a batch: each of its indices by itself."""
+    given = op.given() if names is None else [x for x in (op.a.get(name) for name in names) if isinstance(x, Tensor)]
+    label = together(op, [op.labels[x] for x in given])
+    if isinstance(label, Rows) and label.dim not in (0, None):
+        return op.lost() if label.dim == 1 else op.met()
+    return label
+
+
+def each_first(op: Op) -> list[Label]:
+    label = first(op)
+    if not isinstance(label, Rows) or label.dim is None:
+        return [label for _ in op.out]
+    return [label if x.dim() and x.shape[0] == len(label.owners) else None for x in op.out]
+
+
+rule(
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+    "adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d max_unpool2d max_unpool3d "
+    "max_pool2d_with_indices_backward max_pool3d_with_indices_backward avg_pool2d_backward avg_pool3d_backward "
+    "_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_max_pool2d_backward mkldnn_max_pool2d "
+    "adaptive_avg_pool2d_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
+    "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest1d_backward upsample_nearest2d_backward "
+    "upsample_nearest3d_backward upsample_linear1d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward "
+    "upsample_trilinear3d_backward _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward "
+    "grid_sampler_2d grid_sampler_3d grid_sampler_2d_backward grid_sampler_3d_backward pixel_shuffle pixel_unshuffle "
+    "channel_shuffle native_channel_shuffle im2col col2im reflection_pad1d reflection_pad2d reflection_pad3d "
+    "replication_pad1d replication_pad2d replication_pad3d reflection_pad1d_backward reflection_pad2d_backward "
+    "reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward "
+    "multinomial affine_grid_generator"
+)(each_first)
+
+
+@rule("convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution")
+def convolution(op: Op) -> Label:
+    return together(op, [first(op, ("input", "self")), op["weight"], op["bias"]])
+
+
+@rule("convolution_backward")
+def convolution_backward(op: Op) -> list[Label]:
+    label = together(op, [first(op, ("grad_output", "input")), op["weight"]])
+    over = op.met(summed=True) if isinstance(label, Rows) else label
+    return [label, over, over][: len(op.out)] if op.a["output_mask"][0] else [over for _ in op.out]
+
+
+@rule("native_layer_norm _fused_rms_norm native_layer_norm_backward _fused_rms_norm_backward")
+def layer_norm(op: Op) -> list[Label]:
+    x = op.a["input"]
+    label = together(op, [op["grad_out"], op["input"]])
+    if isinstance(label, Rows) and label.dim is not None and label.dim >= x.dim() - len(op.a["normalized_shape"]):
+        label = op.met()
+    over = op.met(summed=True) if isinstance(label, Rows) else label
+    weights = "output_mask" in op.a
+    return [over if weights and out.shape != x.shape else label for out in op.out]
+
+
+@rule("native_group_norm native_group_norm_backward")
+def group_norm(op: Op) -> list[Label]:
+    label = first(op, ("grad_out", "input"))
+    over = op.met(summed=True) if isinstance(label, Rows) else label
+    return [label if k == 0 or "output_mask" not in op.a else over for k in range(len(op.out))]
+
+
+@rule(
+    "native_batch_norm _native_batch_norm_legit _batch_norm_with_update _batch_norm_no_update cudnn_batch_norm "
+    "miopen_batch_norm native_batch_norm_backward _batch_norm_impl_index cudnn_batch_norm_backward "
+    "_native_batch_norm_legit_no_training batch_norm_backward"
+)
+def batch_norm(op: Op) -> list[Label]:
+    """By statistics of each channel over everything else: samples that are channels (an instance norm) stay apart."""
+    x = op.a.get("input")
+    assert x is not None
+    label = together(op, [op.labels[y] for y in op.given() if y.dim() == x.dim()])
+    trained = op.a.get("training", op.a.get("train", op.name != "_native_batch_norm_legit_no_training"))
+    channels = moved(label, lambda d: d - 1)
+    if isinstance(label, Rows) and label.dim != 1 and label.dim is not None:
+        channels = op.met()
+        label = op.met() if trained else label
+    return [label if out.dim() == x.dim() else channels for out in op.out]
+
+
+@rule("embedding")
+def embedding(op: Op) -> Label:
+    if isinstance(op["weight"], Rows):
+        return op.lost()
+    return together(op, [op["indices"], op["weight"]])
+
+
+@rule("embedding_dense_backward")
+def embedding_backward(op: Op) -> Label:
+    label = together(op, [op["grad_output"], op["indices"]])
+    return op.met(summed=True) if isinstance(label, Rows) else label
+
+
+ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps"
+)
+
+
+@rule(ATTENTION)
+@rule(" ".join(f"{name}_backward" for name in ATTENTION.split()))
+def attention(op: Op) -> list[Label]:
+    """Over positions and features; each sample (dimension 0) and head (dimension 1) by itself."""
+    found = [op.labels[x] for x in op.given()]
+    if any(isinstance(label, Rows) and label.dim not in (0, 1, None) for label in found):
+        return [op.met() for _ in op.out]
+    label = together(op, found)
+    return [label if x.dim() >= 3 else None for x in op.out]
+
+
+@rule("cat stack")
+def cat(op: Op) -> Label:
+    parts: list[Tensor] = [x for x in op.a["tensors"] if x.shape != (0,)]
+    new = op.name == "stack"
+    ndim = parts[0].dim() + new
+    dim = op.a["dim"] % ndim
+    found = [moved(op.labels[x], lambda d: d + (new and d >= dim)) for x in parts]
+    along_it = any(isinstance(label, Rows) and label.dim in (None, dim) for label in found)
+    if not along_it or not all(label is None or isinstance(label, Rows | Drawn) for label in found):
+        return together(op, found, linear=True)
+    by_data = any(isinstance(label, Rows) and label.by_data for label in found)
+    owners = joined(found, [1 if new else x.shape[dim] for x in parts], dim)
+    return op.labels.rows(dim, owners, by_data) or op.lost()
+
+
+def joined(found: Sequence[Label], sizes: Sequence[int], dim: int) -> Any:
+    """The owners along ``dim`` of parts that lie beside each other there; nothing where one has others along others."""
+    owners: list[int] = []
+    for label, size in zip(found, sizes, strict=True):
+        if not isinstance(label, Rows):
+            owners += [-1] * size
+        elif label.dim is None:
+            owners += [int(label.owners.each[0])] * size
+        elif label.dim == dim:
+            owners += label.owners.each.tolist()
+        else:
+            return []
+    return owners
+
+
+@rule("repeat")
+def repeat(op: Op) -> Label:
+    x, times = op.a["self"], op.a["repeats"]
+    label = broadcast(op, x, len(times))
+    if isinstance(label, Rows) and label.dim is not None and times[label.dim] != 1:
+        return op.labels.rows(label.dim, label.owners.each.tolist() * times[label.dim], label.by_data)
+    return label
+
+
+@rule("constant_pad_nd")
+def pad(op: Op) -> Label:
+    x, pads = op.a["self"], op.a["pad"]
+    label = op["self"]
+    if not isinstance(label, Rows):
+        return together(op, [label], linear=True)
+    sides = {x.dim() - 1 - k // 2 for k, n in enumerate(pads) if n}
+    if label.dim is not None and label.dim not in sides:
+        return label
+    return label if not sides else (op.lost() if label.dim is not None else label)
+
+
+@rule("select_backward slice_backward diagonal_backward")
+def put_back(op: Op) -> Label:
+    """Zeros, with the gradient in a part of them."""
+    grad, sizes = op.a["grad_output"], op.a["input_sizes"]
+    label = op["grad_output"]
+    if op.name == "diagonal_backward":
+        return together(op, [label]) if not isinstance(label, Rows) else op.lost()
+    dim = op.a["dim"] % len(sizes)
+    at = range(sizes[dim])
+    at = (
+        at[op.a["index"] :][:1] if op.name == "select_backward" else at[slice(op.a["start"], op.a["end"], op.a["step"])]
+    )
+    if op.name == "select_backward":
+        label = moved(label, lambda d: d + (d >= dim))
+    if not isinstance(label, Rows) or label.dim not in (None, dim):
+        return together(op, [label], linear=True)
+    owners = [-1] * sizes[dim]
+    for k, place in enumerate(at):
+        owners[place] = int(label.owners.each[0 if label.dim is None else k])
+    everyone = op.labels.in_order(dim, sizes[dim])
+    if everyone is None:
+        return label if label.dim is None and grad.numel() else op.lost()
+    fits = all(one in (-1, other) for one, other in zip(owners, everyone.owners.each.tolist(), strict=True))
+    return everyone if fits else op.lost()
+
+
+# By name: the tensors that a loss compares, beside which it may have weights for classes.
+LOSSES = (
+    "mse_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss kl_div l1_loss multi_margin_loss "
+    "multilabel_margin_loss_forward"
+)
+
+
+@rule(LOSSES)
+def loss(op: Op) -> Label:
+    label = pointwise_of(op, ("self", "target"))
+    return op.met(summed=True) if isinstance(label, Rows) and op.a["reduction"] != 0 else label
+
+
+@rule(" ".join(f"{name.removesuffix('_forward')}_backward" for name in LOSSES.split()))
+def loss_backward(op: Op) -> Label:
+    return pointwise_of(op, ("grad_output", "self", "target"))
+
+
+def pointwise_of(op: Op, names: Sequence[str]) -> Label:
+    given = [op.a[name] for name in names]
+    ndim = max(x.dim() for x in given)
+    return together(op, [broadcast(op, x, ndim) for x in given])
+
+
+@rule("nll_loss_forward nll_loss2d_forward")
+def nll_loss(op: Op) -> list[Label]:
+    """The mean divides by how many targets count, and by their weights: by other samples' too, if that varies."""
+    target = op.a["target"]
+    label = together(op, [op["target"], moved(op["self"], lambda d: d - (d > 1))])
+    if not isinstance(label, Rows) or op.a["reduction"] == 0:
+        return [label, None]
+    if isinstance(self := op["self"], Rows) and self.dim == 1:
+        return [op.met(), None]
+    if op.a["reduction"] == 2:
+        return [op.met(summed=True), None]
+    if label.dim is None:
+        return [label, label]
+    counted = (target != op.a["ignore_index"]).to(torch.float64)
+    if op.a["weight"] is not None:
+        weights = op.a["weight"].detach().to(torch.float64)
+        counted = counted * weights[target.clamp(0, len(weights) - 1)]
+    rest = [d for d in range(target.dim()) if d != label.dim]
+    rows = counted.sum(rest).cpu() if rest else counted.cpu()
+    each = torch.zeros(op.labels.batch, dtype=torch.float64)
+    each.index_add_(0, torch.from_numpy(label.owners.each), rows)
+    alike = bool((each == each[0]).all())
+    return [op.met(summed=alike), None if alike else op.met()]
+
+
+@rule("nll_loss_backward nll_loss2d_backward")
+def nll_loss_backward(op: Op) -> Label:
+    target = moved(op["target"], lambda d: d + (d > 0))
+    grad = op["grad_output"]
+    return together(op, [op["self"], target, moved(grad, lambda d: d + (d > 0)), op["total_weight"]])

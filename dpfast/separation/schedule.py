@@ -1,0 +1,37 @@
+"""When a model that was found to keep samples apart is looked at again."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+SHARE = 0.01  # of a run's time, that later checks may take
+RUN = 1000  # steps that a run is thought to have at least
+
+
+class Schedule:
+    """At steps 2, 4, 8 and so on; later where the checks so far have taken their share of the run's time."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._next = 2
+        self._spent = 0.0
+        self._longest = 0.0
+        self._began = 0.0
+
+    def due(self) -> bool:
+        """Count a step; whether a check is due in it."""
+        self.steps += 1
+        if self.steps == 1:
+            self._began = perf_counter()
+            return False
+        if self.steps < self._next:
+            return False
+        step = (perf_counter() - self._began - self._spent) / (self.steps - 1)
+        return self._spent + self._longest <= SHARE * step * max(RUN, self.steps)
+
+    def checked(self, seconds: float) -> None:
+        """A check was made, and took so long."""
+        self._spent += seconds
+        self._longest = max(self._longest, seconds)
+        while self._next <= self.steps:
+            self._next *= 2
