@@ -6,7 +6,7 @@ from opacus.validators.module_validator import ModuleValidator
 from torch import nn
 
 from dpfast.layers import exact_alone, refusal
-from dpfast.layers.generic import ONE_BY_ONE
+from dpfast.layers.refusals import ONE_BY_ONE
 
 
 def problems(module: nn.Module, served_only: bool = True) -> list[str]:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
-from dpfast.forwards import Forward, GenericForward, LayerForward, UnservedForward
+from dpfast.forwards import Forward, GenericForward, LayerForward
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
 from dpfast.model_forward import ModelForward
+from dpfast.one_by_one import OneByOneForward
 from dpfast.ranks import Ranks
 
 
@@ -41,7 +42,7 @@ class FusedHooks(AbstractGradSampleHooks):
         batch_first: whether the batch is dimension 0 (else 1) of the layers' inputs.
         loss_reduction: ``"mean"`` or ``"sum"``, over the batch.
         clipping: thresholds and groups; those of the optimizer, once there is one.
-        max_physical_batch_size: 1 if a model that no path serves is to be trained one sample at a time.
+        max_physical_batch_size: 1 if the model is to be trained one sample at a time, with no layer tapped.
         ranks: how the processes of a run share the model.
     """
 
@@ -70,18 +71,21 @@ class FusedHooks(AbstractGradSampleHooks):
         root = self._module
         batch_dims = _batch_dims(root, batch_dim)
         served, loose = _split_parameters(root)
+        self.book.model = root
+        self.book.alone = max_physical_batch_size == 1 and not self.book.ranks.sharded
         for name, module in root.named_modules():
             if _is_container(module):
                 continue  # never called: its parameters are its parent's affair
             own = {p for p in module._parameters.values() if p is not None}
+            needs_forward = own or any(_is_container(child) and child._parameters for child in module.children())
             layer = family(module)
             forward: Forward | None = None
-            if module in served and layer is not None:
+            if self.book.alone:
+                forward = OneByOneForward(module, name, self.book) if needs_forward else None
+            elif module in served and layer is not None:
                 tap = Tap(self.book, layer, name or type(module).__name__, batch_dims.get(module, batch_dim))
                 forward = LayerForward(module, layer, tap)
-            elif max_physical_batch_size == 1 and own and not self.book.ranks.sharded:
-                forward = UnservedForward(module, name, self.book)
-            elif own or any(_is_container(child) and child._parameters for child in module.children()):
+            elif needs_forward:
                 below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
                 if self.book.ranks.sharded and any(p.requires_grad for p in below):
                     raise UnsupportedModuleError(

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.forwards import Forward, lend, on_nobody, trains
-from dpfast.layers.generic import ONE_BY_ONE, Generic
-from dpfast.layers.recorder import BypassError, LayoutError, Recorder
+from dpfast.layers import passes
+from dpfast.layers.generic import Generic
+from dpfast.layers.recorder import Recorder
+from dpfast.layers.refusals import ONE_BY_ONE, BypassError, LayoutError
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import batch_token
 from dpfast.separation import aside, same, try_backward, untouched_buffers, unvarying, why_mixed, without_autocast
@@ -318,7 +320,8 @@ def _opens(recorder: Recorder, batch: int | None, gradient: Tensor) -> None:
         during = ExitStack()
         during.enter_context(batch_token(batch))
         torch.autograd.Variable._execution_engine.queue_callback(during.close)
-    recorder.open(batch)
+    if passes.trains(recorder.names):  # torch.autograd.grad(output, x) is no backward
+        recorder.open(batch)
 
 
 def _past_the_tap(recorder: Recorder, p: nn.Parameter, gradient: Tensor | None) -> None:

@@ -41,7 +41,7 @@ def tapped(
     tap = taps[handle]
     use = tap.uses[number]
     tap.recorder.start_forward()
-    tap.recorder.check_inside(tap)
+    tap.recorder.check_inside(tap.name)
     params = use.owned(weight, bias)
     tap.forward_pass = running_backward()
     with _autograd():  # a parameter that was cast to another dtype has a new one

@@ -24,15 +24,12 @@ from torch.overrides import TorchFunctionMode
 from dpfast import layers
 from dpfast.layers.base import Layer
 from dpfast.layers.forms import Form, Instantiated
-from dpfast.layers.recorder import LayoutError, Recorder
+from dpfast.layers.recorder import Recorder
+from dpfast.layers.refusals import ONE_BY_ONE, LayoutError, listed
 from dpfast.layers.shift import swapped
 from dpfast.layers.tap import Call, Tap
 from dpfast.trees import map_tensors, tensors
 
-ONE_BY_ONE = (
-    "A physical batch of one is exact for any model: make_private(..., max_physical_batch_size=1) and "
-    "BatchMemoryManager(max_physical_batch_size=1)"
-)
 EXPERTS = (
     "Experts that loop over those that the batch hits can do without: "
     "model.set_experts_implementation('batched_mm') in Transformers. "
@@ -144,7 +141,8 @@ class Generic:
                 raise
             raise LayoutError(
                 f"{type(self.module).__name__} runs one sample at a time, for its parameters "
-                f"{sorted(self.parameters.values())} that no layer family serves, and vmap cannot run it: {error} "
+                f"{listed(sorted(self.parameters.values()))} that no layer family serves, and vmap cannot run it: "
+                f"{error} "
                 f"{EXPERTS if any('expert' in name for name in self.parameters.values()) else ''}{ONE_BY_ONE}"
             ) from error
         whole = iter(stacked)

@@ -16,10 +16,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
-from dpfast.layers.recorder import OUTSIDE, Layout, LayoutError, Recorder, running_backward
+from dpfast.layers.recorder import OUTSIDE, Layout, Recorder, running_backward
+from dpfast.layers.refusals import LayoutError
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -92,7 +92,7 @@ class Tap:
         recorder.start_forward()
         if recorder.token is not None:
             return LayerOp.apply(Call(self, spec), recorder.token, x, *params)
-        recorder.check_inside(self)
+        recorder.check_inside(self.name)
         if recorder.batch_size == 0:
             return LayerOp.apply(Call(self, spec), None, x, *params)
         if x.dim() < self.layer.least_dims:
@@ -215,12 +215,16 @@ class LayerOp(torch.autograd.Function):
         ctx.accumulators = accumulators(params)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         call, (x, *params) = ctx.call, ctx.saved_tensors
-        layer = call.tap.layer
-        call.record(ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node)], G, x, params)
-        gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None
+        twice = torch.is_grad_enabled()  # create_graph=True: gradients of this gradient may be asked for
+        with torch.no_grad():
+            call.record(ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node)], G, x, params)
+            gx = call.tap.layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] and not twice else None
+        if ctx.needs_input_grad[2] and twice:
+            from dpfast.layers.twice import InputGradient
+
+            gx = InputGradient.apply(call, params, G, x, *ctx.params)
         return (None, None, gx, *(None for _ in params))
 
     @staticmethod
