@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.layers import Layer
+from dpfast.layers.derived import Source
 from dpfast.layers.generic import Generic
 from dpfast.layers.overridden import Overridden
 from dpfast.layers.recorder import OUTSIDE, Recorder, running_backward
@@ -91,7 +92,7 @@ class GenericForward(Forward):
         recorder = self.generic.recorder
         # Inside of another generic module, whose copies cover this one's parameters.
         covered = recorder.token is not None
-        if covered or recorder.paused or not torch.is_grad_enabled() or not self._trains():
+        if covered or recorder.paused or not torch.is_grad_enabled() or not self.generic.trains:
             return self.untapped(recorder, *args, **kwargs)
         signature = tuple(x.dim() for x in tensors((args, kwargs)))
         if recorder.verifies and recorder.batch_size != 1 and signature not in self._compared:
@@ -104,14 +105,22 @@ class GenericForward(Forward):
         recorder = self.generic.recorder
         full = without_autocast(self.module, args, kwargs)
         with aside(self.module), recorder.setting(shift=Shift()), full as (args, kwargs):
-            with recorder.setting(paused=True):
+            with recorder.setting(paused=True), untouched_buffers(self.module):
                 expected = tensors(self.plain(*args, **kwargs))
             found = tensors(self.generic(self.plain, *args, **kwargs))
         if not same(expected, found):
             raise LayoutError(f"{type(self.module).__name__} computes something else on one sample at a time")
 
-    def _trains(self) -> bool:
-        return any(p.requires_grad for p in self.generic.parameters)
+
+class DerivedForward(Forward):
+    """A ``ParametrizationList``: the running sample's copy of its tensor, where a module above has made copies."""
+
+    def __init__(self, module: nn.Module, source: Source, recorder: Recorder):
+        super().__init__(module)
+        self.source, self.recorder = source, recorder
+
+    def __call__(self) -> Any:
+        return self.untapped(self.recorder) if self.source.current is None else self.source.current
 
 
 def lend(model: nn.Module, inner: Forward | None, by_sample: Generic, parameters: Sequence[nn.Parameter]) -> bool:

@@ -14,11 +14,13 @@ from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
-from dpfast.forwards import Forward, GenericForward, LayerForward
+from dpfast.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.layers import OpacusAttention, Recurrent, family
+from dpfast.layers.derived import Parametrized, sources_of
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
 from dpfast.model_forward import ModelForward
@@ -73,32 +75,41 @@ class FusedHooks(AbstractGradSampleHooks):
         served, loose = _split_parameters(root)
         self.book.model = root
         self.book.alone = max_physical_batch_size == 1 and not self.book.ranks.sharded
+        sources = sources_of(root)
+        made = {source.owner: source for source in sources if isinstance(source, Parametrized)}
+        inside = {child for owner in made for child in owner.modules()}  # runs when its tensor is made, and only then
+        for p in {p for source in sources for p in source.parameters}:
+            loose.pop(p, None)
         for name, module in root.named_modules():
             if _is_container(module):
                 continue  # never called: its parameters are its parent's affair
             own = {p for p in module._parameters.values() if p is not None}
             needs_forward = own or any(_is_container(child) and child._parameters for child in module.children())
+            needs_forward = needs_forward or is_parametrized(module)
             layer = family(module)
             forward: Forward | None = None
             if self.book.alone:
                 forward = OneByOneForward(module, name, self.book) if needs_forward else None
+            elif module in inside:
+                forward = DerivedForward(module, made[module], self.book) if module in made else None
             elif module in served and layer is not None:
                 tap = Tap(self.book, layer, name or type(module).__name__, batch_dims.get(module, batch_dim))
                 forward = LayerForward(module, layer, tap)
             elif needs_forward:
                 below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
-                if self.book.ranks.sharded and any(p.requires_grad for p in below):
+                generic = Generic(module, below, self.book, batch_dim, sources=sources)
+                if self.book.ranks.sharded and generic.trains:
                     raise UnsupportedModuleError(
                         f"{name or 'the model'} ({type(module).__name__}): no layer family serves its parameters, and "
                         f"vmap, which could, does not know parameters that fully_shard has gathered. Freeze it with "
                         f"requires_grad_(False), or use DistributedDataParallel"
                     )
-                forward = GenericForward(module, Generic(module, below, self.book, batch_dim))
+                forward = GenericForward(module, generic)
             if forward is not None:
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
-        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction)
+        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction, sources=sources)
         model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)

@@ -19,7 +19,16 @@ from dpfast.layers.recorder import Recorder
 from dpfast.layers.refusals import ONE_BY_ONE, BypassError, LayoutError
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import batch_token
-from dpfast.separation import aside, same, try_backward, untouched_buffers, unvarying, why_mixed, without_autocast
+from dpfast.separation import (
+    aside,
+    restore,
+    same,
+    try_backward,
+    untouched_buffers,
+    unvarying,
+    why_mixed,
+    without_autocast,
+)
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
@@ -193,8 +202,14 @@ class ModelForward(Forward):
                 f"the batch size cannot be told from the inputs of {type(self.module).__name__}: pass tensors with the "
                 f"batch first"
             )
+        start = {buffer: buffer.detach().clone() for buffer in self.module.buffers()}
+
+        def from_the_start(args: Any, kwargs: Any) -> Any:
+            restore(start)  # a power iteration goes on in every forward, and each changes what all samples compute
+            return (run or self._run)(args, kwargs)
+
         with untouched_buffers(self.module), self._uncompiled():
-            why = why_mixed(run or self._run, args, kwargs, recorder, self.batch_dim, self.module)
+            why = why_mixed(from_the_start, args, kwargs, recorder, self.batch_dim, self.module)
         if not why:
             self._kinds.add(_kind(args, kwargs))
             self._untested |= self._unvarying(args, kwargs)
@@ -265,7 +280,7 @@ class ModelForward(Forward):
         try:
             full_precision = without_autocast(self.module, args, kwargs)
             with aside(self.module), recorder.setting(shift=Shift()), full_precision as full:
-                with recorder.setting(paused=True):
+                with recorder.setting(paused=True), untouched_buffers(self.module):
                     expected = tensors(self._run(*full))
                 self.runs_by_sample = True
                 found = tensors(self._run(*full))
