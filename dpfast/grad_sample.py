@@ -6,6 +6,7 @@ Types, attributes, ``state_dict`` names and signatures of the model stay as they
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleModule
@@ -166,6 +167,20 @@ class FusedModule(FusedHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         FusedHooks.__init__(self, m, **kwargs)
         self.grad_accumulation_hook = None
+
+    def __getattr__(self, item: str) -> Any:
+        """Submodules, as in Opacus, and the model's own methods.
+
+        A method is exact if it calls the model itself (``self(x)``); one that calls layers past ``forward`` is refused
+        by name as soon as it does, except without gradients.
+        """
+        try:
+            return super().__getattr__(item)
+        except AttributeError:
+            model = vars(self).get("_modules", {}).get("_module")
+            if model is None or item.startswith("_") or not inspect.isfunction(getattr(type(model), item, None)):
+                raise
+            return getattr(model, item)
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpfast import graphs
 from dpfast.forwards import Forward, lend, on_nobody, trains
 from dpfast.layers import passes
 from dpfast.layers.generic import Generic
@@ -98,8 +99,23 @@ class ModelForward(Forward):
         if one:
             recorder.batch_sizes = [1]
         recorder.start_forward()
-        with batch_token(recorder.batch_size), recorder.setting(inside=True):
-            out = self._run_checked(args, kwargs)
+        if len(sizes) > 1 and not one:
+            graph = graphs.surely_one(self.module.forward, args, kwargs)
+            if self.one_by_one and not graph:  # no batch of one, whatever it is
+                graph = graphs.looks_like_one(args, kwargs)
+        else:
+            graph = ""
+        if graph:
+            raise LayoutError(f"{type(self.module).__name__} was called with {graph}: {graphs.ADVICE}")
+        try:
+            with batch_token(recorder.batch_size), recorder.setting(inside=True):
+                out = self._run_checked(args, kwargs)
+        except LayoutError as error:
+            if graph := graphs.looks_like_one(args, kwargs):
+                raise LayoutError(
+                    f"{type(self.module).__name__} was called with {graph}: {graphs.ADVICE}. ({error})"
+                ) from error
+            raise
         if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
             raise ValueError(
                 f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"
@@ -112,6 +128,7 @@ class ModelForward(Forward):
 
     def install(self) -> None:
         super().install()
+        self._guard_parameters()
         if self.recorder.ranks.sharded:  # before its parameters are gathered
             self._guards[self.module] = self.module.register_forward_pre_hook(
                 self._check_together, prepend=True, with_kwargs=True

@@ -55,7 +55,8 @@ def used_by_the_loss(names: Mapping[Any, str], parameters: Iterable[nn.Parameter
         f"penalty on parameters alone needs no clipping: for an L2 penalty use the optimizer's weight_decay (2 λ for "
         f"λ ‖w‖²); for any other, after optimizer.step() and under torch.no_grad(), subtract the learning rate times "
         f"torch.autograd.grad(penalty, parameters) from the parameters. A term that computes with data and a "
-        f"parameter, such as F.linear(x, model.embedding.weight), belongs into the model's forward, where it is exact. "
+        f"parameter, such as F.linear(x, model.embedding.weight) or what a method other than forward returns, belongs "
+        f"into the model's forward, where it is exact. "
         f"{ONE_BY_ONE}",
     )
 
@@ -78,11 +79,12 @@ def called_outside(name: str, owner: nn.Module | None) -> LayoutError:
 
 
 def _method_under_way(owner: nn.Module) -> str | None:
-    """The outermost method of ``owner`` that has not returned."""
+    """The outermost method of ``owner``'s own classes that has not returned."""
     found, frame = None, sys._getframe()
+    own = {name for cls in type(owner).__mro__ if not cls.__module__.startswith("torch.nn.") for name in vars(cls)}
     while frame is not None:
         code = frame.f_code
-        if code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is owner and code.co_name != "<lambda>":
+        if code.co_name in own and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is owner:
             found = code.co_name
         frame = frame.f_back  # type: ignore[assignment]
     return found
