@@ -149,7 +149,8 @@ class Generic:
                 self._plain_attention = True
                 stacked = run()
         except RuntimeError as error:
-            if isinstance(error, LayoutError) or "vmap" not in str(error):
+            of_vmap = "vmap" in str(error) or "atching rule" in str(error)
+            if isinstance(error, LayoutError) or not of_vmap:
                 raise
             raise LayoutError(
                 f"{type(self.module).__name__} runs one sample at a time, for its parameters "

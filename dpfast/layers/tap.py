@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
 from dpfast.layers.recorder import OUTSIDE, Layout, Recorder, running_backward
-from dpfast.layers.refusals import LayoutError
+from dpfast.layers.refusals import ONE_BY_ONE, LayoutError
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -188,14 +188,15 @@ def accumulators(params: Sequence[Any]) -> dict[int, Any]:
     return {index: torch.autograd.graph.get_gradient_edge(p).node for index, p in enumerate(params) if _trained([p])[0]}
 
 
-def reaches(accumulator: Any) -> bool:
+def reaches(accumulator: Any, name: str) -> bool:
     """Whether the running backward pass trains the parameter: ``torch.autograd.grad(loss, x)`` does not."""
     try:
         return torch._C._will_engine_execute_node(accumulator)
     except RuntimeError as error:
         raise RuntimeError(
-            "torch.autograd.grad with respect to a parameter of a private model: its gradients are clipped and summed "
-            "by backward() only; take other gradients on a copy that is not private (to_standard_module())"
+            f"torch.autograd.grad with respect to a parameter of a private model, in layer {name!r}: its gradients are "
+            f"clipped and summed by backward() only. Take others on a copy that is not private (to_standard_module()), "
+            f"or, to train on what such a gradient leads to, one sample at a time. {ONE_BY_ONE}"
         ) from error
 
 
@@ -219,7 +220,9 @@ class LayerOp(torch.autograd.Function):
         call, (x, *params) = ctx.call, ctx.saved_tensors
         twice = torch.is_grad_enabled()  # create_graph=True: gradients of this gradient may be asked for
         with torch.no_grad():
-            call.record(ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node)], G, x, params)
+            call.record(
+                ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)], G, x, params
+            )
             gx = call.tap.layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] and not twice else None
         if ctx.needs_input_grad[2] and twice:
             from dpfast.layers.twice import InputGradient

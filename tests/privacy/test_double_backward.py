@@ -290,25 +290,54 @@ def test_the_gradient_of_an_input_is_no_backward(name, create_graph, kw):
     assert first.shape == x.shape
 
 
-def test_a_third_derivative_is_refused_by_name():
+def curvature(model, x):
+    """What the model returns, and second derivatives of it: a differential equation's residual."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = model(x)
+        (first,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    return out, first, second
+
+
+def residual(output, target):
+    out, first, second = (x.flatten(1).sum(1) for x in output)
+    return ((second + first * out - target) ** 2).mean()
+
+
+@pytest.mark.parametrize("name", ["perceptron", "positions", "Conv1d", "bare parameter", "half frozen"])
+def test_second_derivatives(name):
+    model, x, y = specimen(name)
+    examine(model, (x,), y, residual, curvature)
+
+
+def test_second_derivatives_alone():
+    model, x, y = specimen("perceptron")
+    one_at_a_time(model, (x[:2],), y[:2], residual, curvature)
+
+
+def test_a_gradient_for_parameters_is_refused_by_name():
+    """In a batch it would be a sum over samples."""
     model, x, _ = specimen("perceptron")
     wrapped, _, _ = make_private(model)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(wrapped(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"layer '[02]'.*third time.*max_physical_batch_size=1"):
-        torch.autograd.grad(gradient.square().sum(), x, create_graph=True)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match=r"layer '2'.*max_physical_batch_size=1"):
+            torch.autograd.grad(wrapped(x).sum(), list(model.parameters()), create_graph=create_graph)
 
 
-def test_a_third_derivative_alone():
-    def thrice(model, x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-            (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-        return second
-
-    model, x, y = specimen("perceptron")
-    one_at_a_time(model, (x[:2],), y[:2], lambda o, y: (o.square().sum(1) * y).mean(), thrice)
+def test_a_penalty_under_autocast():
+    """As exact as bfloat16 is, and clipped."""
+    model, x, y = specimen("positions")
+    model, x, y = model.float(), x.float(), y.float()
+    twin = copy.deepcopy(model)
+    wrapped, _, _ = make_private(model, max_grad_norm=1e3)
+    for one in (wrapped, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = with_gradient(one, x)
+        wgan_gp([part.float() for part in out], y).backward()
+    got = torch.cat([s.flatten() / B for s in sums_of(model).values()])
+    want = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    assert (got - want).norm() < 0.05 * want.norm()
 
 
 def test_what_vmap_cannot_run_twice_is_refused_by_name(monkeypatch):
