@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
 
 from dpfast import graphs
 from dpfast.forwards import Forward, lend, on_nobody, trains
@@ -90,6 +91,7 @@ class ModelForward(Forward):
         if recorder.evaluating:
             with recorder.setting(paused=True):
                 return self._run(args, kwargs)
+        self._refuse_transforms()
         recorder.shift.start_forward()
         if recorder.verifies:
             self._refuse_batch_statistics()
@@ -274,6 +276,16 @@ class ModelForward(Forward):
         for p in self.recorder.names:
             if p.requires_grad and p not in self._guards:
                 self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))
+
+    def _refuse_transforms(self) -> None:
+        """Inside of ``torch.func`` taps cannot record; and vmap hides how many samples a batch of one stands for."""
+        around = passes.transforms()
+        if around and (not self.recorder.alone or TransformType.Vmap in around):
+            raise LayoutError(
+                f"{type(self.module).__name__} was called inside of torch.func.{around[-1].name.lower()}, where its "
+                f"samples cannot be followed: for gradients of its inputs use torch.autograd.grad(..., "
+                f"create_graph=True) on the batch, which is exact"
+            )
 
     def _refuse_batch_statistics(self) -> None:
         for name, module in self.module.named_modules():

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 
 def is_whole() -> bool:
@@ -18,10 +19,17 @@ def is_whole() -> bool:
 
 def arrives(parameter: Tensor) -> bool:
     """Whether the gradient of ``parameter`` is for training; ``torch.autograd.grad`` hands it to the caller instead."""
+    if transforms():  # torch.func.grad: it returns what it is asked for, too
+        return False
     try:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
     except RuntimeError:  # the engine's word for a gradient that torch.autograd.grad has asked for
         return False
+
+
+def transforms() -> list[TransformType]:
+    """The transforms of ``torch.func`` that the running code is inside of."""
+    return [interpreter.key() for interpreter in get_interpreter_stack() or []]
 
 
 def trains(parameters: Iterable[Tensor]) -> bool:

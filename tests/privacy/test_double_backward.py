@@ -316,6 +316,70 @@ def test_second_derivatives_alone():
     one_at_a_time(model, (x[:2],), y[:2], residual, curvature)
 
 
+def jacobian(model, x):
+    return torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x, create_graph=True).square().sum()
+
+
+def hessian(model, x):
+    return torch.autograd.functional.hessian(lambda x: model(x).sum(), x, create_graph=True).square().sum()
+
+
+def func_grad(model, x):
+    return torch.func.grad(lambda x: model(x).square().sum())(x).square().sum()
+
+
+def func_jvp(model, x):
+    return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1].square().sum()
+
+
+def ordinary(model, loss, x):
+    gradients = torch.autograd.grad(loss(model, x), list(model.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "loss, kw, n",
+    [
+        (jacobian, {}, B),
+        (hessian, {}, B),
+        (jacobian, dict(max_physical_batch_size=1), 1),
+        (hessian, dict(max_physical_batch_size=1), 1),
+        (func_grad, dict(max_physical_batch_size=1), 1),
+        (func_jvp, dict(max_physical_batch_size=1), 1),
+    ],
+)
+def test_other_ways_to_a_gradient(loss, kw, n):
+    """Not clipped, the clipped sum is the ordinary gradient."""
+    model, x, _ = specimen("perceptron")
+    expected = ordinary(copy.deepcopy(model), loss, x[:n])
+    wrapped, _, _ = make_private(model, max_grad_norm=1e9, loss_reduction="sum", **kw)
+    loss(wrapped, x[:n]).backward()
+    for got, want in zip(sums_of(model).values(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "loss, kw",
+    [
+        (func_grad, {}),
+        (func_jvp, {}),
+        (lambda model, x: torch.func.vmap(lambda x: model(x[None]))(x).sum(), {}),
+        (lambda model, x: torch.func.vmap(lambda x: model(x[None]))(x).sum(), dict(max_physical_batch_size=1)),
+        (
+            lambda model, x: torch.func.vmap(lambda x: func_grad(model, x[None]))(x).sum(),
+            dict(max_physical_batch_size=1),
+        ),
+    ],
+)
+def test_transforms_that_hide_samples_are_refused_by_name(loss, kw):
+    """What vmap hands to the model looks like a batch of one."""
+    model, x, _ = specimen("perceptron")
+    wrapped, _, _ = make_private(model, **kw)
+    with pytest.raises(RuntimeError, match=r"inside of torch.func.*torch.autograd.grad\(..., create_graph=True\)"):
+        loss(wrapped, x).backward()
+    assert not any(s.any() for s in sums_of(model).values())
+
+
 def test_a_gradient_for_parameters_is_refused_by_name():
     """In a batch it would be a sum over samples."""
     model, x, _ = specimen("perceptron")
