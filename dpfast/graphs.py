@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpfast.layers.refusals import LayoutError
 from dpfast.trees import tensors
 
 ADVICE = (
@@ -37,10 +39,28 @@ def looks_like_one(args: Any, kwargs: Any) -> str:
     return ""
 
 
-def surely_one(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def refuse_one(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], alone: bool) -> None:
+    """Raise if the inputs are one graph for sure; if they look like it will do where only batches of one are let in."""
+    if graph := surely_one(module, args, kwargs) or (looks_like_one(args, kwargs) if alone else ""):
+        raise LayoutError(f"{type(module).__name__} was called with one graph, {graph}: {ADVICE}")
+
+
+@contextmanager
+def told_of(module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
+    """What is refused within says so if the inputs look like one graph."""
+    try:
+        yield
+    except LayoutError as error:
+        if not (graph := looks_like_one(args, kwargs)):
+            raise
+        words = f"{type(module).__name__} was called with what looks like one graph, {graph}: {ADVICE}. ({error})"
+        raise LayoutError(words) from error
+
+
+def surely_one(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """As :func:`looks_like_one`, where an argument is called edges too and its numbers can be rows of ``x`` alone."""
     try:
-        named = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):  # no such call, or no signature
         named = dict(kwargs)
     nodes = [x for x in named.values() if isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point()]

@@ -102,22 +102,13 @@ class ModelForward(Forward):
             recorder.batch_sizes = [1]
         recorder.start_forward()
         if len(sizes) > 1 and not one:
-            graph = graphs.surely_one(self.module.forward, args, kwargs)
-            if self.one_by_one and not graph:  # no batch of one, whatever it is
-                graph = graphs.looks_like_one(args, kwargs)
-        else:
-            graph = ""
-        if graph:
-            raise LayoutError(f"{type(self.module).__name__} was called with {graph}: {graphs.ADVICE}")
-        try:
-            with batch_token(recorder.batch_size), recorder.setting(inside=True):
-                out = self._run_checked(args, kwargs)
-        except LayoutError as error:
-            if graph := graphs.looks_like_one(args, kwargs):
-                raise LayoutError(
-                    f"{type(self.module).__name__} was called with {graph}: {graphs.ADVICE}. ({error})"
-                ) from error
-            raise
+            graphs.refuse_one(self.module, args, kwargs, self.one_by_one)
+        with (
+            graphs.told_of(self.module, args, kwargs),
+            batch_token(recorder.batch_size),
+            recorder.setting(inside=True),
+        ):
+            out = self._run_checked(args, kwargs)
         if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
             raise ValueError(
                 f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"

@@ -162,10 +162,11 @@ class Recorder:
             raise used_by_the_loss(self.names, whole)
         if self.shift.in_use:
             self.take()
+            are = "parameters {} were" if len(whole) > 1 else "parameter {} was"
             raise RuntimeError(
-                f"parameters {listed(self.names[p] for p in whole)} were used outside of their own module's forward, "
-                f"where they are not shifted as the ascent wants it. Call the module that owns them, or set "
-                f"requires_grad_(False), or leave ascent out"
+                f"{are.format(listed(self.names[p] for p in whole))} used outside of the own module's forward, where an "
+                f"ascent's shift does not reach. Call the module that owns it, or set requires_grad_(False), or leave "
+                f"ascent out"
             )
         for p, gradients in whole.items():
             for gradient in gradients:
