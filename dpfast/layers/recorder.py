@@ -164,7 +164,7 @@ class Recorder:
             self.take()
             are = "parameters {} were" if len(whole) > 1 else "parameter {} was"
             raise RuntimeError(
-                f"{are.format(listed(self.names[p] for p in whole))} used outside of the own module's forward, where an "
+                f"{are.format(listed(self.names[p] for p in whole))} used outside of its module's forward, where an "
                 f"ascent's shift does not reach. Call the module that owns it, or set requires_grad_(False), or leave "
                 f"ascent out"
             )
