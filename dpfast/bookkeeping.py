@@ -82,7 +82,8 @@ class Book(Recorder):
         if self._backwards and not self.accumulation_allowed:
             raise ValueError(
                 "Poisson sampling is not compatible with grad accumulation: a second backward came before "
-                "optimizer.step(). Step after every backward, or use BatchMemoryManager for large batches"
+                "optimizer.step(). Add several losses of a batch up and call backward() once; step after every "
+                "backward; or use BatchMemoryManager for large batches"
             )
         try:
             self._sum_up(uses, batch)
@@ -165,9 +166,11 @@ class Book(Recorder):
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
         sizes = {form.batch: self.names[p] for p, forms in uses.items() for form in forms}
         if len(sizes) > 1:
+            seen = " and ".join(f"{size} (by {name!r})" for size, name in sorted(sizes.items()))
             raise ValueError(
-                f"layers saw different batch sizes in one backward pass: {sizes}. Run one backward for each "
-                f"batch, so that each sample's gradient is whole when it is clipped"
+                f"one backward pass had batches of different sizes: {seen}. The loss adds up terms of several batches, "
+                f"and no sample's gradient is whole: call backward() for each batch alone (poisson_sampling=False "
+                f"allows several before a step), or call the model once, on samples that have both parts"
             )
         return next(iter(sizes))
 

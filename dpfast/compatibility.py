@@ -6,7 +6,7 @@ from opacus.validators.module_validator import ModuleValidator
 from torch import nn
 
 from dpfast.layers import exact_alone, refusal
-from dpfast.layers.generic import ONE_BY_ONE
+from dpfast.layers.refusals import ONE_BY_ONE
 
 
 def problems(module: nn.Module, served_only: bool = True) -> list[str]:
@@ -20,6 +20,14 @@ def problems(module: nn.Module, served_only: bool = True) -> list[str]:
     for name, child in module.named_modules():
         if not any(p.requires_grad for p in child.parameters(recurse=False)):
             continue
+        for own, p in child.named_parameters(name, recurse=False):
+            if p.requires_grad and p.is_complex():
+                found.append(
+                    f"{own} is a complex parameter ({p.dtype}), which is neither clipped nor noised here: keep "
+                    f"nn.Parameter(torch.view_as_real(...)), of shape {[*p.shape, 2]}, and compute with "
+                    f"torch.view_as_complex(...) of it in forward, which is the same model; or freeze it with "
+                    f"requires_grad_(False)"
+                )
         where = f"{name or 'the model'} ({type(child).__name__})"
         validator = ModuleValidator.VALIDATORS.get(type(child))
         if (reason := refusal(child)) is not None:

@@ -142,9 +142,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
             module: the model; or the model in torch's ``DistributedDataParallel`` or Opacus' own, or after
                 ``torch.distributed.fsdp.fully_shard``.
-            max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
-                sample at a time, through ``BatchMemoryManager(max_physical_batch_size=1)``, which is exact for any
-                model.
+            max_physical_batch_size: 1 trains one sample at a time, through
+                ``BatchMemoryManager(max_physical_batch_size=1)``. No layer is tapped then: ordinary gradients are
+                per-sample gradients, which is exact for any model and any loss of one sample, also where no
+                per-sample path serves them. Larger batches are refused.
             noise_generator: where the key of the noise is drawn from (once); ``torch.manual_seed`` repeats a run
                 without it. Refused in secure mode, whose keys come from the operating system.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.layers import Layer
-from dpfast.layers.generic import Copies, Generic
+from dpfast.layers.derived import Source
+from dpfast.layers.generic import Generic
 from dpfast.layers.overridden import Overridden
-from dpfast.layers.recorder import OUTSIDE, LayoutError, Recorder, running_backward
-from dpfast.layers.shift import Shift, swapped
+from dpfast.layers.recorder import OUTSIDE, Recorder, running_backward
+from dpfast.layers.refusals import LayoutError
+from dpfast.layers.shift import Shift
 from dpfast.layers.tap import Tap
 from dpfast.separation import aside, kept, same, without_autocast
 from dpfast.separation.state import Kept
@@ -91,7 +93,7 @@ class GenericForward(Forward):
         recorder = self.generic.recorder
         # Inside of another generic module, whose copies cover this one's parameters.
         covered = recorder.token is not None
-        if covered or recorder.paused or not torch.is_grad_enabled() or not self._trains():
+        if covered or recorder.paused or not torch.is_grad_enabled() or not self.generic.trains:
             return self.untapped(recorder, *args, **kwargs)
         signature = tuple(x.dim() for x in tensors((args, kwargs)))
         if recorder.verifies and recorder.batch_size != 1 and signature not in self._compared:
@@ -104,14 +106,22 @@ class GenericForward(Forward):
         recorder = self.generic.recorder
         full = without_autocast(self.module, args, kwargs)
         with aside(self.module), recorder.setting(shift=Shift()), full as (args, kwargs):
-            with recorder.setting(paused=True):
+            with recorder.setting(paused=True), kept(self.module):
                 expected = tensors(self.plain(*args, **kwargs))
             found = tensors(self.generic(self.plain, *args, **kwargs))
         if not same(expected, found):
             raise LayoutError(f"{type(self.module).__name__} computes something else on one sample at a time")
 
-    def _trains(self) -> bool:
-        return any(p.requires_grad for p in self.generic.parameters)
+
+class DerivedForward(Forward):
+    """A ``ParametrizationList``: the running sample's copy of its tensor, where a module above has made copies."""
+
+    def __init__(self, module: nn.Module, source: Source, recorder: Recorder):
+        super().__init__(module)
+        self.source, self.recorder = source, recorder
+
+    def __call__(self) -> Any:
+        return self.untapped(self.recorder) if self.source.current is None else self.source.current
 
 
 def lend(model: nn.Module, inner: Forward | None, by_sample: Generic, parameters: Sequence[nn.Parameter]) -> bool:
@@ -177,42 +187,3 @@ def on_nobody(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, batch_dim:
     with kept(module):
         out = run(*map_tensors(one, (args, kwargs)))
     return map_tensors(none, out)
-
-
-class UnservedForward(Forward):
-    """A module of a model that is trained one sample at a time: the ordinary gradient is the per-sample gradient."""
-
-    def __init__(self, module: nn.Module, name: str, recorder: Recorder):
-        super().__init__(module)
-        self.name, self.recorder = name, recorder
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.recorder.paused or not trains(self.module):
-            return self.untapped(self.recorder, *args, **kwargs)
-        self.recorder.start_forward()
-        if self.recorder.batch_size not in (0, 1):
-            raise ValueError(
-                f"module {self.name!r} ({type(self.module).__name__}) is trained at a physical batch of one, "
-                f"but got inputs of {self.recorder.batch_sizes}: iterate over "
-                f"BatchMemoryManager(max_physical_batch_size=1)"
-            )
-        if not self.recorder.shift.in_use or self.recorder.batch_size == 0:
-            return self.plain(*args, **kwargs)
-        with swapped(self._owners(), self._copies()):
-            return self.plain(*args, **kwargs)
-
-    def _owners(self) -> Iterator[nn.Module]:
-        """The module and, below it, what has parameters but no forward, such as a ``ParameterList``."""
-        yield self.module
-        for child in self.module.modules():
-            if type(child).forward is nn.Module.forward:
-                yield child
-
-    def _copies(self) -> dict[nn.Parameter, Tensor]:
-        """The one sample's shifted copy of every trained parameter; the gradient is recorded where it was made."""
-        copies = {}
-        for p in (p for owner in self._owners() for p in owner._parameters.values()):
-            if p in self.recorder.names and p.requires_grad and p not in copies:
-                tap = Tap(self.recorder, Copies(), self.recorder.names[p])
-                copies[p] = tap(torch.zeros(1, device=p.device), p).squeeze(0)
-        return copies

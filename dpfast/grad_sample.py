@@ -6,6 +6,7 @@ Types, attributes, ``state_dict`` names and signatures of the model stay as they
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,17 @@ from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
-from dpfast.forwards import Forward, GenericForward, LayerForward, UnservedForward
+from dpfast.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.layers import OpacusAttention, Recurrent, family
+from dpfast.layers.derived import Parametrized, sources_of
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
 from dpfast.model_forward import ModelForward
+from dpfast.one_by_one import OneByOneForward
 from dpfast.ranks import Ranks
 from dpfast.separation import Verdict
 
@@ -53,7 +57,7 @@ class FusedHooks(AbstractGradSampleHooks):
         batch_first: whether the batch is dimension 0 (else 1) of the layers' inputs.
         loss_reduction: ``"mean"`` or ``"sum"``, over the batch.
         clipping: thresholds and groups; those of the optimizer, once there is one.
-        max_physical_batch_size: 1 if a model that no path serves is to be trained one sample at a time.
+        max_physical_batch_size: 1 if the model is to be trained one sample at a time, with no layer tapped.
         ranks: how the processes of a run share the model.
     """
 
@@ -82,31 +86,43 @@ class FusedHooks(AbstractGradSampleHooks):
         root = self._module
         batch_dims = _batch_dims(root, batch_dim)
         served, loose = _split_parameters(root)
+        self.book.model = root
+        self.book.alone = max_physical_batch_size == 1 and not self.book.ranks.sharded
+        sources = sources_of(root)
+        made = {source.owner: source for source in sources if isinstance(source, Parametrized)}
+        inside = {child for owner in made for child in owner.modules()}  # runs when its tensor is made, and only then
+        for p in {p for source in sources for p in source.parameters}:
+            loose.pop(p, None)
         for name, module in root.named_modules():
             if _is_container(module):
                 continue  # never called: its parameters are its parent's affair
             own = {p for p in module._parameters.values() if p is not None}
+            needs_forward = own or any(_is_container(child) and child._parameters for child in module.children())
+            needs_forward = needs_forward or is_parametrized(module)
             layer = family(module)
             forward: Forward | None = None
-            if module in served and layer is not None:
+            if self.book.alone:
+                forward = OneByOneForward(module, name, self.book) if needs_forward else None
+            elif module in inside:
+                forward = DerivedForward(module, made[module], self.book) if module in made else None
+            elif module in served and layer is not None:
                 tap = Tap(self.book, layer, name or type(module).__name__, batch_dims.get(module, batch_dim))
                 forward = LayerForward(module, layer, tap)
-            elif max_physical_batch_size == 1 and own and not self.book.ranks.sharded:
-                forward = UnservedForward(module, name, self.book)
-            elif own or any(_is_container(child) and child._parameters for child in module.children()):
+            elif needs_forward:
                 below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
-                if self.book.ranks.sharded and any(p.requires_grad for p in below):
+                generic = Generic(module, below, self.book, batch_dim, sources=sources)
+                if self.book.ranks.sharded and generic.trains:
                     raise UnsupportedModuleError(
                         f"{name or 'the model'} ({type(module).__name__}): no layer family serves its parameters, and "
                         f"vmap, which could, does not know parameters that fully_shard has gathered. Freeze it with "
                         f"requires_grad_(False), or use DistributedDataParallel"
                     )
-                forward = GenericForward(module, Generic(module, below, self.book, batch_dim))
+                forward = GenericForward(module, generic)
             if forward is not None:
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
-        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction)
+        by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction, sources=sources)
         model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)
@@ -178,6 +194,20 @@ class FusedModule(FusedHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         FusedHooks.__init__(self, m, **kwargs)
         self.grad_accumulation_hook = None
+
+    def __getattr__(self, item: str) -> Any:
+        """Submodules, as in Opacus, and the model's own methods.
+
+        A method is exact if it calls the model itself (``self(x)``); one that calls layers past ``forward`` is refused
+        by name as soon as it does, except without gradients.
+        """
+        try:
+            return super().__getattr__(item)
+        except AttributeError:
+            model = vars(self).get("_modules", {}).get("_module")
+            if model is None or item.startswith("_") or not inspect.isfunction(getattr(type(model), item, None)):
+                raise
+            return getattr(model, item)
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
 
+from dpfast import graphs
 from dpfast.forwards import Forward, lend, on_nobody, trains
-from dpfast.layers.generic import ONE_BY_ONE, Generic
-from dpfast.layers.recorder import OUTSIDE, BypassError, LayoutError, Recorder, RowsError, running_backward
+from dpfast.layers import passes
+from dpfast.layers.generic import Generic
+from dpfast.layers.recorder import OUTSIDE, Recorder, running_backward
+from dpfast.layers.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsError
 from dpfast.layers.rows import PickedRows
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import batch_token
-from dpfast.separation import Check, Verdict, aside, kind, noisy, same, try_backward, unvarying, without_autocast
+from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, try_backward, unvarying, without_autocast
 from dpfast.separation.schedule import Schedule
 from dpfast.separation.texts import Left
 from dpfast.trees import map_tensors, packed_sequences, tensors
@@ -92,6 +96,7 @@ class ModelForward(Forward):
         if recorder.evaluating:
             with recorder.setting(paused=True):
                 return self._run(args, kwargs)
+        self._refuse_transforms()
         recorder.shift.start_forward()
         if recorder.verifies:
             self._refuse_batch_statistics()
@@ -101,7 +106,13 @@ class ModelForward(Forward):
         if one:
             recorder.batch_sizes = [1]
         recorder.start_forward()
-        with batch_token(recorder.batch_size), recorder.setting(inside=True):
+        if len(sizes) > 1 and not one:
+            graphs.refuse_one(self.module, args, kwargs, self.one_by_one)
+        with (
+            graphs.told_of(self.module, args, kwargs),
+            batch_token(recorder.batch_size),
+            recorder.setting(inside=True),
+        ):
             out = self._run_checked(args, kwargs)
         if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
             raise ValueError(
@@ -115,6 +126,7 @@ class ModelForward(Forward):
 
     def install(self) -> None:
         super().install()
+        self._guard_parameters()
         if self.recorder.ranks.sharded:  # before its parameters are gathered
             self._guards[self.module] = self.module.register_forward_pre_hook(
                 self._check_together, prepend=True, with_kwargs=True
@@ -300,10 +312,20 @@ class ModelForward(Forward):
     def _same_by_sample(self, inputs: Any) -> bool:
         """Whether the model computes the same for each sample by itself."""
         self.runs_by_sample = False
-        with self.recorder.setting(paused=True):
+        with self.recorder.setting(paused=True), kept(self.module):
             expected = tensors(self._run(*inputs))
         self.runs_by_sample = True
         return same(expected, tensors(self._run(*inputs)))
+
+    def _refuse_transforms(self) -> None:
+        """Inside of ``torch.func`` taps cannot record; and vmap hides how many samples a batch of one stands for."""
+        around = passes.transforms()
+        if around and (not self.recorder.alone or TransformType.Vmap in around):
+            raise LayoutError(
+                f"{type(self.module).__name__} was called inside of torch.func.{around[-1].name.lower()}, where its "
+                f"samples cannot be followed: for gradients of its inputs use torch.autograd.grad(..., "
+                f"create_graph=True) on the batch, which is exact"
+            )
 
     def _refuse_batch_statistics(self) -> None:
         for name, module in self.module.named_modules():
@@ -371,7 +393,8 @@ def _opens(recorder: Recorder, batch: int | None, gradient: Tensor) -> None:
         during = ExitStack()
         during.enter_context(batch_token(batch))
         torch.autograd.Variable._execution_engine.queue_callback(during.close)
-    recorder.open(batch)
+    if passes.trains(recorder.names):  # torch.autograd.grad(output, x) is no backward
+        recorder.open(batch)
 
 
 def _past_the_tap(recorder: Recorder, p: nn.Parameter, gradient: Tensor | None) -> None:

@@ -60,11 +60,16 @@ def batch_size(value: Any, batch_dim: int = 0) -> int:
 
 
 def pristine(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deep copy in ``dtype`` (ties kept) without hooks or attributes left on parameters."""
+    """A deep copy in ``dtype`` (ties kept) without hooks or attributes left on parameters.
+
+    Hooks of torch's own utilities stay: without that of the older weight norm a weight would stay what it was.
+    """
     twin = copy.deepcopy(model).to(dtype)
     for module in twin.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, name).clear()
+            hooks = getattr(module, name)
+            for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
+                del hooks[key]
         if type(vars(module).get("forward")).__module__.startswith("dpfast"):
             del module.forward
     for p in twin.parameters():

@@ -16,7 +16,7 @@ from dpfast.clipping import Clipping, check_threshold
 from dpfast.criterion import PerSampleCriterion, PerSampleLoss
 from dpfast.explain import call, pristine_copy
 from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.recorder import LayoutError
+from dpfast.layers.refusals import LayoutError
 from dpfast.model_forward import normalises_over_batch
 from dpfast.separation import Draws, Followed, observed, own_random_numbers
 from dpfast.trees import map_tensors, tensors

@@ -41,7 +41,7 @@ def tapped(
     tap = taps[handle]
     use = tap.uses[number]
     tap.recorder.start_forward()
-    tap.recorder.check_inside(tap)
+    tap.recorder.check_inside(tap.name)
     params = use.owned(weight, bias)
     tap.forward_pass = running_backward()
     with _autograd():  # a parameter that was cast to another dtype has a new one
@@ -91,7 +91,7 @@ def tapped_backward(
     if tap.layer.saves:
         with _autocast(x, autocast):
             tap.layer.forward(call, x, *points)
-    reached = [i for i, node in use.accumulators.items() if reaches(node)]
+    reached = [i for i, node in use.accumulators.items() if reaches(node, tap.name)]
     call.record(owned, reached, G, x, points, lambda form: _own(form, (G, x)))
     gx = tap.layer.input_gradient(call, G, x, *points).contiguous() if wants_gx else x.new_empty(0)
     return gx, torch.zeros_like(token)

@@ -23,16 +23,14 @@ from torch.overrides import TorchFunctionMode
 from dpfast import layers
 from dpfast.layers.base import Layer
 from dpfast.layers.branches import all_branches
+from dpfast.layers.derived import Source, standing
 from dpfast.layers.forms import Form, Instantiated
-from dpfast.layers.recorder import LayoutError, Recorder
+from dpfast.layers.recorder import Recorder
+from dpfast.layers.refusals import ONE_BY_ONE, LayoutError, listed
 from dpfast.layers.shift import swapped
 from dpfast.layers.tap import Call, Tap
 from dpfast.trees import map_tensors, tensors
 
-ONE_BY_ONE = (
-    "A physical batch of one is exact for any model: make_private(..., max_physical_batch_size=1) and "
-    "BatchMemoryManager(max_physical_batch_size=1)"
-)
 EXPERTS = (
     "Experts that loop over those that the batch hits can do without: "
     "model.set_experts_implementation('batched_mm') in Transformers. "
@@ -55,6 +53,7 @@ class Generic:
     """Runs ``module`` under vmap, with copies of ``parameters`` (found anywhere below it) for every sample.
 
     ``whole_model`` is how the whole model reduces a loss that it returns over the batch; None for a part of it.
+    ``sources`` make tensors from parameters alone, of which every sample gets a copy instead.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class Generic:
         recorder: Recorder,
         batch_dim: int,
         whole_model: str | None = None,
+        sources: Sequence[Source] = (),
     ):
         self.module = module
         self.parameters = dict(parameters)
@@ -72,8 +72,14 @@ class Generic:
         self.recorder = recorder
         self.batch_dim = batch_dim
         self.whole_model = whole_model
+        self.sources = [source for source in sources if any(source.owner is owner for owner in module.modules())]
         self._plain_attention = False  # PyTorch's fused one fails under vmap
         self._batched: dict[tuple[int, int], bool] = {}  # which tensor inputs, of how many dimensions, have a batch
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients of any parameter come from here."""
+        return any(p.requires_grad for p in self.parameters) or any(source.trains for source in self.sources)
 
     def lend(self, parameter: nn.Parameter, owners: Sequence[nn.Module]) -> bool:
         """Make copies of ``parameter`` too, whose ``owners`` these are; False if it has them, or is used elsewhere.
@@ -107,11 +113,13 @@ class Generic:
         token = torch.zeros(batch, device=next(self.module.parameters()).device)
         trained = {p: name for p, name in self.parameters.items() if p.requires_grad}
         copies = [Tap(recorder, Copies(), name)(token, p) for p, name in trained.items()]
+        values = [source.copies(recorder, token, source.owner is self.module) for source in self.sources]
         if self.whole_model is not None:  # its inputs' samples are the model's: nothing to verify
-            recorder.verified |= {layout for layout in recorder.new_layouts if layout[0] in trained.values()}
+            made = {*trained.values(), *(source.name for source in self.sources)}
+            recorder.verified |= {layout for layout in recorder.new_layouts if layout[0] in made}
         results: list[Any] = []
 
-        def one_sample(token: Tensor, copies: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        def one_sample(token: Tensor, copies: list[Tensor], values: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
             own, flags = iter(inputs), iter(batched)
 
             def one(x: Tensor) -> Tensor:
@@ -119,7 +127,8 @@ class Generic:
 
             args_, kwargs_ = map_tensors(one, (args, kwargs))
             own_copies = dict(zip(trained, copies, strict=True))
-            with recorder.setting(token=token), swapped(self.owners, own_copies):
+            derived = standing(self.sources, values)
+            with recorder.setting(token=token), swapped(self.owners, own_copies), derived:
                 results.append(forward(*args_, **kwargs_))
             return tensors(results[0])
 
@@ -129,7 +138,7 @@ class Generic:
             results.clear()
             attention = sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext()
             with all_branches(torch._C._functorch.is_batchedtensor), attention, _PaddedRows():
-                return torch.func.vmap(one_sample, randomness="different")(token, copies, inputs)
+                return torch.func.vmap(one_sample, randomness="different")(token, copies, values, inputs)
 
         try:
             try:
@@ -140,11 +149,13 @@ class Generic:
                 self._plain_attention = True
                 stacked = run()
         except RuntimeError as error:
-            if isinstance(error, LayoutError) or "vmap" not in str(error):
+            of_vmap = "vmap" in str(error) or "atching rule" in str(error)
+            if isinstance(error, LayoutError) or not of_vmap:
                 raise
             raise LayoutError(
                 f"{type(self.module).__name__} runs one sample at a time, for its parameters "
-                f"{sorted(self.parameters.values())} that no layer family serves, and vmap cannot run it: {error} "
+                f"{listed(sorted(self.parameters.values()))} that no layer family serves, and vmap cannot run it: "
+                f"{error} "
                 f"{EXPERTS if any('expert' in name for name in self.parameters.values()) else ''}{ONE_BY_ONE}"
             ) from error
         whole = iter(stacked)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dpfast.layers.base import Layer
 from dpfast.layers.embedding import Embedding
 from dpfast.layers.linear import Linear, Rows
-from dpfast.layers.recorder import LayoutError
+from dpfast.layers.refusals import LayoutError
 from dpfast.layers.tap import Tap
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dpfast.layers import passes
 from dpfast.layers.forms import Form, Instantiated
+from dpfast.layers.refusals import LayoutError, RowsError, called_outside, listed, used_by_the_loss
 from dpfast.layers.shift import Shift
 from dpfast.planner import Planner
 from dpfast.ranks import Ranks
@@ -29,27 +31,6 @@ def running_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-class LayoutError(RuntimeError):
-    """It cannot be told what belongs to which sample."""
-
-
-class RowsError(LayoutError):
-    """A layer got rows that are not as many of each sample."""
-
-
-class BypassError(RuntimeError):
-    """Parameters were used outside of the modules that own them, past their taps."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], name: str):
-        super().__init__(
-            f"parameter {name!r} got a gradient outside of its own module's forward (as in "
-            f"F.linear(x, model.embedding.weight)), where per-sample gradients cannot be taken. Call the module "
-            f"that owns it, or set requires_grad_(False), or train at a physical batch of one, which is exact "
-            f"for any model: BatchMemoryManager(max_physical_batch_size=1)"
-        )
-        self.parameters = parameters
-
-
 class Recorder:
     """Collects the forms that one backward pass produces and calls :meth:`close` when it ends.
 
@@ -65,6 +46,9 @@ class Recorder:
         self.shift = Shift()
         # Set by the model's forward:
         self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
+        self.model: nn.Module | None = None  # the one whose layers these are
+        self.alone = False  # it is trained one sample at a time: ordinary gradients are per-sample gradients
+        self.input_axes: dict[tuple[int, int], int | None] = {}  # of each of its inputs: where its samples lie
         self.needs_model = False  # layers may run inside of the model's forward only
         self.inside = False  # and this is inside
         self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
@@ -82,7 +66,7 @@ class Recorder:
         self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
         self._forms: dict[nn.Parameter, list[Form]] = {}
         self._untrusted: list[tuple[Layout, Form]] = []
-        self._bypassed: set[nn.Parameter] = set()
+        self._bypassed: dict[nn.Parameter, list[Tensor]] = {}  # ordinary gradients, which autograd has brought
         self._pass: int | None = None
         self._pass_batch: int | None = None
 
@@ -108,14 +92,14 @@ class Recorder:
     def take(self) -> dict[nn.Parameter, list[Form]]:
         """The recorded forms; the recorder is empty afterwards."""
         forms, self._forms = self._forms, {}
-        self._untrusted, self._bypassed = [], set()
+        self._untrusted, self._bypassed = [], {}
         self._pass = self._pass_batch = None
         return forms
 
     def suspend(self) -> tuple[Any, ...]:
         """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
         state = (self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch)
-        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = {}, [], set(), None, None
+        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = {}, [], {}, None, None
         return state
 
     def resume(self, state: tuple[Any, ...]) -> None:
@@ -129,7 +113,8 @@ class Recorder:
         one, which is thus opened (and closed) here, once for all inner passes.
         """
         if running_backward() != OUTSIDE:
-            self.open()
+            if passes.is_whole():
+                self.open()
         elif self._pass is not None:
             self.take()
 
@@ -157,11 +142,37 @@ class Recorder:
         if mixed := sorted({layout[0] for layout, form in self._untrusted if bool(form.touched().any())}):
             self.take()
             raise LayoutError(
-                f"layers {mixed} got gradients, but no check has shown that these keep the samples apart: call the "
-                f"model itself, not one of its methods or submodules, and let the loss depend on them through what its "
-                f"forward returns"
+                f"layer{'s' if len(mixed) > 1 else ''} {listed(mixed)} got gradients from a part of the loss that does "
+                f"not come from what the model's forward returned in the check of its samples (a hidden state or an "
+                f"auxiliary loss kept as an attribute, a branch that the check did not take), so nothing has shown "
+                f"that they keep the samples apart there. Let forward return that part as well, and make the loss of "
+                f"what it returns"
             )
+        self._take_whole()
         self.close()
+
+    def _take_whole(self) -> None:
+        """Ordinary gradients of the pass that ends are the per-sample gradients at a physical batch of one alone."""
+        whole, self._bypassed = self._bypassed, {}
+        batch = self._pass_batch
+        if batch is None and self.alone:  # the loss depends on no output: it is made of gradients
+            batch = self.batch_size
+        if not whole or batch == 0:
+            return
+        if batch != 1:
+            self.take()
+            raise used_by_the_loss(self.names, whole)
+        if self.shift.in_use:
+            self.take()
+            are = "parameters {} were" if len(whole) > 1 else "parameter {} was"
+            raise RuntimeError(
+                f"{are.format(listed(self.names[p] for p in whole))} used outside of its module's forward, where an "
+                f"ascent's shift does not reach. Call the module that owns it, or set requires_grad_(False), or leave "
+                f"ascent out"
+            )
+        for p, gradients in whole.items():
+            for gradient in gradients:
+                self.record(p, Instantiated(gradient.unsqueeze(0)))
 
     def record(self, parameter: Any, form: Form, call: Call | None = None) -> None:
         """Keep one use's form."""
@@ -180,28 +191,21 @@ class Recorder:
     def record_whole(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """An ordinary gradient that reached ``parameter``: some use of it bypassed every tapped layer.
 
-        At a physical batch of one it is the per-sample gradient. At any other it cannot be clipped: refused. Gradients
-        of a model in eval() are left alone, in ``p.grad``, where the optimizer's step overwrites them.
+        At a physical batch of one it is the per-sample gradient. At any other it cannot be clipped: refused when the
+        pass ends, all of them by name. Gradients of a model in eval() are left alone, in ``p.grad``, where the
+        optimizer's step overwrites them. ``torch.autograd.grad`` gives them to its caller and trains nothing.
         """
+        if not passes.arrives(parameter):
+            return
         if self.evaluating and self._pass is None:
             self.evaluated = True
             return
+        self.open()
+        kept = self._bypassed.setdefault(parameter, [])
         if self.observer is not None:  # told at the end of the backward, all of them at once
-            self.open()
-            self._bypassed.add(parameter)
             self.bypassed.append(parameter)
-            return
-        if self._pass_batch not in (0, 1):
-            raise BypassError([parameter], self.names[parameter])
-        if self.shift.in_use and self._pass_batch == 1:
-            raise RuntimeError(
-                f"parameter {self.names[parameter]!r} was used outside of its own module's forward, where it is not "
-                f"shifted as the ascent wants it. Call the module that owns it, or set requires_grad_(False), or leave "
-                f"ascent out"
-            )
-        self._bypassed.add(parameter)
-        if self._pass_batch == 1:
-            self.record(parameter, Instantiated(gradient.detach().clone().unsqueeze(0)))
+        elif self._pass_batch in (None, 1):
+            kept.append(gradient.detach().clone())
 
     def link(self, whole: Mapping[str, Any], sharded: Mapping[str, Any]) -> None:
         """Parameters that ``fully_shard`` has gathered for a module stand for those that the optimizer has."""
@@ -209,13 +213,10 @@ class Recorder:
             if p is not None and p is not sharded[name] and not hasattr(p, SHARDED_AS):
                 setattr(p, SHARDED_AS, sharded[name])
 
-    def check_inside(self, tap: Tap) -> None:
+    def check_inside(self, name: str) -> None:
         """Layers are called inside of the model's forward, or when a checkpoint computes it again."""
         if self.needs_model and not self.inside and running_backward() == OUTSIDE:
-            raise LayoutError(
-                f"layer {tap.name!r} was called outside of the private model's forward, where the samples of a batch "
-                f"are not known: call the model itself"
-            )
+            raise called_outside(name, self.model)
 
     def resolve_rows(self, tap: Tap, rows: int, ndim: int, batch: int | None = None) -> tuple[int, Layout | None]:
         """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.

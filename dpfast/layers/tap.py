@@ -16,11 +16,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
-from dpfast.layers.recorder import OUTSIDE, Layout, LayoutError, Recorder, running_backward
+from dpfast.layers.recorder import OUTSIDE, Layout, Recorder, running_backward
+from dpfast.layers.refusals import ONE_BY_ONE, LayoutError
 from dpfast.layers.rows import owned, owners_of, places
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Tap:
         recorder.start_forward()
         if recorder.token is not None:
             return LayerOp.apply(Call(self, spec), recorder.token, x, *params)
-        recorder.check_inside(self)
+        recorder.check_inside(self.name)
         if recorder.batch_size == 0:
             return LayerOp.apply(Call(self, spec), None, x, *params)
         if x.dim() < self.layer.least_dims:
@@ -204,14 +204,15 @@ def accumulators(params: Sequence[Any]) -> dict[int, Any]:
     return {index: torch.autograd.graph.get_gradient_edge(p).node for index, p in enumerate(params) if _trained([p])[0]}
 
 
-def reaches(accumulator: Any) -> bool:
+def reaches(accumulator: Any, name: str) -> bool:
     """Whether the running backward pass trains the parameter: ``torch.autograd.grad(loss, x)`` does not."""
     try:
         return torch._C._will_engine_execute_node(accumulator)
     except RuntimeError as error:
         raise RuntimeError(
-            "torch.autograd.grad with respect to a parameter of a private model: its gradients are clipped and summed "
-            "by backward() only; take other gradients on a copy that is not private (to_standard_module())"
+            f"torch.autograd.grad with respect to a parameter of a private model, in layer {name!r}: its gradients are "
+            f"clipped and summed by backward() only. Take others on a copy that is not private (to_standard_module()), "
+            f"or, to train on what such a gradient leads to, one sample at a time. {ONE_BY_ONE}"
         ) from error
 
 
@@ -231,12 +232,18 @@ class LayerOp(torch.autograd.Function):
         ctx.accumulators = accumulators(params)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         call, (x, *params) = ctx.call, ctx.saved_tensors
-        layer = call.tap.layer
-        call.record(ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node)], G, x, params)
-        gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None
+        twice = torch.is_grad_enabled()  # create_graph=True: gradients of this gradient may be asked for
+        with torch.no_grad():
+            call.record(
+                ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)], G, x, params
+            )
+            gx = call.tap.layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] and not twice else None
+        if ctx.needs_input_grad[2] and twice:
+            from dpfast.layers.twice import InputGradient
+
+            gx = InputGradient.apply(call, params, G, x, *ctx.params)
         return (None, None, gx, *(None for _ in params))
 
     @staticmethod

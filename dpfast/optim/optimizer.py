@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dpfast import ops
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
+from dpfast.layers.refusals import listed
 from dpfast.noise import NoiseStream
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
@@ -135,8 +136,11 @@ class FusedDPOptimizer(DPOptimizer):
         """Add parameters of the same model; they are clipped and noised from the next backward on."""
         given: Any = param_group["params"]
         added: list[Any] = [given] if isinstance(given, torch.Tensor) else list(given)
-        if any(p not in self.book.names for p in added):
-            raise ValueError("add_param_group: a parameter is not one of the model given to make_private")
+        if strange := [list(p.shape) for p in added if p not in self.book.names]:
+            raise ValueError(
+                f"add_param_group: parameters of shapes {strange} are none of the model given to make_private, so "
+                f"nothing clips their gradients: give make_private a model that has them"
+            )
         self.original_optimizer.add_param_group({**param_group, "params": added})
         assert self.book.tracked is not None
         self.book.tracked.update(added)
@@ -262,6 +266,7 @@ class FusedDPOptimizer(DPOptimizer):
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
                 "you must call optimizer.zero_grad() on each step"
             )
+        self._refuse_unknown_parameters()
         self.book.end_physical_batch()
         if self.book.evaluated and not self.book.accumulated:
             raise ValueError(
@@ -278,6 +283,17 @@ class FusedDPOptimizer(DPOptimizer):
             return False
         self._agree()
         return True
+
+    def _refuse_unknown_parameters(self) -> None:
+        """A parameter that came into the wrapped optimizer behind this one's back: it would get noise alone."""
+        tracked = self.book.tracked or set()
+        if unknown := [p for p in self._all_parameters() if p not in tracked]:
+            names = listed(self.book.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown)
+            raise ValueError(
+                f"step: parameters {names} were added to the wrapped optimizer itself, so they are not clipped. Take "
+                f"them out of optimizer.original_optimizer.param_groups again, and call add_param_group of the private "
+                f"optimizer, which make_private returned"
+            )
 
     def _look_for_bypass(self) -> None:
         """``fully_shard`` puts gradients into ``p.grad`` past all hooks; a skipped step's would be cleared unseen.
@@ -321,8 +337,9 @@ class FusedDPOptimizer(DPOptimizer):
         if any(bypassed):
             name = list(book.names.values())[int(max(bypassed)) - 1]
             raise RuntimeError(
-                f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: "
-                f"call the module that owns it, or set requires_grad_(False)"
+                f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: the "
+                f"loss computes with it (for an L2 penalty use the optimizer's weight_decay), or other code does (call "
+                f"the module that owns it), or set requires_grad_(False)"
             )
         book.sensitivity, book.accumulated = max(sensitivities), int(max(accumulated))
         book.unclipped = sum(unclipped)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpfast.layers.branches import all_branches
 from dpfast.layers.recorder import Recorder
+from dpfast.layers.refusals import listed
 from dpfast.layers.shift import Shift
 from dpfast.separation import answers
 from dpfast.separation.draws import Draws
@@ -27,7 +28,7 @@ from dpfast.separation.inputs import replaced
 from dpfast.separation.labels import Drawn, Rows
 from dpfast.separation.passes import own_random_numbers, own_saved_tensors, same
 from dpfast.separation.state import kept
-from dpfast.separation.texts import Left, shortened
+from dpfast.separation.texts import Left
 from dpfast.trees import map_tensors, tensors
 
 
@@ -58,7 +59,9 @@ class Verdict:
             return f"samples are not kept apart: {self.mixed}"
         lines = ["samples are kept apart: proved from the operators that ran"]
         if self.gaps:
-            lines = [f"samples are kept apart as far as replacing them shows; no proof beyond {shortened(self.gaps)}"]
+            lines = [
+                f"samples are kept apart as far as replacing them shows; no proof beyond {listed(sorted(self.gaps))}"
+            ]
         if self.tried:
             lines.append(f"operators without a rule, tried alone on random numbers: {', '.join(self.tried)}")
         return "\n".join([*lines, *(f"not tried: {what}" for what in self.untried)])
@@ -106,6 +109,7 @@ class Check:
         draws, left = Draws(batch), dict[str, Tensor]()
         with draws:
             before = experiment.sketches(self.inputs, self.seed, left=left, follow=follow)
+        reached = set(before)
         if follow is not None:
             self._settle(follow, verdict)
         if verdict.mixed:
@@ -120,7 +124,7 @@ class Check:
             before = experiment.sketches(self.inputs, self.seed + 1, left=left)
             verdict.mixed = experiment.replaced(one, before, left, self.seed + 1)
         if verdict.proved:
-            recorder.verified |= recorder.new_layouts
+            recorder.verified |= {layout for layout in recorder.new_layouts if layout[0] in reached}
         return verdict
 
     def again(self) -> Verdict:
@@ -179,7 +183,7 @@ class Check:
 
     def _try_samples(self, reads: list[Any], outputs: list[Tensor], verdict: Verdict) -> None:
         """Python must not decide for one sample by the values of others."""
-        shown = shortened({f"a value that Python reads of the samples in {read.module}" for read in reads})
+        shown = listed(sorted({f"a value that Python reads of the samples in {read.module}" for read in reads}))
         if any(not read.answered for read in reads):
             verdict.gaps.append(shown)
             return
@@ -199,7 +203,7 @@ class Check:
             else:
                 verdict.mixed = (
                     f"gradients of several samples meet in what the model returns: Python decides by "
-                    f"{shortened({str(read.label) for read in reads})} what is done with all samples"
+                    f"{listed(sorted({str(read.label) for read in reads}))} what is done with all samples"
                 )
             return
 
@@ -208,7 +212,7 @@ class Check:
         batch = follow.labels.batch
         half = torch.arange(batch).split((batch + 1) // 2)[self.seed // 2 % 2]
         try:
-            _, after = self._forward(inputs=replaced(self.inputs, half, batch, self.batch_dim))
+            _, after = self._forward(inputs=replaced(self.inputs, half, batch, self.batch_dim, follow.axes))
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return ""
         stays = torch.tensor([k for k in range(batch) if k not in set(half.tolist())])

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.layers.branches import all_branches
 from dpfast.layers.forms import Form, sketch
-from dpfast.layers.recorder import BypassError, Recorder
+from dpfast.layers.recorder import Recorder
+from dpfast.layers.refusals import BypassError, listed
 from dpfast.separation import inputs as given
 from dpfast.separation.draws import Draws
 from dpfast.separation.order import OrderWatch
 from dpfast.separation.passes import observed, own_random_numbers
 from dpfast.separation.state import kept
 from dpfast.separation.texts import left as left_behind
-from dpfast.separation.texts import shortened
 from dpfast.trees import map_tensors, tensors
 
 SAME = 1e-5  # relative: what a sample's rows may change by when only other samples do (rounding)
@@ -67,14 +67,14 @@ class Experiment:
             after = self.sketches(inputs, seed, cotangents_of=cotangents_of, left=now, watch=watch)
             return {name: _changed_rows(before[name], after[name]) for name in after if name in before}
 
-        inputs = given.replaced(self.inputs, samples, self.batch, self.batch_dim)
+        inputs = given.replaced(self.inputs, samples, self.batch, self.batch_dim, self.recorder.input_axes)
         rows = changed(samples)
         mixed = _strangers(rows, samples)
         if mixed:  # a dimension of an output may merely have the batch's size: is it the inputs' doing?
             rows = changed(None)
             mixed -= {name for name in rows if bool(rows[name].any())} - _strangers(rows, samples)
         if mixed:
-            return f"gradients of several samples meet in {shortened(mixed)}"
+            return f"gradients of several samples meet in {listed(sorted(mixed))}"
         kept_before = {name for name in now if name in left and _equal(now[name], left[name])}
         if by_samples := [name for name in now if name not in kept_before and not self.public(name)]:
             return left_behind(by_samples)
@@ -96,7 +96,10 @@ class Experiment:
         try:
             for keep in (order[: self.batch // 2], order[self.batch // 2 :]):
                 if mixed := self._others_without(keep.sort().values, before, draws, seed):
-                    return f"gradients depend on how many or which other samples there are, in {shortened(mixed)}", ""
+                    return (
+                        f"gradients depend on how many or which other samples there are, in {listed(sorted(mixed))}",
+                        "",
+                    )
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             return "", str(error).splitlines()[0] if str(error) else type(error).__name__
         finally:
@@ -105,7 +108,7 @@ class Experiment:
 
     def _others_without(self, keep: Tensor, before: Sketches, draws: Draws, seed: int) -> set[str]:
         """Layers in which samples have other gradients where only those of ``keep`` are left."""
-        fewer = given.kept_only(self.inputs, keep, self.batch, self.batch_dim)
+        fewer = given.kept_only(self.inputs, keep, self.batch, self.batch_dim, self.recorder.input_axes)
         with self.recorder.setting(batch_sizes=[len(keep)]), draws.playing(keep):
             after = self.sketches(fewer, seed, keep=keep)
         if after.keys() != before.keys():

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from dpfast.layers.forms import Form
 from dpfast.layers.recorder import Recorder
+from dpfast.layers.refusals import listed
 from dpfast.separation.inputs import label_inputs
 from dpfast.separation.labels import Drawn, Label, Lost, Met, Rows, Unwritten
 from dpfast.separation.proof import Proof
 from dpfast.separation.state import attributes
-from dpfast.separation.texts import left, shortened
+from dpfast.separation.texts import left
 
 SIDES = ("samples", "ids", "A", "G", "x")  # of forms: what they hold of samples
 
@@ -51,6 +52,7 @@ class Followed(Proof):
         held = [*module.named_parameters(), *module.named_buffers()]
         self.unlabelled = {x.untyped_storage()._cdata for name, x in held if public(name)}
         self.root, self.batch_dim, self.earlier = module, batch_dim, earlier or {}
+        self.axes = recorder.input_axes
         self.met: dict[str, set[str]] = {}
         self.lost: set[str] = set()
         self.reached: dict[str, Label] = {}
@@ -66,11 +68,11 @@ class Followed(Proof):
 
     def label(self, batch: Any) -> None:
         """Say whose the tensors of a batch are."""
-        label_inputs(self.labels, (batch,), self.batch_dim)
+        label_inputs(self.labels, (batch,), self.batch_dim, {})
 
     def starts(self, args: Any, kwargs: Any) -> None:
         """The pass begins, with these inputs."""
-        label_inputs(self.labels, (args, kwargs), self.batch_dim)
+        label_inputs(self.labels, (args, kwargs), self.batch_dim, self.axes)
         for name, tensors in self.earlier.items():
             for x in tensors:
                 self.labels[x] = Met("what an earlier forward has left", name)
@@ -111,7 +113,7 @@ class Followed(Proof):
             first = next(iter(self.reached.values()))
             return left(self.reached, first if isinstance(first, Met) else None)
         for where, layers in self.met.items():
-            names = shortened(layers - {self.returned} or layers)
+            names = listed(sorted(layers - {self.returned} or layers))
             return f"gradients of several samples meet in {names}: {where} does that"
         return ""
 

@@ -14,6 +14,9 @@ from dpfast.separation.labels import Label, Labels, Lost
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
 
+Axes = dict[tuple[int, int], int | None]  # by an input's place and number of dimensions: where its samples lie
+
+
 def axis(x: Tensor, batch: int, batch_dim: int) -> int | None:
     """Along which dimension an input has the samples."""
     if x.dim() < 2 and not x.is_floating_point():
@@ -26,17 +29,20 @@ def row_axis(x: Tensor, batch: int, batch_dim: int) -> int | None:
     return 0 if x.dim() == 1 and len(x) == batch else axis(x, batch, batch_dim)
 
 
-def label_inputs(labels: Labels, inputs: Any, batch_dim: int) -> None:
-    """Say whose the inputs of a model are."""
-    for x in tensors(inputs):
-        labels[x] = _label(labels, x, batch_dim)
+def label_inputs(labels: Labels, inputs: Any, batch_dim: int, axes: Axes) -> None:
+    """Say whose the inputs of a model are; ``axes`` keeps along which dimension each had the samples in its first call.
+
+    An edge list ``[2, E]`` is no input of two samples, when two are left.
+    """
+    for k, x in enumerate(tensors(inputs)):
+        dim = axes.setdefault((k, x.dim()), row_axis(x, labels.batch, batch_dim))
+        labels[x] = _label(labels, x, batch_dim, dim)
     for packed in packed_sequences(inputs):
         labels[packed.data] = labels.rows(0, packed_owners(packed))
 
 
-def _label(labels: Labels, x: Tensor, batch_dim: int) -> Label:
-    dim = row_axis(x, labels.batch, batch_dim)
-    if dim is not None:
+def _label(labels: Labels, x: Tensor, batch_dim: int, dim: int | None) -> Label:
+    if dim is not None and x.shape[dim] == labels.batch:
         return labels.in_order(dim, labels.batch)
     if x.dim() == 0 or x.shape[batch_dim if x.dim() > batch_dim else 0] == 1:
         return None  # all samples share it
@@ -109,15 +115,17 @@ def may_be_offsets(inputs: Any, batch: int) -> bool:
     )
 
 
-def replaced(inputs: Any, samples: Tensor, batch: int, batch_dim: int) -> Any:
+def replaced(inputs: Any, samples: Tensor, batch: int, batch_dim: int, axes: Axes) -> Any:
     """``inputs`` with each of ``samples`` replaced by the first one that differs from it, in most of the tensors.
 
     A tensor in which that one does not differ takes the first that does. One-dimensional integers stay: offsets and
     lengths have a meaning that another sample's would break.
     """
     prints: list[np.ndarray | None] = []
-    for x in tensors(inputs):
+    for k, x in enumerate(tensors(inputs)):
         d = axis(x, batch, batch_dim)
+        if d is not None and axes.get((k, x.dim()), d) is None:
+            d = None
         prints.append(None if d is None else _fingerprints(x.detach().movedim(d, 0)))
     sources = [np.arange(batch) for _ in prints]
     for sample in samples.tolist():
@@ -127,12 +135,14 @@ def replaced(inputs: Any, samples: Tensor, batch: int, batch_dim: int) -> Any:
         for source, each in zip(sources, differs, strict=True):
             if each is not None and each.any():
                 source[sample] = most if each[most] else int(each.argmax())
-    left = iter(sources)
+    left = iter(zip(sources, prints, strict=True))
 
     def replace(x: Tensor) -> Tensor:
-        source = torch.from_numpy(next(left)).to(x.device)
+        source, each = next(left)
         d = axis(x, batch, batch_dim)
-        return x if d is None else x.detach().index_select(d, source).requires_grad_(x.requires_grad)
+        if d is None or each is None:
+            return x
+        return x.detach().index_select(d, torch.from_numpy(source).to(x.device)).requires_grad_(x.requires_grad)
 
     return map_tensors(replace, inputs)
 
@@ -158,11 +168,13 @@ def _fingerprints(rows: Tensor) -> np.ndarray:
     return (flat.double().nan_to_num(0.5) @ weights.to(flat.device)).cpu().numpy()
 
 
-def kept_only(inputs: Any, keep: Tensor, batch: int, batch_dim: int) -> Any:
+def kept_only(inputs: Any, keep: Tensor, batch: int, batch_dim: int, axes: Axes) -> Any:
     """``inputs`` of the samples ``keep``."""
+    places = iter(range(len(tensors(inputs))))
 
     def rest(x: Tensor) -> Tensor:
         d = row_axis(x, batch, batch_dim)
+        d = d if axes.get((next(places), x.dim()), d) is not None else None
         return x if d is None else x.detach().index_select(d, keep.to(x.device)).requires_grad_(x.requires_grad)
 
     return map_tensors(rest, inputs)

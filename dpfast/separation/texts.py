@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from dpfast.layers.refusals import listed
+
 
 class Left(str):
     """A reason to refuse a model: its forward leaves something of the samples behind in it."""
@@ -11,13 +13,6 @@ def left(names: Iterable[str], where: object = None) -> Left:
     """The reason, with the ``names`` of parameters and buffers and with what has reached them."""
     by = f" (by {where})" if where else ""
     return Left(
-        f"the forward changes {shortened(names)} by the samples{by}, which would be released without noise: leave that "
-        f"out, or declare it public, if it is, with make_private(..., public_state=[...])"
+        f"the forward changes {listed(sorted(names))} by the samples{by}, which would be released without noise: leave "
+        f"that out, or declare it public, if it is, with make_private(..., public_state=[...])"
     )
-
-
-def shortened(names: Iterable[str], most: int = 3) -> str:
-    """Names in a message, the first few of them."""
-    listed = sorted(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

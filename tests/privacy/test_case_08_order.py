@@ -235,24 +235,6 @@ def by_hand(model, x):
     return h @ model.b.weight.t() + model.b.bias
 
 
-def test_a_gradient_penalty():
-    """A loss with a gradient in it needs a double backward: exact, or refused."""
-
-    class Penalised(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin, self.out = nn.Linear(4, 5), nn.Linear(5, 1)
-
-        def forward(self, x):
-            x = x.detach().requires_grad_(True)
-            score = self.out(torch.tanh(self.lin(x)))
-            (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
-            return score + slope.square().sum(1, keepdim=True)
-
-    x, y = torch.randn(4, 4, dtype=F64), torch.randn(4, 1, dtype=F64)
-    assert_exact_or_refused(Penalised().double(), (x,), y, mse, "")
-
-
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()

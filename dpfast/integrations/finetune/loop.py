@@ -22,7 +22,7 @@ from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import IGNORED, Collate, Samples
 from dpfast.integrations.finetune.processes import Place, shared_out
 from dpfast.integrations.pieces import backward_in_pieces, pieces
-from dpfast.layers.recorder import LayoutError
+from dpfast.layers.refusals import LayoutError
 from dpfast.losses import causal_lm_loss, sequence_classification_loss
 from dpfast.sampling import PoissonBatches
 
