@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpfast.batches import Batches
 from dpfast.clipping import Clipping
 from dpfast.layers.forms import Form, clipped_sums, combine, squared_norm
 from dpfast.layers.recorder import Recorder
 from dpfast.layers.shift import Shift
+from dpfast.once import trains
 from dpfast.ops import compute_dtype
 from dpfast.ranks import Ranks, local
 
@@ -48,6 +50,7 @@ class Book(Recorder):
         self.tracked: set[nn.Parameter] | None = None  # None: all; else those of the optimizer
         self.optimizer: Callable[[], Any] | None = None  # a weak reference to it
         self.accumulation_allowed = True
+        self.batches = Batches()
         self.counts_unclipped = False  # adaptive clipping wants to know
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
@@ -55,20 +58,41 @@ class Book(Recorder):
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "optimizer": None, "shift": Shift(), "ranks": Ranks()}  # those of this run
+        return {
+            **vars(self),
+            "optimizer": None,
+            "shift": Shift(),
+            "ranks": Ranks(),
+            "batches": Batches(),
+        }  # of this run
 
     def start_logical_batch(self) -> None:
-        """Nothing is summed: a step has used it, or ``zero_grad`` has dropped it."""
+        """Nothing is summed: a step has used it, or it was dropped."""
         self.sensitivity = 0.0  # the largest in force at any clipping of the logical batch
         self.unclipped = 0.0  # Σ (1[n ≤ C] - ½) over its samples
         self.accumulated = 0  # most backward passes between two calls of step
         self._backwards = 0  # since the last call of step
         self.evaluated = False
 
+    def open(self, batch: int | None = None) -> None:
+        if self.opens():
+            self.batches.passing.clear()
+        super().open(batch)
+
     @property
     def used(self) -> bool:
         """Whether a backward pass has ended since the last step of a logical batch."""
         return bool(self.accumulated or self._backwards)
+
+    @property
+    def waits_for_step(self) -> bool:
+        """Whether a backward pass has ended since the last call of ``step``."""
+        return self._backwards > 0
+
+    def start_physical_batch(self) -> None:
+        """Samples come that may belong to another logical batch than what was summed: see :class:`Batches`."""
+        if self.batches.enter() and self.used:
+            self.drop()
 
     def end_physical_batch(self) -> None:
         """``step`` was called, be it to skip."""
@@ -78,22 +102,42 @@ class Book(Recorder):
     def close(self) -> None:
         """Norms → factors → clipped sum, for everything recorded in the backward pass that just ended."""
         batch = self.batch_size
-        uses = {p: forms for p, forms in self.take().items() if self.tracked is None or p in self.tracked}
+        taken = self.take()
+        passing = self.batches.passing.values()
+        if not taken and passing and not any(trains(below) for below in passing):
+            return  # torch.autograd.grad, which trains nothing
+        uses = {p: forms for p, forms in taken.items() if self.tracked is None or p in self.tracked}
+        self.start_physical_batch()
         if self._backwards and not self.accumulation_allowed:
             raise ValueError(
                 "Poisson sampling is not compatible with grad accumulation: a second backward came before "
                 "optimizer.step(). Step after every backward, or use BatchMemoryManager for large batches"
             )
+        parameters = self.tracked if self.tracked is not None else self.names
+        if self.batches.used and all(getattr(p, "summed_grad", None) is None for p in parameters):
+            self.batches.drop()  # the sums were cleared by hand
+        self.batches.use()
         try:
             self._sum_up(uses, batch)
         except BaseException:
-            self._drop()  # a part of the sums may be there: retried, a sample would count twice
+            self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
+        finally:
+            self.batches.passing.clear()
 
-    def _drop(self) -> None:
+    def drop_physical_batch(self) -> None:
+        """Gradients are cleared before a step has used them: the batch is left out, with the logical one around it."""
+        self.batches.cleared = True
+        if self.waits_for_step:
+            self.batches.drop_piece()
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget what is summed."""
         for p in self.tracked if self.tracked is not None else self.names:
             p.summed_grad = None  # type: ignore[attr-defined]
         self.start_logical_batch()
+        self.batches.drop()
 
     def _sum_up(self, uses: dict[nn.Parameter, list[Form]], batch: int | None) -> None:
         self._backwards += 1

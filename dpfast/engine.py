@@ -14,6 +14,7 @@ import torch
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from opacus.validators.errors import UnsupportedModuleError
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn, optim
@@ -24,14 +25,16 @@ from dpfast.clipping_functions import ClippingFunction, clipping_function
 from dpfast.compatibility import problems
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
+from dpfast.loaders import PoissonLoader, poisson_loader, watched
 from dpfast.noise import check_state
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
 from dpfast.planner import check_state as check_plan
+from dpfast.public import Public, check_fixed, drawn_from
 from dpfast.ranks import Ranks, apart
-from dpfast.sampling import PoissonBatches, check_shares, shared_out, system_generator
+from dpfast.sampling import PoissonBatches, check_shares, system_generator
 
 FUSED = "fused"
 # In a checkpoint:
@@ -123,9 +126,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ascent: Ascent | None = None,
         memory_budget: int | float | None = None,
         plan: Mapping[str, str] | None = None,
+        expected_batch_size: int | float | None = None,
+        sample_rate: float | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
+
+        The sample rate is public: sampler, accountant and update go by it. By default it is one over the loader's
+        number of batches, so that the size of the data set N is public too, up to a batch. The guarantee is then that
+        of two data sets of the same N, one of which has a sample that contributes nothing in place of the other's.
+        Where N must not show, give ``sample_rate`` and ``expected_batch_size`` as numbers that were chosen without
+        looking at it.
 
         Args:
             criterion: if given, the fused mode returns it too, as Opacus' ghost mode does: its result has
@@ -152,6 +163,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 :mod:`dpfast.optim.ascent`. ε does not change.
             memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
                 choose: see :class:`dpfast.planner.Planner`. ``dpfast.explain`` shows the plan.
+            expected_batch_size: what the update divides by under ``loss_reduction="mean"``; the loader's batch size if
+                None (of all ranks together).
+            sample_rate: probability of a sample to be in a batch, above 0 and up to 1; an epoch then has
+                ``round(1 / sample_rate)`` batches. One over the loader's number of batches if None. Without Poisson
+                sampling it is what the accountant is told.
+            data_loader: under Poisson sampling its batches are drawn from the samples that its sampler would give in an
+                epoch, each with the same probability. Without, a batch that holds a sample twice is refused.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
@@ -167,6 +185,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 )
             if ascent is not None:
                 raise ValueError(f"ascent={ascent!r}: the fused mode has it, not {grad_sample_mode!r}")
+            if expected_batch_size is not None or sample_rate is not None:
+                raise ValueError(
+                    f"expected_batch_size and sample_rate are of the fused mode, not of {grad_sample_mode!r}"
+                )
             if isinstance(module, FusedModule):
                 raise ValueError(
                     f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
@@ -204,6 +226,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             adaptive.of_sums(noise_multiplier)
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
+        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+            raise ValueError(
+                f"noise_generator={noise_generator!r}: give a torch.Generator, such as "
+                f"torch.Generator().manual_seed(seed)"
+            )
         if noise_generator is not None and self.secure_mode:
             raise ValueError("noise_generator: passing a seed is prohibited in secure mode")
         if max_physical_batch_size not in (None, 1):
@@ -237,26 +264,30 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
-        if not len(data_loader):
-            raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
-        # Opacus takes int(N · (1/steps)), which floats may make one less than N/steps, down to 0.
-        expected_batch_size = len(data_loader.dataset) // len(data_loader)  # type: ignore[arg-type]
+        public, drawn = self._drawn(data_loader, poisson_sampling, expected_batch_size, sample_rate)
+        if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
+            raise ValueError(
+                "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
+                "divides by"
+            )
         check_shares(data_loader, ranks, poisson_sampling)
         private_loader = data_loader
-        if not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
-            private_loader = self._prepare_data_loader(
+        if drawn is not None:
+            private_loader = poisson_loader(
                 data_loader,
-                distributed=False,
-                poisson_sampling=poisson_sampling,
-                batch_first=batch_first,
+                drawn,
+                public,
+                secure_generator=self.secure_rng,
                 rand_on_empty=rand_on_empty,
+                ranks=ranks,
             )
-            if poisson_sampling and ranks.world_size > 1:
-                private_loader = shared_out(private_loader, ranks, self.secure_mode)
+            self._note_dataset(data_loader.dataset)
+        elif not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
+            private_loader = self._prepare_data_loader(data_loader, poisson_sampling=False, distributed=False)
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.book.planner = planner
-        if poisson_sampling or isinstance(data_loader.batch_sampler, PoissonBatches):
+        if poisson_sampling or isinstance(data_loader.batch_sampler, (PoissonBatches, UniformWithReplacementSampler)):
             hooks.forbid_grad_accumulation()  # a sample may be in two of such batches
         else:
             hooks.allow_grad_accumulation()
@@ -265,7 +296,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             noise_multiplier=noise_multiplier,
             clipping=thresholds,
             book=hooks.book,
-            expected_batch_size=expected_batch_size,
+            expected_batch_size=public.expected_batch_size,  # type: ignore[arg-type]
             loss_reduction=loss_reduction,
             generator=noise_generator,
             secure_mode=self.secure_mode,
@@ -274,8 +305,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ascent=ascent,
             ranks=ranks,
         )
-        private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader))
+        private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=public.sample_rate)
         private_optimizer.attach_step_hook(private_optimizer.accounting)
+        private_loader = watched(private_loader, hooks.book)
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
@@ -292,7 +324,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> tuple[Any, ...]:
         """:meth:`make_private` with the noise multiplier that spends ``target_epsilon`` in ``epochs`` epochs.
 
-        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` goes to the search.
+        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` goes to the search, which accounts with
+        the rate that is sampled.
         """
         common = dict(data_loader=data_loader, grad_sample_mode=grad_sample_mode, **kwargs)
         if grad_sample_mode != FUSED:
@@ -306,11 +339,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 stacklevel=2,
             )
         search = {name: common.pop(name) for name in ("epsilon_tolerance",) if name in common}
+        asked = {name: common.get(name) for name in ("expected_batch_size", "sample_rate")}
+        public, _ = self._drawn(data_loader, kwargs.get("poisson_sampling", True), **asked)
         noise_multiplier = get_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
-            sample_rate=1 / len(data_loader),
-            epochs=epochs,
+            sample_rate=public.sample_rate,
+            steps=epochs * public.steps,
             accountant=self.accountant.mechanism(),
             **search,
         )
@@ -358,6 +393,27 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if isinstance(module := kwargs.get("module"), FusedHooks) and PLAN in checkpoint:
             module.book.planner.load_state_dict(checkpoint.pop(PLAN))
         return checkpoint
+
+    def _note_dataset(self, dataset: Any) -> None:
+        if self.dataset is None:
+            self.dataset: Any = dataset
+        elif self.dataset != dataset:
+            warnings.warn(
+                "PrivacyEngine has accounted for another data set before: accounting is per data set, so give each an "
+                "engine of its own, unless both are the same data",
+                stacklevel=3,
+            )
+
+    def _drawn(
+        self, loader: DataLoader, poisson_sampling: bool, expected_batch_size: Any, sample_rate: Any
+    ) -> tuple[Public, Sequence[Any] | None]:
+        """The run's public numbers, and what to draw Poisson batches from, if those of the loader are none yet."""
+        private = isinstance(loader, PoissonLoader) or isinstance(loader.batch_sampler, PoissonBatches)
+        drawn = drawn_from(loader, sample_rate is not None) if poisson_sampling and not private else None
+        public = Public.of(loader, expected_batch_size, sample_rate)
+        if drawn is None and not private:
+            check_fixed(loader)
+        return public, drawn
 
     def _thresholds(
         self, model: nn.Module, optimizer: optim.Optimizer, clipping: str | Sequence[str], max_grad_norm: Any

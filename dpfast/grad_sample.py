@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
+from dpfast.counted_forward import CountedForward
 from dpfast.forwards import Forward, GenericForward, LayerForward, UnservedForward
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.generic import Generic
 from dpfast.layers.tap import Tap
-from dpfast.model_forward import ModelForward
 from dpfast.ranks import Ranks
 
 
@@ -95,7 +95,7 @@ class FusedHooks(AbstractGradSampleHooks):
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
         by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction)
-        model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
+        model = CountedForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)
         for forward in self._forwards:
@@ -129,6 +129,14 @@ class FusedHooks(AbstractGradSampleHooks):
     def allow_grad_accumulation(self) -> None:
         """Undo :meth:`forbid_grad_accumulation`."""
         self.book.accumulation_allowed = True
+
+    def set_grad_sample_to_none(self) -> None:
+        """Drop the batch whose backward no step has used yet: how a bad batch is skipped, as in ``zero_grad()``.
+
+        A physical batch takes its logical batch along, which could not be released without it.
+        """
+        super().set_grad_sample_to_none()
+        self.book.drop_physical_batch()
 
     def remove_hooks(self) -> None:
         """Give every module its own forward back."""

@@ -104,7 +104,12 @@ class DPCallback(Callback):
         self._size = max_physical_batch_size
         self._seed, self._secure = seed, secure_mode
         self._loss_reduction = private.pop("loss_reduction", "mean")
-        self._private = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **private}
+        self._private = {
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "expected_batch_size": batch_size,
+            **private,
+        }
         steps = -(-len(dataset) // batch_size)
         drawn = secrets.randbits(128) if seed is None else seed
         self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
@@ -282,13 +287,14 @@ class _Cut:
         assert optimizer is not None
         optimizer.abandon()  # Lightning's zero_grad comes after the forward of the last, and then keeps the sums
         if not tensors(batch):
+            optimizer.expect_no_samples()
             return torch.zeros((), requires_grad=True)
         parts = [batch] if self.size is None else list(pieces(batch, self.size))
         for part in parts[:-1]:
+            optimizer.signal_skip_step(True)
             loss = _loss(self.__wrapped__(part, *args, **kwargs))
             with torch.autocast(loss.device.type, enabled=False):  # Lightning's is still on
                 loss.backward()
-            optimizer.signal_skip_step(True)
             optimizer.step()
             optimizer.zero_grad()
         optimizer.signal_skip_step(False)

@@ -212,6 +212,7 @@ class DPTrainer(Trainer):
             poisson_sampling=False,  # the batches are Poisson-sampled by our own loader
             loss_reduction="sum",  # a loss divided by the size of a physical batch would be rounded by it in 16 bit
             wrap_model=False,
+            expected_batch_size=self._logical_batch_size,
         )
         optimizer.loss_reduction = "mean"  # the update divides by the expected size of a logical batch
         if not privacy.secure_mode:

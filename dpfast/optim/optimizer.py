@@ -262,19 +262,32 @@ class FusedDPOptimizer(DPOptimizer):
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
                 "you must call optimizer.zero_grad() on each step"
             )
+        self.book.start_physical_batch()
+        nothing = not (self.book.waits_for_step or (self.book.batches.tried and self.book.used))
         self.book.end_physical_batch()
         if self.book.evaluated and not self.book.accumulated:
             raise ValueError(
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
+        if nothing and not self.book.batches.empty and any(p.requires_grad for p in self._all_parameters()):
+            raise ValueError(
+                "step: no backward pass of the private model has ended since the last step, and there is nothing to "
+                "release but noise. Call loss.backward() first, of an output of the model that make_private has "
+                "returned, with its hooks in place. For a batch without samples, which is a step too, take it from "
+                "the loader that make_private has returned, or call optimizer.expect_no_samples()"
+            )
+        self.book.batches.tried = True  # what refuses from here on may be put right, and the step called again
         check_noise_multiplier(self.noise_multiplier)  # what can refuse does so before anything is used up
         if self.adaptive is not None:
             self.adaptive.of_sums(self.noise_multiplier)
         self.noise.check()
         self._look_for_bypass()
-        self._is_last_step_skipped = self._check_skip_next_step()
+        self._is_last_step_skipped = self._check_skip_next_step(pop_next=False)
         if self._is_last_step_skipped:
+            self.book.batches.stepped()
+            if self.book.batches.of is not None and self.book.batches.of.dropped:
+                self.book.drop()
             return False
         self._agree()
         return True
@@ -327,12 +340,27 @@ class FusedDPOptimizer(DPOptimizer):
         book.sensitivity, book.accumulated = max(sensitivities), int(max(accumulated))
         book.unclipped = sum(unclipped)
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Whether the next ``step`` only ends a physical batch, which is not the last of its logical batch."""
+        self.book.batches.signal(last=not do_skip)
+
+    def _check_skip_next_step(self, pop_next: bool = True) -> bool:
+        batches = self.book.batches
+        piece = batches.stepped() if pop_next else batches.piece
+        return piece is not None and (not piece.last or piece.batch.dropped)
+
+    def expect_no_samples(self) -> None:
+        """The next step is of a batch without samples: noise alone, and no backward comes before it."""
+        self.book.batches.empty = True
+
     def _call_hook(self) -> None:
         if self.step_hook:
             self.step_hook(self)
 
     def _end_logical_batch(self) -> None:
         self.book.start_logical_batch()
+        self.book.batches.stepped()
+        self.book.batches.start_step()
         self._stepped = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -344,11 +372,13 @@ class FusedDPOptimizer(DPOptimizer):
                 self.original_optimizer.state[p][MASTER] = master.detach().clone().to(p.device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients; the sums of earlier physical batches of an unfinished logical batch stay."""
+        """Clear gradients; the sums of earlier physical batches of an unfinished logical batch stay.
+
+        A physical batch whose backward came, and no step since, is dropped, and its logical batch with it.
+        """
+        self.book.drop_physical_batch()
         if not self._is_last_step_skipped:
-            for p in self._all_parameters():
-                p.summed_grad = None
-            self.book.start_logical_batch()
+            self.book.drop()
             self._stepped, self._bypassed = False, 0
         self.original_optimizer.zero_grad(set_to_none)
 
@@ -357,9 +387,19 @@ class FusedDPOptimizer(DPOptimizer):
 
         A sample of both would be counted twice in one step.
         """
-        self._step_skip_queue.clear()
+        self.book.batches.forget()
         self._is_last_step_skipped = False
         self.zero_grad()
+
+    def leave_loop(self) -> None:
+        """:meth:`abandon`, but gradients stay that a step has left, and a whole batch that waits for its step."""
+        waiting = self.book.batches.piece
+        if waiting is not None and waiting.last and not waiting.batch.dropped and self.book.waits_for_step:
+            return
+        self.book.batches.forget()
+        if self.book.used:
+            self.book.drop()
+        self._is_last_step_skipped = False
 
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import PrivacyEngine
 from dpfast.integrations.distributed import load_checkpoint, save_checkpoint
+from dpfast.physical_batches import BatchMemoryManager
 from dpfast.ranks import first_element
-from dpfast.sampling import BatchMemoryManager, PoissonBatches
+from dpfast.sampling import PoissonBatches
 
 STEPS, N, PER_EPOCH, SEED, V, T = 6, 24, 8, 21, 11, 5
 

@@ -55,7 +55,9 @@ class Run:
     def step(self, data: tuple[Tensor, Tensor] | None = None) -> list[Tensor | None]:
         """One step, of an empty batch if none is given; the gradients that it leaves."""
         self.optimizer.zero_grad()
-        if data is not None:
+        if data is None:
+            self.optimizer.expect_no_samples()
+        else:
             self.backward(data)
         self.optimizer.step()
         return self.grads()

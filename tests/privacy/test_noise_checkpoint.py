@@ -56,6 +56,7 @@ class Run:
     def noise(self):
         """Gradients of an empty batch."""
         self.optimizer.zero_grad()
+        self.optimizer.expect_no_samples()
         self.optimizer.step()
         return [p.grad.clone() for p in self.model.parameters()]
 

@@ -38,6 +38,8 @@ def noise_of(parts, steps=1, data=None):
     for _ in range(steps):
         if data is not None:
             F.cross_entropy(wrapped(data[0]), data[1]).backward()
+        else:
+            optimizer.expect_no_samples()
         optimizer.step()
         out += [p.grad.clone() for p in model.parameters()]
         optimizer.zero_grad()

@@ -83,6 +83,7 @@ class Job:
                 clipping_fn=config.clipping_fn,
                 noise_generator=None if config.secure else privacy.noise_generator(self.seed),
                 low_precision=config.low_precision if config.pure_bf16 else "nearest",
+                expected_batch_size=self.plan.expected_batch_size,
             )
         except UnsupportedModuleError as error:
             reasons = "; ".join(line for line in str(error).splitlines() if line.strip())

@@ -24,18 +24,18 @@ TOLERANCE = 0.01  # of epsilon, when the noise is searched for
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run spends: its steps, and the noise of each."""
+    """What a run spends: its steps, and the noise of each.
+
+    Attributes:
+        expected_batch_size: what the noisy sum is divided by; as it was asked for, whatever the number of samples.
+    """
 
     samples: int
     steps_per_epoch: int
     steps: int
     noise_multiplier: float
     delta: float
-
-    @property
-    def expected_batch_size(self) -> int:
-        """What the noisy sum is divided by."""
-        return self.samples // self.steps_per_epoch
+    expected_batch_size: int
 
 
 def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None = None) -> Plan:
@@ -56,7 +56,7 @@ def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None
         noise_multiplier = config.noise_multiplier
     if noise_multiplier is None:
         noise_multiplier = _noise_for(config.target_epsilon or 8.0, delta, 1 / per_epoch, steps, config.accountant)
-    return Plan(samples, per_epoch, steps, noise_multiplier, delta)
+    return Plan(samples, per_epoch, steps, noise_multiplier, delta, config.batch_size)
 
 
 def _noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str) -> float:

@@ -1,0 +1,253 @@
+"""Which samples the loader has given, and which of them the running step has used: none may count twice."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dpfast.once import ForwardPass
+
+RECENT = 8  # batches whose sizes are remembered: a loop may read ahead
+
+
+@dataclass(eq=False)
+class LogicalBatch:
+    """What one step accounts for."""
+
+    dropped: bool = False  # a part of it is missing, and it is not released: other parts depend on what is left out
+
+
+@dataclass(eq=False)
+class Loop:
+    """One pass over the physical batches of a loader."""
+
+    batch: LogicalBatch | None = None  # the one that was last given from
+    ended: bool = False  # its iterator was closed or is at its end
+    left: bool = False  # in the middle of a logical batch
+    skipped: bool = False  # a physical batch was neither used nor cleared: was it skipped, or is the loop read ahead?
+    skipped_parts: bool = False  # and it was only a part of its logical batch
+
+
+class Piece(NamedTuple):
+    """A physical batch and its place in its logical one."""
+
+    batch: LogicalBatch
+    first: bool
+    last: bool
+    indices: Sequence[Any] | None = None  # None: from elsewhere, by ``signal_skip_step``
+    loop: Loop | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.first and self.last
+
+
+@dataclass
+class Batches:
+    """The batches of one private model, from the loader that gives them to the step that uses them.
+
+    Every backward pass and every step is of the physical batch that a loop over ``BatchMemoryManager``'s loader has
+    given last, or of none if there is no such loop. A logical batch is released whole or not at all: which samples are
+    in which of its physical batches depends on all of them, so that a part of it may change by more than a sample.
+    """
+
+    pieces: deque[Piece] = field(default_factory=deque)  # given and not stepped with yet
+    of: LogicalBatch | None = None  # what the sums are of; None where batches are not split
+    loop: Loop | None = None
+    given: list[Sequence[Any]] = field(default_factory=list)  # indices of samples, since the last step
+    used: list[ForwardPass] = field(default_factory=list)  # whose backward passes have ended since the last step
+    rows: int = 0  # that these had
+    passes: int = 0  # how many these were
+    passing: dict[ForwardPass, list[Any]] = field(default_factory=dict)  # of the running pass, with nodes of its graph
+    forwarded: bool = False  # a training forward ran since the last physical batch was given
+    cleared: bool = False  # gradients were cleared since then
+    tried: bool = False  # a step of it was refused half-way
+    empty: bool = False  # the last batch had no samples
+    sizes: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    warned: set[str] = field(default_factory=set)
+    signalled: LogicalBatch | None = None  # in whose middle ``signal_skip_step`` has left us
+
+    @property
+    def piece(self) -> Piece | None:
+        """The physical batch that the next backward or step is of."""
+        return self.pieces[0] if self.pieces else None
+
+    def start_step(self) -> None:
+        """What was given was used."""
+        self.drop()
+        self.of, self.given, self.empty = None, [], False
+
+    def drop(self) -> None:
+        """The sums were dropped; the batch that was given last may be used again."""
+        self.rows, self.passes, self.tried = 0, 0, False
+        self.given, self.used = self.given[-1:], []
+
+    def forget(self) -> None:
+        """Whatever was given and not stepped with is left."""
+        self._leave()
+        self.start_step()
+
+    # ------------------------------------------------------------------ what loaders say
+
+    def give(self, indices: Sequence[Any]) -> None:
+        """A loader gives a whole batch.
+
+        Raises:
+            ValueError: a physical batch waits for its step.
+        """
+        held = self.piece
+        if held is not None and held.loop is not None and not held.loop.ended:
+            raise ValueError(
+                "a batch was asked of the loader while a physical batch of BatchMemoryManager waits for its step: it "
+                "could not be told which of the two a backward pass is of. Look at batches before the loop, or through "
+                "a DataLoader of its own"
+            )
+        self._leave()
+        self._note(indices)
+
+    def give_piece(self, piece: Piece, backwards: int) -> None:
+        """A loop gives a physical batch; ``backwards`` is how many passes wait for a step.
+
+        Raises:
+            ValueError: it could not be told which physical batch a backward pass is of.
+        """
+        loop, before, held = piece.loop, self.loop, self.piece
+        assert loop is not None
+        if before is not loop:
+            if held is not None and before is not None and not before.ended:
+                raise ValueError(
+                    "two loops over BatchMemoryManager's loader at once: a physical batch of the first waits for its "
+                    "step. Finish the first loop or delete its iterator, and look at batches before the loop"
+                )
+            self._leave()
+            self.loop = loop
+        elif held is not None:
+            self._pass_over(held, backwards)
+        loop.batch = piece.batch
+        self.pieces.append(piece)
+        self.forwarded = self.cleared = False
+        self._note(piece.indices or ())
+
+    def end(self, loop: Loop, finished: bool) -> None:
+        """The iterator of ``loop`` is at its end, or was closed."""
+        loop.ended = True
+        if loop is self.loop and not finished and self.of is not None and self.of is loop.batch:
+            self.of.dropped = True  # its other parts will not come
+
+    def _pass_over(self, held: Piece, backwards: int) -> None:
+        loop = held.loop
+        assert loop is not None
+        if backwards:
+            raise ValueError(
+                "a physical batch of BatchMemoryManager was asked for after a backward pass and before its "
+                "optimizer.step(): call step() for each of them, or optimizer.zero_grad() to drop one"
+            )
+        self.pieces.clear()
+        if held.whole and not held.indices:
+            return
+        if self.forwarded or self.cleared:
+            self._lose(held)
+            return
+        loop.skipped = True
+        loop.skipped_parts |= not held.whole
+        held.batch.dropped |= not held.whole
+
+    def _leave(self) -> None:
+        """No loop is under way; what one was in the middle of will not be released."""
+        loop, self.loop, self.signalled = self.loop, None, None
+        self.pieces.clear()
+        if loop is not None and loop.batch is not None and self.of is loop.batch:
+            self.of.dropped = loop.left = True
+
+    def _note(self, indices: Sequence[Any]) -> None:
+        self.given.append(indices)
+        self.sizes.append(len(indices))
+        self.empty = not indices
+
+    # ------------------------------------------------------------------ what the optimizer says
+
+    def signal(self, last: bool) -> None:
+        """The next physical batch, of which nothing else is known, is or is not the last of its logical batch."""
+        batch, first = self.signalled or LogicalBatch(), self.signalled is None
+        self.signalled = None if last else batch
+        self.pieces.append(Piece(batch, first, last))
+
+    def enter(self) -> bool:
+        """A backward or a step comes; whether what is summed is of another logical batch, and must not be added to.
+
+        Raises:
+            ValueError: physical batches were given that nothing was done with: this may be one of them.
+        """
+        held, loop = self.piece, self.loop
+        part = held is not None and not held.whole
+        if loop is not None and loop.skipped and (loop.skipped_parts or part):  # whole ones may be confused
+            raise ValueError(
+                "it cannot be told which physical batch of BatchMemoryManager this is: some were given before, and "
+                "neither a forward nor a step came. Do not read ahead of the steps; where a batch is skipped, call "
+                "optimizer.zero_grad() first"
+            )
+        batch = held.batch if held else self.signalled
+        adopted = self.of is None and held is not None and held.loop is None  # a signal that came after the backward
+        other = batch is not self.of and not adopted
+        self.of = batch
+        return other
+
+    def stepped(self) -> Piece | None:
+        """A step takes the physical batch, if there is one."""
+        self.forwarded = self.cleared = self.empty = self.tried = False
+        return self.pieces.popleft() if self.pieces else None
+
+    def drop_piece(self) -> None:
+        """The physical batch is not to be used, though its backward was run."""
+        held = self.stepped()
+        if held is not None:
+            self._lose(held)
+
+    def _lose(self, held: Piece) -> None:
+        if not held.whole:
+            held.batch.dropped = True
+            self.warn(
+                "dropped",
+                "a physical batch was dropped, and with it the whole of its logical batch: which samples are in the "
+                "others depends on those of this one. Training goes on with the next logical batch",
+            )
+
+    def warn(self, kind: str, message: str) -> None:
+        """Once for each ``kind``."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    # ------------------------------------------------------------------ what a backward pass says
+
+    def use(self) -> None:
+        """The running backward pass is one of the step's.
+
+        Raises:
+            ValueError: some sample was in another of them: it would count twice at the noise of once.
+        """
+        rows = max((forward.batch or 0 for forward in self.passing), default=0)
+        number, total = self.passes + 1, self.rows + rows
+        seen = [i for indices in self.given[:number] for i in indices]
+        twice = any(f.shares_samples(g, compare=not self.given) for f in self.passing for g in self.used)
+        twice |= number > 1 and len(set(seen)) < len(seen)
+        twice |= bool(self.given) and number > len(self.given) and total > len(seen)
+        if twice:
+            raise ValueError(
+                "a second backward pass over samples that were in one since the last step: each would count twice, at "
+                "the noise of once. Add up the losses and call backward() once, or call optimizer.step() or "
+                "optimizer.zero_grad() in between"
+            )
+        self.used += self.passing
+        self.passes, self.rows = number, total
+        more = rows > sum(map(len, self.given)) and rows not in self.sizes
+        if self.given and more and self.sizes[-1] and rows % self.sizes[-1] == 0:
+            self.warn(
+                "rows",
+                f"the loader gave {self.sizes[-1]} samples and the model saw {rows} rows: each row is clipped as a "
+                f"sample of its own, so that a sample counts {rows // self.sizes[-1]} times. Divide max_grad_norm by "
+                f"that, or make the rows of a sample inside of the model",
+            )

@@ -1,0 +1,113 @@
+"""``BatchMemoryManager``: logical batches a physical batch at a time, in loops that may be left anywhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import opacus.utils.batch_memory_manager
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from dpfast.batches import LogicalBatch, Loop, Piece
+from dpfast.bookkeeping import Book
+from dpfast.loaders import arguments_of, as_list
+from dpfast.sampling import PoissonBatches, split
+
+
+class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
+    """Opacus' ``BatchMemoryManager``, whose loops may be left in the middle of a logical batch.
+
+    That batch is then dropped as a whole: the next loop, or a loop over the private loader itself, begins a new one.
+    The optimizer is told of a physical batch when it is handed out, not when a worker begins to load it.
+
+    All ranks run equally many physical batches, some of them empty. A model after ``fully_shard`` needs that: its ranks
+    gather parameters together in every forward and backward.
+
+    An optimizer of another mode than "fused" gets Opacus' own loader.
+    """
+
+    def __enter__(self) -> DataLoader:
+        book = getattr(self.optimizer, "book", None)
+        if not isinstance(book, Book):
+            return super().__enter__()
+        self.optimizer.abandon()
+        return PhysicalLoader(self.data_loader, self.max_physical_batch_size, book)
+
+    def __exit__(self, *exception: Any) -> None:
+        if isinstance(getattr(self.optimizer, "book", None), Book):
+            self.optimizer.leave_loop()
+
+
+class PhysicalLoader(DataLoader):
+    """A loader of at most ``size`` samples at a time, in the batches of another loader."""
+
+    def __init__(self, loader: DataLoader, size: int, book: Book):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"max_physical_batch_size={size!r}: give a whole number of at least 1")
+        if loader.batch_sampler is None:
+            raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
+        self.book = book
+        super().__init__(loader.dataset, batch_sampler=_Parts(loader.batch_sampler, size), **arguments_of(loader))
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        loop, pieces = Loop(), deque[Piece]()
+        batches = self.book.batches
+        finished = False
+        self.batch_sampler.loop, self.batch_sampler.pieces = loop, pieces  # type: ignore[union-attr]
+        iterator = super().__iter__()
+        try:
+            while True:
+                if loop.left or (self._iterator is iterator and self.batch_sampler.loop is not loop):  # type: ignore[union-attr]
+                    raise ValueError(
+                        "this loop over BatchMemoryManager's loader cannot go on: another one was begun in the middle "
+                        "of it"
+                    )
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    finished = True
+                    return
+                batches.give_piece(pieces.popleft(), self.book.waits_for_step)
+                yield batch
+        finally:
+            batches.end(loop, finished)
+
+
+class _Parts(Sampler[list[Any]]):
+    """The batches of ``batches`` in parts, each noted in :attr:`pieces` in the order in which they are drawn."""
+
+    def __init__(self, batches: Any, size: int):
+        self.batches, self.size = batches, size
+        self.loop, self.pieces = Loop(), deque[Piece]()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self._draw(self.loop, self.pieces)  # of this loop, when a worker asks for the first
+
+    def _draw(self, loop: Loop, pieces: deque[Piece]) -> Iterator[list[Any]]:
+        for parts in self._logical_batches():
+            batch = LogicalBatch()
+            for k, part in enumerate(parts):
+                pieces.append(Piece(batch, k == 0, k == len(parts) - 1, part, loop))
+                yield part
+
+    def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
+        if isinstance(self.batches, PoissonBatches):
+            first = self.batches.step
+            for step, _ in enumerate(self.batches, first):
+                yield self.batches.physical_batches(step, self.size)
+            return
+        for batch in self.batches:
+            indices = as_list(batch)
+            yield split(indices, max(1, -(-len(indices) // self.size)))
+
+    def __len__(self) -> int:
+        """About: of Poisson batches it is known only how large they are on average."""
+        size = getattr(self.batches, "batch_size", None)
+        if size is None and hasattr(self.batches, "sample_rate"):
+            size = self.batches.sample_rate * self.batches.num_samples / getattr(self.batches, "world_size", 1)
+        if not size or not isinstance(size, (int, float)):
+            return len(self.batches)
+        if isinstance(self.batches, BatchSampler):
+            return len(self.batches) * -(-int(size) // self.size)
+        return max(len(self.batches), round(len(self.batches) * size / self.size))
