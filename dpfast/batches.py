@@ -57,7 +57,8 @@ class Batches:
     pieces: deque[Piece] = field(default_factory=deque)  # given and not stepped with yet
     of: LogicalBatch | None = None  # what the sums are of; None where batches are not split
     loop: Loop | None = None
-    given: list[Sequence[Any]] = field(default_factory=list)  # indices of samples, since the last step
+    fresh: list[Sequence[Any]] = field(default_factory=list)  # indices of samples given since the last forward
+    given: list[Sequence[Any]] = field(default_factory=list)  # and before forwards since the last step
     used: list[ForwardPass] = field(default_factory=list)  # whose backward passes have ended since the last step
     rows: int = 0  # that these had
     passes: int = 0  # how many these were
@@ -65,6 +66,7 @@ class Batches:
     forwarded: bool = False  # a training forward ran since the last physical batch was given
     cleared: bool = False  # gradients were cleared since then
     tried: bool = False  # a step of it was refused half-way
+    unclear: bool = False  # whole batches were given after it, and not all that their loop has
     empty: bool = False  # the last batch had no samples
     sizes: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     warned: set[str] = field(default_factory=set)
@@ -78,7 +80,7 @@ class Batches:
     def start_step(self) -> None:
         """What was given was used."""
         self.drop()
-        self.of, self.given, self.empty = None, [], False
+        self.of, self.given, self.fresh, self.empty = None, [], [], False
 
     def drop(self) -> None:
         """The sums were dropped; the batch that was given last may be used again."""
@@ -88,25 +90,22 @@ class Batches:
     def forget(self) -> None:
         """Whatever was given and not stepped with is left."""
         self._leave()
+        self.pieces.clear()
+        self.signalled = None
         self.start_step()
 
     # ------------------------------------------------------------------ what loaders say
 
     def give(self, indices: Sequence[Any]) -> None:
-        """A loader gives a whole batch.
-
-        Raises:
-            ValueError: a physical batch waits for its step.
-        """
-        held = self.piece
-        if held is not None and held.loop is not None and not held.loop.ended:
-            raise ValueError(
-                "a batch was asked of the loader while a physical batch of BatchMemoryManager waits for its step: it "
-                "could not be told which of the two a backward pass is of. Look at batches before the loop, or through "
-                "a DataLoader of its own"
-            )
-        self._leave()
+        """A loader gives a whole batch: to train on, or only to look at, as an evaluation does."""
+        if self.loop is not None and self.loop.ended:
+            self._leave()
+        self.unclear = self.loop is not None and bool(self.pieces)
         self._note(indices)
+
+    def end_whole(self) -> None:
+        """A loop over whole batches is at its end: it was an evaluation, if a physical batch waits."""
+        self.unclear = False
 
     def give_piece(self, piece: Piece, backwards: int) -> None:
         """A loop gives a physical batch; ``backwards`` is how many passes wait for a step.
@@ -128,7 +127,7 @@ class Batches:
             self._pass_over(held, backwards)
         loop.batch = piece.batch
         self.pieces.append(piece)
-        self.forwarded = self.cleared = False
+        self.forwarded = self.cleared = self.unclear = False
         self._note(piece.indices or ())
 
     def end(self, loop: Loop, finished: bool) -> None:
@@ -157,13 +156,14 @@ class Batches:
 
     def _leave(self) -> None:
         """No loop is under way; what one was in the middle of will not be released."""
-        loop, self.loop, self.signalled = self.loop, None, None
-        self.pieces.clear()
-        if loop is not None and loop.batch is not None and self.of is loop.batch:
-            self.of.dropped = loop.left = True
+        loop, self.loop = self.loop, None
+        if loop is not None:
+            self.pieces.clear()
+            if self.of is not None and self.of is loop.batch:
+                self.of.dropped = loop.left = True
 
     def _note(self, indices: Sequence[Any]) -> None:
-        self.given.append(indices)
+        self.fresh.append(indices)
         self.sizes.append(len(indices))
         self.empty = not indices
 
@@ -189,7 +189,15 @@ class Batches:
                 "neither a forward nor a step came. Do not read ahead of the steps; where a batch is skipped, call "
                 "optimizer.zero_grad() first"
             )
+        if self.unclear:
+            raise ValueError(
+                "it cannot be told whether this is of a physical batch of BatchMemoryManager, which waits for its "
+                "step, or of a whole batch that the loader has given since. Look at batches before the loop, or "
+                "through a DataLoader of its own"
+            )
         batch = held.batch if held else self.signalled
+        if batch is None and loop is not None and self.of is not None:
+            self._leave()  # another loop trains in the middle of this one
         adopted = self.of is None and held is not None and held.loop is None  # a signal that came after the backward
         other = batch is not self.of and not adopted
         self.of = batch
@@ -221,7 +229,26 @@ class Batches:
             self.warned.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    # ------------------------------------------------------------------ what a backward pass says
+    # ------------------------------------------------------------------ what forward and backward passes say
+
+    def forward(self, rows: int | None) -> list[Any]:
+        """A training forward over so many rows has run; the samples that no forward has run over since they were given.
+
+        They are those of the physical batch, or what the loader has given last, as far as the rows reach; what it gave
+        before was only looked at.
+        """
+        held = self.piece
+        if held is not None and held.indices is not None:
+            taken = [] if self.forwarded else [held.indices]
+        else:
+            taken = []
+            while self.fresh and (not taken or sum(map(len, taken)) < (rows or 0)):
+                taken.insert(0, self.fresh.pop())
+        self.fresh.clear()
+        self.given += taken
+        self.forwarded = True
+        self.empty |= rows == 0
+        return [index for indices in taken for index in indices]
 
     def use(self) -> None:
         """The running backward pass is one of the step's.
@@ -231,10 +258,11 @@ class Batches:
         """
         rows = max((forward.batch or 0 for forward in self.passing), default=0)
         number, total = self.passes + 1, self.rows + rows
-        seen = [i for indices in self.given[:number] for i in indices]
+        known = sum(map(len, self.given))
+        seen = [index for forward in (*self.used, *self.passing) for index in forward.indices]
         twice = any(f.shares_samples(g, compare=not self.given) for f in self.passing for g in self.used)
         twice |= number > 1 and len(set(seen)) < len(seen)
-        twice |= bool(self.given) and number > len(self.given) and total > len(seen)
+        twice |= bool(self.given) and number > len(self.given) and total > known
         if twice:
             raise ValueError(
                 "a second backward pass over samples that were in one since the last step: each would count twice, at "
@@ -243,7 +271,7 @@ class Batches:
             )
         self.used += self.passing
         self.passes, self.rows = number, total
-        more = rows > sum(map(len, self.given)) and rows not in self.sizes
+        more = rows > known and rows not in self.sizes
         if self.given and more and self.sizes[-1] and rows % self.sizes[-1] == 0:
             self.warn(
                 "rows",

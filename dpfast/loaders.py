@@ -75,6 +75,8 @@ class WatchedLoader(DataLoader):
             for book in self.watchers.books:
                 book.batches.give(indices)
             yield batch
+        for book in self.watchers.books:
+            book.batches.end_whole()
 
 
 class _Noting(Sampler[list[Any]]):
@@ -114,7 +116,7 @@ def watched(loader: DataLoader, book: Book) -> DataLoader:
     twin = copy.copy(loader)
     name = type(loader).__name__
     twin.__class__ = type(name, (WatchedLoader, type(loader)), {"__module__": __name__})
-    vars(twin)["watchers"] = Watchers()
+    vars(twin).update(watchers=Watchers(), _iterator=None)
     return watched(twin, book)
 
 

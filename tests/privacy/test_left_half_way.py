@@ -226,12 +226,45 @@ def test_two_loops_at_once_are_refused():
         with pytest.raises(ValueError, match="two loops over BatchMemoryManager's loader at once"):
             for _ in zip(physical, physical, strict=False):
                 pass
-        with pytest.raises(ValueError, match="waits for its step"):
+        with pytest.raises(ValueError, match="which waits for its step, or of a whole batch"):
             for _ in physical:
-                next(iter(loader))
+                train(next(iter(loader)), model, optimizer)
         batches = iter(physical)
         train(next(batches), model, optimizer)
         assert first_release(physical, model, optimizer) > 1
+        with pytest.raises(ValueError, match="cannot go on"):
+            next(batches)
+
+
+@pytest.mark.parametrize("when", ["before the step", "after it"])
+def test_an_evaluation_in_the_middle_of_a_logical_batch(when):
+    """No false alarm: it looks at the private loader's batches, and trains on none."""
+    model, optimizer, loader = private()
+
+    def evaluate():
+        with torch.no_grad():
+            for x, _ in loader:
+                model(x)
+
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=MOST, optimizer=optimizer) as physical:
+        for k, (x, y) in enumerate(physical):
+            if when == "before the step":
+                evaluate()
+            train((x, y), model, optimizer)
+            if when == "after it":
+                evaluate()
+            if k == 2:
+                break
+    torch.testing.assert_close(summed(model), by_itself(*data()[:B]), rtol=1e-4, atol=1e-7)
+
+
+def test_training_on_whole_batches_in_the_middle_of_a_logical_one():
+    """It is dropped, and the loop that was in it cannot go on."""
+    model, optimizer, loader = private()
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=MOST, optimizer=optimizer) as physical:
+        batches = iter(physical)
+        train(next(batches), model, optimizer)
+        assert first_release(loader, model, optimizer) == 1
         with pytest.raises(ValueError, match="cannot go on"):
             next(batches)
 

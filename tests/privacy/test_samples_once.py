@@ -166,6 +166,8 @@ def test_other_samples_are_added_up():
     """No false alarm: micro-batches of a loader, pieces of one batch, equal rows by hand, a buffer filled anew."""
     model, twin, wrapped, optimizer, loader = private()
     for x, y in loader:
+        peek = next(iter(loader))  # at the first batch
+        wrapped(peek[0])
         sse(wrapped(x), y).backward()
     check(model, twin, *loader)
     optimizer.step()
