@@ -31,13 +31,23 @@ class Loop:
     skipped_parts: bool = False  # and it was only a part of its logical batch
 
 
+class Samples(NamedTuple):
+    """Samples of a data set."""
+
+    dataset: int  # its id
+    indices: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 class Piece(NamedTuple):
     """A physical batch and its place in its logical one."""
 
     batch: LogicalBatch
     first: bool
     last: bool
-    indices: Sequence[Any] | None = None  # None: from elsewhere, by ``signal_skip_step``
+    samples: Samples | None = None  # None: from elsewhere, by ``signal_skip_step``
     loop: Loop | None = None
 
     @property
@@ -57,8 +67,8 @@ class Batches:
     pieces: deque[Piece] = field(default_factory=deque)  # given and not stepped with yet
     of: LogicalBatch | None = None  # what the sums are of; None where batches are not split
     loop: Loop | None = None
-    fresh: list[Sequence[Any]] = field(default_factory=list)  # indices of samples given since the last forward
-    given: list[Sequence[Any]] = field(default_factory=list)  # and before forwards since the last step
+    fresh: list[Samples] = field(default_factory=list)  # given since the last forward
+    given: list[Samples] = field(default_factory=list)  # and before forwards since the last step
     used: list[ForwardPass] = field(default_factory=list)  # whose backward passes have ended since the last step
     rows: int = 0  # that these had
     passes: int = 0  # how many these were
@@ -66,7 +76,8 @@ class Batches:
     forwarded: bool = False  # a training forward ran since the last physical batch was given
     cleared: bool = False  # gradients were cleared since then
     tried: bool = False  # a step of it was refused half-way
-    unclear: bool = False  # whole batches were given after it, and not all that their loop has
+    aside: bool = False  # whole batches were given since then, and not all that their loop has
+    unclear: bool = False  # and then came a forward: over which of them?
     empty: bool = False  # the last batch had no samples
     sizes: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     warned: set[str] = field(default_factory=set)
@@ -96,16 +107,16 @@ class Batches:
 
     # ------------------------------------------------------------------ what loaders say
 
-    def give(self, indices: Sequence[Any]) -> None:
+    def give(self, samples: Samples) -> None:
         """A loader gives a whole batch: to train on, or only to look at, as an evaluation does."""
         if self.loop is not None and self.loop.ended:
             self._leave()
-        self.unclear = self.loop is not None and bool(self.pieces)
-        self._note(indices)
+        self.aside = self.loop is not None and bool(self.pieces)
+        self._note(samples)
 
     def end_whole(self) -> None:
         """A loop over whole batches is at its end: it was an evaluation, if a physical batch waits."""
-        self.unclear = False
+        self.aside = False
 
     def give_piece(self, piece: Piece, backwards: int) -> None:
         """A loop gives a physical batch; ``backwards`` is how many passes wait for a step.
@@ -127,8 +138,9 @@ class Batches:
             self._pass_over(held, backwards)
         loop.batch = piece.batch
         self.pieces.append(piece)
-        self.forwarded = self.cleared = self.unclear = False
-        self._note(piece.indices or ())
+        self.forwarded = self.cleared = self.aside = self.unclear = False
+        assert piece.samples is not None
+        self._note(piece.samples)
 
     def end(self, loop: Loop, finished: bool) -> None:
         """The iterator of ``loop`` is at its end, or was closed."""
@@ -145,7 +157,7 @@ class Batches:
                 "optimizer.step(): call step() for each of them, or optimizer.zero_grad() to drop one"
             )
         self.pieces.clear()
-        if held.whole and not held.indices:
+        if held.whole and not held.samples:
             return
         if self.forwarded or self.cleared:
             self._lose(held)
@@ -162,10 +174,10 @@ class Batches:
             if self.of is not None and self.of is loop.batch:
                 self.of.dropped = loop.left = True
 
-    def _note(self, indices: Sequence[Any]) -> None:
-        self.fresh.append(indices)
-        self.sizes.append(len(indices))
-        self.empty = not indices
+    def _note(self, samples: Samples) -> None:
+        self.fresh.append(samples)
+        self.sizes.append(len(samples))
+        self.empty = not samples
 
     # ------------------------------------------------------------------ what the optimizer says
 
@@ -205,7 +217,7 @@ class Batches:
 
     def stepped(self) -> Piece | None:
         """A step takes the physical batch, if there is one."""
-        self.forwarded = self.cleared = self.empty = self.tried = False
+        self.forwarded = self.cleared = self.empty = self.tried = self.aside = self.unclear = False
         return self.pieces.popleft() if self.pieces else None
 
     def drop_piece(self) -> None:
@@ -213,6 +225,8 @@ class Batches:
         held = self.stepped()
         if held is not None:
             self._lose(held)
+        elif self.signalled is not None:
+            self.signalled.dropped = True
 
     def _lose(self, held: Piece) -> None:
         if not held.whole:
@@ -238,17 +252,17 @@ class Batches:
         before was only looked at.
         """
         held = self.piece
-        if held is not None and held.indices is not None:
-            taken = [] if self.forwarded else [held.indices]
+        if held is not None and held.samples is not None:
+            taken = [] if self.forwarded else [held.samples]
         else:
-            taken = []
+            taken = list[Samples]()
             while self.fresh and (not taken or sum(map(len, taken)) < (rows or 0)):
                 taken.insert(0, self.fresh.pop())
         self.fresh.clear()
         self.given += taken
-        self.forwarded = True
-        self.empty |= rows == 0
-        return [index for indices in taken for index in indices]
+        self.forwarded, self.empty = True, rows == 0
+        self.unclear |= self.aside
+        return [(dataset, index) for dataset, indices in taken for index in indices]
 
     def use(self) -> None:
         """The running backward pass is one of the step's.
@@ -259,7 +273,7 @@ class Batches:
         rows = max((forward.batch or 0 for forward in self.passing), default=0)
         number, total = self.passes + 1, self.rows + rows
         known = sum(map(len, self.given))
-        seen = [index for forward in (*self.used, *self.passing) for index in forward.indices]
+        seen = [sample for forward in (*self.used, *self.passing) for sample in forward.samples]
         twice = any(f.shares_samples(g, compare=not self.given) for f in self.passing for g in self.used)
         twice |= number > 1 and len(set(seen)) < len(seen)
         twice |= bool(self.given) and number > len(self.given) and total > known

@@ -27,7 +27,7 @@ class CountedForward(ModelForward):
         outputs = [x for x in tensors(out) if x.requires_grad]
         forward = ForwardPass(args, kwargs, recorder.batch_size, self.batch_dim)
         if running_backward() == OUTSIDE:  # else a checkpoint computes it again
-            forward.indices = batches.forward(recorder.batch_size)
+            forward.samples = batches.forward(recorder.batch_size)
         for x in outputs:
             # Not the output's own node: that would hold the hook, which would hold the node.
             below = [node for node, _ in x.grad_fn.next_functions if node is not None] if x.grad_fn else []

@@ -270,7 +270,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
                 "divides by"
             )
-        check_shares(data_loader, ranks, poisson_sampling)
+        check_shares(data_loader, ranks, poisson_sampling, (public, drawn))
         private_loader = data_loader
         if drawn is not None:
             private_loader = poisson_loader(

@@ -138,6 +138,10 @@ class FusedHooks(AbstractGradSampleHooks):
         super().set_grad_sample_to_none()
         self.book.drop_physical_batch()
 
+    def del_grad_sample(self) -> None:
+        """As :meth:`set_grad_sample_to_none`: there are no per-sample gradients to delete."""
+        self.set_grad_sample_to_none()
+
     def remove_hooks(self) -> None:
         """Give every module its own forward back."""
         for forward in self._forwards:

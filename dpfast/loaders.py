@@ -15,6 +15,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from dpfast.batches import Samples
 from dpfast.bookkeeping import Book
 from dpfast.empty_batch import CollateOrEmpty
 from dpfast.public import Public
@@ -22,11 +23,21 @@ from dpfast.ranks import Ranks
 from dpfast.sampling import PoissonBatches
 
 
-def as_list(batch: Any) -> list[Any]:
-    """The indices of a batch, which samplers give as lists, arrays or tensors of numbers, or lists of tensors."""
+def distinct(batch: Any) -> list[Any]:
+    """The indices of a batch, which samplers give as lists, arrays or tensors of numbers, or lists of tensors.
+
+    Raises:
+        ValueError: one is there twice.
+    """
     if hasattr(batch, "tolist"):
         batch = batch.tolist()
-    return [index.item() if isinstance(index, Tensor) else index for index in batch]
+    indices = [index.item() if isinstance(index, Tensor) else index for index in batch]
+    if len(set(indices)) < len(indices):
+        raise ValueError(
+            f"data_loader: its sampler has put a sample into a batch more than once ({indices}), where it would count "
+            f"as often. Use one that draws without replacement, or poisson_sampling=True"
+        )
+    return indices
 
 
 def arguments_of(loader: DataLoader) -> dict[str, Any]:
@@ -73,7 +84,7 @@ class WatchedLoader(DataLoader):
         for batch in super().__iter__():
             indices = drawn.popleft()
             for book in self.watchers.books:
-                book.batches.give(indices)
+                book.batches.give(Samples(id(self.dataset), indices))
             yield batch
         for book in self.watchers.books:
             book.batches.end_whole()
@@ -90,12 +101,7 @@ class _Noting(Sampler[list[Any]]):
 
     def _draw(self, drawn: deque[list[Any]]) -> Iterator[list[Any]]:
         for batch in self.batches:
-            indices = as_list(batch)
-            if len(set(indices)) < len(indices):
-                raise ValueError(
-                    f"data_loader: its sampler has put a sample into a batch more than once ({indices}), where it "
-                    f"would count as often. Use one that draws without replacement, or poisson_sampling=True"
-                )
+            indices = distinct(batch)
             drawn.append(indices)
             yield indices
 

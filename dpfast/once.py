@@ -52,7 +52,7 @@ class ForwardPass:
 
     def __init__(self, args: Any, kwargs: Any, batch: int | None, batch_dim: int):
         self.batch = batch
-        self.indices: list[Any] = []  # of its samples, as far as the loader has said
+        self.samples: list[Any] = []  # as far as the loader has said
         self.given: list[Given] = []
         self.dims: list[int] = []
         for x in tensors((args, kwargs)):

@@ -9,9 +9,9 @@ from typing import Any
 import opacus.utils.batch_memory_manager
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from dpfast.batches import LogicalBatch, Loop, Piece
+from dpfast.batches import LogicalBatch, Loop, Piece, Samples
 from dpfast.bookkeeping import Book
-from dpfast.loaders import arguments_of, as_list
+from dpfast.loaders import arguments_of, distinct
 from dpfast.sampling import PoissonBatches, split
 
 
@@ -48,7 +48,8 @@ class PhysicalLoader(DataLoader):
         if loader.batch_sampler is None:
             raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
         self.book = book
-        super().__init__(loader.dataset, batch_sampler=_Parts(loader.batch_sampler, size), **arguments_of(loader))
+        parts = _Parts(loader.batch_sampler, size, id(loader.dataset))
+        super().__init__(loader.dataset, batch_sampler=parts, **arguments_of(loader))
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         loop, pieces = Loop(), deque[Piece]()
@@ -77,8 +78,8 @@ class PhysicalLoader(DataLoader):
 class _Parts(Sampler[list[Any]]):
     """The batches of ``batches`` in parts, each noted in :attr:`pieces` in the order in which they are drawn."""
 
-    def __init__(self, batches: Any, size: int):
-        self.batches, self.size = batches, size
+    def __init__(self, batches: Any, size: int, dataset: int):
+        self.batches, self.size, self.dataset = batches, size, dataset
         self.loop, self.pieces = Loop(), deque[Piece]()
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -88,7 +89,7 @@ class _Parts(Sampler[list[Any]]):
         for parts in self._logical_batches():
             batch = LogicalBatch()
             for k, part in enumerate(parts):
-                pieces.append(Piece(batch, k == 0, k == len(parts) - 1, part, loop))
+                pieces.append(Piece(batch, k == 0, k == len(parts) - 1, Samples(self.dataset, part), loop))
                 yield part
 
     def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
@@ -98,7 +99,7 @@ class _Parts(Sampler[list[Any]]):
                 yield self.batches.physical_batches(step, self.size)
             return
         for batch in self.batches:
-            indices = as_list(batch)
+            indices = distinct(batch)
             yield split(indices, max(1, -(-len(indices) // self.size)))
 
     def __len__(self) -> int:

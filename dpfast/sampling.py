@@ -102,8 +102,10 @@ def split(indices: Sequence[Any], parts: int) -> list[list[Any]]:
     return [list(indices[begin:end]) for begin, end in itertools.pairwise(bounds)]
 
 
-def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> None:
+def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool, to_draw: tuple[Any, ...] = ()) -> None:
     """Refuse batches that hold a sample on two ranks: it would move the sum twice. Called by all ranks.
+
+    ``to_draw`` is what Poisson batches are to be drawn by, and must be the same on all.
 
     Raises:
         ValueError: with the remedy, on all ranks where they disagree.
@@ -127,7 +129,7 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> No
         share = (sampler.rank, sampler.num_replicas)
         drawn = (size, len(loader), sampler.seed, sampler.epoch, sampler.shuffle)
     wrong = share not in (None, (ranks.rank, ranks.world_size))
-    digest = hashlib.blake2b(repr(drawn).encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(repr((drawn, to_draw)).encode(), digest_size=6).digest()
     rows = ranks.gathered([float(int.from_bytes(digest, "little")), float(wrong)])
     if wrong:
         assert share is not None

@@ -213,6 +213,12 @@ def test_a_fixed_batch_that_holds_a_sample_twice(workers):
     _, _, got = private(loader_with(Repeats([1, 2, 3]), num_workers=workers), poisson=False)
     with pytest.raises(ValueError, match="into a batch more than once"):
         list(got)
+    _, optimizer, got = private(loader_with(Repeats([1, 2, 3])), poisson=False)
+    with (
+        BatchMemoryManager(data_loader=got, max_physical_batch_size=2, optimizer=optimizer) as physical,
+        pytest.raises(ValueError, match="into a batch more than once"),
+    ):
+        list(physical)
     _, _, got = private(DataLoader(data(), batch_sampler=[[0, 1], [5, 5]]), poisson=False, loss_reduction="sum")
     assert len(next(iter(got))[0]) == 2
     with pytest.raises(ValueError, match="into a batch more than once"):

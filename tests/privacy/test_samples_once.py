@@ -190,6 +190,26 @@ def test_other_samples_are_added_up():
     check(model, twin, (x[:3], y[:3]))
 
 
+def test_batches_of_two_loaders_are_added_up():
+    """Of two data sets; of one data set a sample would count twice."""
+    data = TensorDataset(*batch(2 * B))
+    model, twin, wrapped, optimizer, first = private(loader=DataLoader(data, batch_size=B))
+    for other, same in ((TensorDataset(*batch(2 * B)), False), (data, True)):
+        _, optimizer, second = make_private(
+            wrapped, optimizer=optimizer, data_loader=DataLoader(other, batch_size=B), max_grad_norm=C,
+            loss_reduction="sum",
+        )  # fmt: skip
+        optimizer.zero_grad()
+        for loader in (first, second):
+            x, y = next(iter(loader))
+            if same and loader is second:
+                with pytest.raises(ValueError, match=TWICE):
+                    sse(wrapped(x), y).backward()
+            else:
+                sse(wrapped(x), y).backward()
+        check(model, twin, (x, y)) if same else check(model, twin, (x, y), next(iter(first)))
+
+
 def test_two_forwards_in_one_backward():
     """They are one gradient of each sample."""
     model, _, wrapped, _, _ = private()
@@ -204,6 +224,7 @@ def test_two_forwards_in_one_backward():
 
 CLEARS = {
     "module.zero_grad": lambda wrapped, optimizer: wrapped.zero_grad(),
+    "del_grad_sample": lambda wrapped, optimizer: wrapped.del_grad_sample(),
     "set_grad_sample_to_none": lambda wrapped, optimizer: wrapped.set_grad_sample_to_none(),
     "optimizer.zero_grad": lambda wrapped, optimizer: optimizer.zero_grad(),
 }
