@@ -19,7 +19,7 @@ from dpfast.clipping import Clipping
 from dpfast.layers.forms import Form, clipped_sums, combine, squared_norm
 from dpfast.layers.recorder import Recorder
 from dpfast.layers.shift import Shift
-from dpfast.once import trains
+from dpfast.once import leaves_gradients
 from dpfast.ops import compute_dtype
 from dpfast.ranks import Ranks, local
 
@@ -75,6 +75,7 @@ class Book(Recorder):
         self.evaluated = False
 
     def open(self, batch: int | None = None) -> None:
+        """As any recorder's; and no forward is known yet that the pass is of."""
         if self.opens():
             self.batches.passing.clear()
         super().open(batch)
@@ -101,10 +102,16 @@ class Book(Recorder):
 
     def close(self) -> None:
         """Norms → factors → clipped sum, for everything recorded in the backward pass that just ended."""
+        try:
+            self._close()
+        finally:
+            self.batches.passing.clear()
+
+    def _close(self) -> None:
         batch = self.batch_size
         taken = self.take()
         passing = self.batches.passing.values()
-        if not taken and passing and not any(trains(below) for below in passing):
+        if not taken and passing and not any(leaves_gradients(below) for below in passing):
             return  # torch.autograd.grad, which trains nothing
         uses = {p: forms for p, forms in taken.items() if self.tracked is None or p in self.tracked}
         self.start_physical_batch()
@@ -122,8 +129,6 @@ class Book(Recorder):
         except BaseException:
             self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
-        finally:
-            self.batches.passing.clear()
 
     def drop_physical_batch(self) -> None:
         """Gradients are cleared before a step has used them: the batch is left out, with the logical one around it."""

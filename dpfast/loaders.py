@@ -82,9 +82,10 @@ class WatchedLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         drawn = self._drawn = deque()
         for batch in super().__iter__():
-            indices = drawn.popleft()
-            for book in self.watchers.books:
-                book.batches.give(Samples(id(self.dataset), indices))
+            if drawn:  # a loader class of the user's own may draw elsewhere: nothing is known of its samples
+                samples = Samples(id(self.dataset), drawn.popleft())
+                for book in self.watchers.books:
+                    book.batches.give(samples)
             yield batch
         for book in self.watchers.books:
             book.batches.end_whole()

@@ -35,13 +35,13 @@ class Given(NamedTuple):
         begin, others = self.offset // row, other.offset // row
         return begin < others + other.shape[dim] and others < begin + self.shape[dim]
 
-    def equals(self, other: Given) -> bool:
-        """Whether both are still there and hold the same rows; of a single row that says nothing."""
+    def equals(self, other: Given, dim: int) -> bool:
+        """Whether both are still there and hold the same rows; if all rows are equal, that says nothing."""
         mine, theirs = self.itself(), other.itself()
         if mine is None or theirs is None or (mine._version, theirs._version) != (self.version, other.version):
             return False
         alike = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
-        return alike and torch.equal(mine, theirs)
+        return alike and torch.equal(mine, theirs) and not torch.equal(mine, mine.narrow(dim, 0, 1).expand_as(mine))
 
 
 class ForwardPass:
@@ -73,10 +73,10 @@ class ForwardPass:
         pairs = list(zip(self.given, other.given, self.dims, strict=True))
         if all(a.overlaps(b, dim) for a, b, dim in pairs):
             return True
-        return compare and self.batch != 1 and all(a.equals(b) for a, b, _ in pairs)
+        return compare and all(a.equals(b, dim) for a, b, dim in pairs)
 
 
-def trains(below: list[Any]) -> bool:
+def leaves_gradients(below: list[Any]) -> bool:
     """Within a backward pass: whether it leaves gradients behind, as ``torch.autograd.grad`` does not.
 
     ``below`` are nodes of the graph that it runs through. Every leaf under them gets its gradient in ``backward()``.

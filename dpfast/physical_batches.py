@@ -42,24 +42,30 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
 class PhysicalLoader(DataLoader):
     """A loader of at most ``size`` samples at a time, in the batches of another loader."""
 
+    _loop: Loop
+    _drawn: deque[Piece]
+
     def __init__(self, loader: DataLoader, size: int, book: Book):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"max_physical_batch_size={size!r}: give a whole number of at least 1")
         if loader.batch_sampler is None:
             raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
         self.book = book
-        parts = _Parts(loader.batch_sampler, size, id(loader.dataset))
+        parts = PhysicalBatches(loader.batch_sampler, size, id(loader.dataset), book)
         super().__init__(loader.dataset, batch_sampler=parts, **arguments_of(loader))
 
+    @property
+    def _index_sampler(self) -> Any:
+        return _Noting(self)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        loop, pieces = Loop(), deque[Piece]()
-        batches = self.book.batches
-        finished = False
-        self.batch_sampler.loop, self.batch_sampler.pieces = loop, pieces  # type: ignore[union-attr]
-        iterator = super().__iter__()
+        loop = self._loop = Loop()
+        drawn = self._drawn = deque()
+        iterator, finished = super().__iter__(), False
         try:
             while True:
-                if loop.left or (self._iterator is iterator and self.batch_sampler.loop is not loop):  # type: ignore[union-attr]
+                # Persistent workers have one iterator, which another loop has begun anew.
+                if loop.left or (self._iterator is iterator and self._loop is not loop):
                     raise ValueError(
                         "this loop over BatchMemoryManager's loader cannot go on: another one was begun in the middle "
                         "of it"
@@ -69,28 +75,54 @@ class PhysicalLoader(DataLoader):
                 except StopIteration:
                     finished = True
                     return
-                batches.give_piece(pieces.popleft(), self.book.waits_for_step)
+                self.book.batches.give_piece(drawn.popleft(), self.book.waits_for_step)
                 yield batch
         finally:
-            batches.end(loop, finished)
+            self.book.batches.end(loop, finished)
 
 
-class _Parts(Sampler[list[Any]]):
-    """The batches of ``batches`` in parts, each noted in :attr:`pieces` in the order in which they are drawn."""
+class _Noting(Sampler[list[Any]]):
+    """The physical batches of one loop over ``loader``, noted in the order in which they are drawn."""
 
-    def __init__(self, batches: Any, size: int, dataset: int):
-        self.batches, self.size, self.dataset = batches, size, dataset
-        self.loop, self.pieces = Loop(), deque[Piece]()
+    def __init__(self, loader: PhysicalLoader):
+        self.loader = loader
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self._draw(self.loop, self.pieces)  # of this loop, when a worker asks for the first
+        return self._draw(self.loader._loop, self.loader._drawn)  # those of now, not of when the first is asked for
 
-    def _draw(self, loop: Loop, pieces: deque[Piece]) -> Iterator[list[Any]]:
+    def _draw(self, loop: Loop, drawn: deque[Piece]) -> Iterator[list[Any]]:
+        parts: Any = self.loader.batch_sampler
+        for piece in parts.pieces(loop):
+            drawn.append(piece)
+            yield piece.samples.indices
+
+    def __len__(self) -> int:
+        return len(self.loader.batch_sampler)  # type: ignore[arg-type]
+
+
+class PhysicalBatches(Sampler[list[Any]]):
+    """The batches of ``batches`` in parts; the book hears of each when it is drawn from here, without a loader."""
+
+    def __init__(self, batches: Any, size: int, dataset: int, book: Book):
+        self.batches, self.size, self.dataset, self.book = batches, size, dataset, book
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loop, finished = Loop(), False
+        try:
+            for piece in self.pieces(loop):
+                self.book.batches.give_piece(piece, self.book.waits_for_step)
+                assert piece.samples is not None
+                yield list(piece.samples.indices)
+            finished = True
+        finally:
+            self.book.batches.end(loop, finished)
+
+    def pieces(self, loop: Loop) -> Iterator[Piece]:
+        """Each physical batch and its place in its logical batch."""
         for parts in self._logical_batches():
             batch = LogicalBatch()
             for k, part in enumerate(parts):
-                pieces.append(Piece(batch, k == 0, k == len(parts) - 1, Samples(self.dataset, part), loop))
-                yield part
+                yield Piece(batch, k == 0, k == len(parts) - 1, Samples(self.dataset, part), loop)
 
     def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
         if isinstance(self.batches, PoissonBatches):

@@ -219,6 +219,20 @@ def test_a_whole_run_in_parts_is_that_of_whole_batches(poisson):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
+def test_physical_batches_by_their_indices():
+    """Without the loader: the sampler's parts are told of as they are drawn."""
+    model, optimizer, loader = private()
+    steps = []
+    optimizer.attach_step_hook(lambda o: steps.append(1))
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=MOST, optimizer=optimizer) as physical:
+        for k, indices in enumerate(physical.batch_sampler):
+            train(data()[indices], model, optimizer)
+            assert len(steps) == (k + 1) // 3
+            if k == 3:
+                break
+        assert first_release((data()[indices] for indices in physical.batch_sampler), model, optimizer) == 3
+
+
 def test_two_loops_at_once_are_refused():
     """It could not be told which physical batch a backward is of."""
     model, optimizer, loader = private()

@@ -269,13 +269,25 @@ def test_a_stream_without_a_length():
 
 
 class LoaderOfOnesOwn(DataLoader):
+    """Batches that it makes itself, twice as many."""
+
     def described(self):
         return f"{len(self)} batches"
 
+    def __iter__(self):
+        for _ in range(2):
+            for rows in self.batch_sampler:
+                yield self.collate_fn([self.dataset[k] for k in rows])
+
 
 def test_a_loader_class_of_ones_own_with_fixed_batches():
-    _, _, got = private(LoaderOfOnesOwn(data(), batch_size=4), poisson=False)
+    model, optimizer, got = private(LoaderOfOnesOwn(data(), batch_size=4), poisson=False)
     assert isinstance(got, LoaderOfOnesOwn) and got.described() == "5 batches"
+    for x, y in got:
+        mse(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen(got, 1) == 2 * list(range(N))
 
 
 # ---------------------------------------------------------------- batches without samples
