@@ -133,7 +133,8 @@ class Batches:
                     "step. Finish the first loop or delete its iterator, and look at batches before the loop"
                 )
             self._leave()
-            self.loop = loop
+            self.pieces.clear()
+            self.signalled, self.loop = None, loop
         elif held is not None:
             self._pass_over(held, backwards)
         loop.batch = piece.batch

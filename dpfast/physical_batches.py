@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import opacus.utils.batch_memory_manager
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
@@ -42,11 +43,12 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
 class PhysicalLoader(DataLoader):
     """A loader of at most ``size`` samples at a time, in the batches of another loader."""
 
+    book: Book
     _loop: Loop
     _drawn: deque[Piece]
 
     def __init__(self, loader: DataLoader, size: int, book: Book):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"max_physical_batch_size={size!r}: give a whole number of at least 1")
         if loader.batch_sampler is None:
             raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")

@@ -148,7 +148,7 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool, to_dr
 
 def check_sample_rate(value: Any) -> None:
     """Refuse what is no probability above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 < value <= 1:
         raise ValueError(
             f"sample_rate={value!r}: give the probability of a sample to be in a batch, above 0 and up to 1"
         )
@@ -156,7 +156,7 @@ def check_sample_rate(value: Any) -> None:
 
 def check_expected_batch_size(value: Any) -> None:
     """Refuse what cannot be divided by."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 < value < math.inf:
         raise ValueError(f"expected_batch_size={value!r}: give a positive finite number of samples")
 
 
