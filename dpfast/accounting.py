@@ -98,8 +98,8 @@ def noise_multiplier_for(
 
     if (least := spent(MOST)) > target_epsilon:
         raise ValueError(
-            f"target_epsilon={target_epsilon!r} cannot be met over {steps} steps: the {accountant} accountant sees no "
-            f"less than {least:.2g} at delta={target_delta!r}; give a larger one"
+            f"target_epsilon={target_epsilon!r} cannot be met over {steps} steps at delta={target_delta!r}: the "
+            f"{accountant} accountant sees no less than {least:.2g}; give {2 * least:.1g} or more"
         )
     low = high = _start(target_epsilon, target_delta, sample_rate, steps, accountant)
     apart = 2.0 if accountant == "rdp" else 1.15
