@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,7 +12,6 @@ from typing import Any
 
 import opacus
 import torch
-from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -20,26 +20,23 @@ from opacus.validators.module_validator import ModuleValidator
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
+from dpfast import checkpoints
+from dpfast.accounting import check_budget, check_delta, epsilon_of, noise_multiplier_for
 from dpfast.clipping import Clipping
 from dpfast.clipping_functions import ClippingFunction, clipping_function
 from dpfast.compatibility import problems
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
 from dpfast.loaders import PoissonLoader, poisson_loader, watched
-from dpfast.noise import check_state
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
-from dpfast.planner import check_state as check_plan
 from dpfast.public import Public, check_fixed, drawn_from
 from dpfast.ranks import Ranks, apart
 from dpfast.sampling import PoissonBatches, check_shares, system_generator
 
 FUSED = "fused"
-# In a checkpoint:
-NOISE_STATE, PLAN, THRESHOLDS = "noise_state_dict", "plan_state_dict", "max_grad_norms"
-ASCENT = "ascent_state_dict"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -155,8 +152,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             max_physical_batch_size: 1 accepts a model that no per-sample path serves; it must then be trained one
                 sample at a time, through ``BatchMemoryManager(max_physical_batch_size=1)``, which is exact for any
                 model.
-            noise_generator: where the key of the noise is drawn from (once); ``torch.manual_seed`` repeats a run
-                without it. Refused in secure mode, whose keys come from the operating system.
+            noise_generator: what the key of the noise is made of, which is else the operating system's: it alone
+                repeats a run's noise, for experiments on public data, as whoever knows its seed can take the noise
+                off. ``torch.manual_seed`` does not touch the noise. It does decide the Poisson batches (or the
+                loader's own generator does), as in Opacus: to whoever knows that seed the batches are known, and ε is
+                what it is without sampling. Refused in secure mode, in which no seed decides anything.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
                 ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
             ascent: where a step takes its gradients, if not at the weights: ``dpfast.DPSAT(rho=0.03)`` or another of
@@ -306,7 +306,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ranks=ranks,
         )
         private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=public.sample_rate)
-        private_optimizer.attach_step_hook(private_optimizer.accounting)
         private_loader = watched(private_loader, hooks.book)
         if per_sample is None:
             return hooks, private_optimizer, private_loader
@@ -324,75 +323,121 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> tuple[Any, ...]:
         """:meth:`make_private` with the noise multiplier that spends ``target_epsilon`` in ``epochs`` epochs.
 
-        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` goes to the search, which accounts with
-        the rate that is sampled.
+        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` is how much may be left over.
+        :meth:`get_epsilon` is at most ``target_epsilon`` after all steps of ``epochs`` epochs of the private loader, at
+        the rate at which it samples.
+
+        Raises:
+            ValueError: also where ``target_epsilon`` cannot be met; nothing is changed.
         """
-        common = dict(data_loader=data_loader, grad_sample_mode=grad_sample_mode, **kwargs)
-        if grad_sample_mode != FUSED:
-            return super().make_private_with_epsilon(
-                target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, **common
+        check_budget("target_epsilon", target_epsilon)
+        check_delta("target_delta", target_delta)
+        check_budget("epochs", epochs)
+        search = {name: kwargs.pop(name) for name in ("epsilon_tolerance",) if name in kwargs}
+
+        def noise_multiplier_at(rate: float, steps: int) -> float:
+            return noise_multiplier_for(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=rate,
+                steps=math.ceil(epochs * steps),
+                accountant=self.accountant.mechanism(),
+                **search,
             )
+
+        if grad_sample_mode == FUSED:
+            asked = {name: kwargs.get(name) for name in ("expected_batch_size", "sample_rate")}
+            public, _ = self._drawn(data_loader, kwargs.get("poisson_sampling", True), **asked)
+            rate, steps = public.sample_rate, public.steps
+        elif not (steps := len(data_loader)):
+            raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
+        else:
+            rate = 1 / steps
         if len(self.accountant) > 0:
             warnings.warn(
                 "make_private_with_epsilon with privacy budget already spent: the noise multiplier assumes a fresh "
                 "start, so the overall budget will be higher",
                 stacklevel=2,
             )
-        search = {name: common.pop(name) for name in ("epsilon_tolerance",) if name in common}
-        asked = {name: common.get(name) for name in ("expected_batch_size", "sample_rate")}
-        public, _ = self._drawn(data_loader, kwargs.get("poisson_sampling", True), **asked)
-        noise_multiplier = get_noise_multiplier(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=public.sample_rate,
-            steps=epochs * public.steps,
-            accountant=self.accountant.mechanism(),
-            **search,
+        made = self.make_private(
+            noise_multiplier=noise_multiplier_at(rate, steps),
+            data_loader=data_loader,
+            grad_sample_mode=grad_sample_mode,
+            **kwargs,
         )
-        return self.make_private(noise_multiplier=noise_multiplier, **common)
+        # Opacus' own sampler gives int(1 / (1 / n)) batches, which may be n - 1, and its modes account for that rate.
+        if grad_sample_mode != FUSED and len(made[-1]) != steps:
+            made[1].noise_multiplier = noise_multiplier_at(1 / len(made[-1]), len(made[-1]))
+        return made
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε of all steps so far at ``delta``; 0 before the first.
+
+        Where the accountant fails, or would take minutes, it is an upper bound: see
+        :func:`dpfast.accounting.epsilon_of`.
+        """
+        return epsilon_of(self.accountant, delta)
 
     def save_checkpoint(
-        self, *, path: Any, optimizer: DPOptimizer | None = None, checkpoint_dict: Any = None, **kwargs: Any
+        self,
+        *,
+        path: Any,
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As in Opacus; the fused mode's checkpoint also holds the plan and the noise's key and step.
+        """As in Opacus; the fused mode's checkpoint also holds the plan, and states of what the fused mode adds.
 
-        A run that goes on from it is bit-equal to one that was not interrupted (in secure mode up to the noise, whose
-        keys are never kept). Whoever has it can take the fast mode's noise off: publish the model, not the checkpoint.
+        The file is whole or not there, and its owner alone can read it (mode 0600). It holds no key of the noise: see
+        :meth:`load_checkpoint`.
+
+        Raises:
+            ValueError: ``checkpoint_dict`` or a scheduler has an object that :meth:`load_checkpoint` would refuse: one
+                that is neither a tensor nor plain Python. What was at ``path`` stays.
         """
-        checkpoint = dict(checkpoint_dict or {})
-        if isinstance(optimizer, FusedDPOptimizer):
-            checkpoint[NOISE_STATE] = optimizer.noise.state_dict()
-            if optimizer.ascending.ascent is not None:
-                checkpoint[ASCENT] = optimizer.ascending.state_dict()
-            if optimizer.adaptive is not None:
-                checkpoint[THRESHOLDS] = optimizer.max_grad_norms
-        if isinstance(module := kwargs.get("module"), FusedHooks):
-            checkpoint[PLAN] = module.book.planner.state_dict()
-        super().save_checkpoint(path=path, optimizer=optimizer, checkpoint_dict=checkpoint, **kwargs)
+        held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer)}
 
-    def load_checkpoint(self, *, optimizer: DPOptimizer | None = None, **kwargs: Any) -> dict[str, Any]:
-        """As in Opacus, with the state of the noise where there is one; refused whole if that is malformed."""
-        path = kwargs["path"]
-        place = path.tell() if hasattr(path, "tell") else None
-        held = torch.load(path, map_location="meta", weights_only=False)  # "meta" reads no weights
-        if place is not None:
-            path.seek(place)
-        if NOISE_STATE in held and isinstance(optimizer, FusedDPOptimizer):
-            check_state(held[NOISE_STATE])
-        if isinstance(optimizer, FusedDPOptimizer):
-            optimizer.ascending.check_state(held.get(ASCENT))
-        if PLAN in held:
-            check_plan(held[PLAN])
-        checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
-        if isinstance(optimizer, FusedDPOptimizer):
-            optimizer.ascending.load_state_dict(checkpoint.pop(ASCENT, None))
-        if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
-            optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))
-            if THRESHOLDS in checkpoint and optimizer.adaptive is not None:
-                (optimizer.max_grad_norm,) = checkpoint.pop(THRESHOLDS)
-        if isinstance(module := kwargs.get("module"), FusedHooks) and PLAN in checkpoint:
-            module.book.planner.load_state_dict(checkpoint.pop(PLAN))
-        return checkpoint
+        def save(file: Any) -> None:
+            opacus.PrivacyEngine.save_checkpoint(
+                self, path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
+            )
+
+        checkpoints.write(path, save)
+
+    def load_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As in Opacus: model, optimizer, schedulers and accountant go on from the checkpoint.
+
+        The noise does not: the next step draws a new key from the operating system, whatever ``noise_generator`` was
+        given. A checkpoint knows neither the loader nor its workers' random state, so that the batches are other ones,
+        and the same noise on other batches would lay bare what it hides. (``DPTrainer`` and the ``finetune`` command
+        restore their batches, and go on bit for bit.)
+
+        Steps that this engine has accounted for and the checkpoint has not stay accounted for. The file is read with
+        ``weights_only=True``.
+
+        Raises:
+            ValueError: an entry is malformed, or the file holds more than tensors and plain Python; nothing is changed.
+        """
+        return checkpoints.take_over(
+            checkpoints.read(path, **(torch_load_kwargs or {})),
+            accountant=self.accountant,
+            module=module,
+            optimizer=optimizer,
+            module_load_dict_kwargs=module_load_dict_kwargs,
+            noise_scheduler=noise_scheduler,
+            grad_clip_scheduler=grad_clip_scheduler,
+        )
 
     def _note_dataset(self, dataset: Any) -> None:
         if self.dataset is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from opacus.accountants import IAccountant
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
@@ -20,6 +22,8 @@ from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 from dpfast.ranks import Ranks, first_element, like, local
+
+StepHook = Callable[[DPOptimizer], None]
 
 
 class FusedDPOptimizer(DPOptimizer):
@@ -41,7 +45,7 @@ class FusedDPOptimizer(DPOptimizer):
         book: where backward passes are summed up.
         expected_batch_size: divisor under ``loss_reduction="mean"``.
         loss_reduction: ``"mean"`` or ``"sum"``.
-        generator: where the noise's key is drawn from; torch's global generator if None.
+        generator: what the noise's key is made of; the operating system's if None.
         secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.NoiseStream`.
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
@@ -87,7 +91,8 @@ class FusedDPOptimizer(DPOptimizer):
         self.book = book
         self._stepped = False  # and not cleared since
         self._bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
-        self.accounting: Callable[[DPOptimizer], None] | None = None  # a step hook that needs no gradients
+        self.accounting: StepHook | None = None  # called once a step, whatever other hooks there are
+        self._called: list[StepHook] = []  # in this step
         book.ranks = self.ranks
         super().__init__(
             optimizer,
@@ -206,14 +211,12 @@ class FusedDPOptimizer(DPOptimizer):
     def _pre_step(self) -> bool:
         if not self._begin_step():
             return False
-        if self.step_hook is self.accounting:  # before anything is released: it may refuse
-            self._call_hook()
+        self._account()
         try:
             self.add_noise()
             self.scale_grad()
             self.ascending.filter()
-            if self.step_hook is not self.accounting:
-                self._call_hook()
+            self._call_hooks()
         finally:
             self._end_logical_batch()
         return True
@@ -225,7 +228,7 @@ class FusedDPOptimizer(DPOptimizer):
                 closure()
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
-        for_hook = self.step_hook is not self.accounting and self.low_precision == "nearest"
+        for_hook = bool(self._hooks) and self.low_precision == "nearest"
         if for_hook or self.ascending.filters or why_not_fused(self.original_optimizer) is not None:
             check_low_precision(self.low_precision, self.original_optimizer)
             if not self._pre_step():
@@ -236,7 +239,8 @@ class FusedDPOptimizer(DPOptimizer):
             self.ascending.after_update()
             return loss
         if self._begin_step():
-            self._call_hook()  # before anything is released: it may refuse
+            self._account()
+            self._call_hooks()
             self.ascending.before_update()
             try:
                 sums, noise = self._take_sums()
@@ -353,9 +357,54 @@ class FusedDPOptimizer(DPOptimizer):
         """The next step is of a batch without samples: noise alone, and no backward comes before it."""
         self.book.batches.empty = True
 
-    def _call_hook(self) -> None:
-        if self.step_hook:
-            self.step_hook(self)
+    def attach_step_hook(self, fn: StepHook | None) -> None:
+        """Have ``fn(optimizer)`` called once a step too, with noisy gradients, before the update.
+
+        Steps are accounted for whatever is attached. Only a hook of the engine's own accountant (its
+        ``get_optimizer_hook_fn``, with a sample rate of one's own) takes the place of the one that ``make_private``
+        attached. ``step_hook = None`` takes off all others.
+        """
+        if fn is None:
+            self.step_hook = None
+        elif self.accounting is not None and _accountant(fn) not in (None, _accountant(self.accounting)):
+            self._hooks.append(fn)  # of an accountant beside the engine's
+        elif _accountant(fn) is not None:
+            self.accounting = fn
+        elif fn != self.accounting and fn not in self._hooks:
+            self._hooks.append(fn)
+
+    @property
+    def step_hook(self) -> StepHook | None:
+        """All hooks of a step in one, accounting first; each is called once a step, wherever it is called from."""
+        hooks = [hook for hook in (self.accounting, *self._hooks) if hook is not None]
+
+        def every(optimizer: Any) -> None:
+            for hook in hooks:
+                optimizer._call_once(hook)
+
+        return every if hooks else None
+
+    @step_hook.setter
+    def step_hook(self, fn: StepHook | None) -> None:
+        self._hooks: list[StepHook] = [] if fn is None else [fn]
+
+    def _account(self) -> None:
+        """Before anything is released: it may refuse."""
+        self._called = []
+        if self.accounting is not None:
+            self._call_once(self.accounting)
+
+    def _call_hooks(self) -> None:
+        try:
+            for hook in self._hooks:
+                self._call_once(hook)
+        finally:
+            self._called = []
+
+    def _call_once(self, hook: StepHook) -> None:
+        if hook not in self._called:
+            self._called.append(hook)
+            hook(self)
 
     def _end_logical_batch(self) -> None:
         self.book.start_logical_batch()
@@ -401,9 +450,23 @@ class FusedDPOptimizer(DPOptimizer):
             self.book.drop()
         self._is_last_step_skipped = False
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: of a copy torch keeps the state alone, which would step without clipping, noise or accounting."""
+        raise TypeError(
+            "a private optimizer cannot be copied or pickled: keep its state_dict(), and give a copy of the model and "
+            "a new optimizer to make_private"
+        )
+
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+
+
+def _accountant(hook: StepHook) -> Any:
+    """The accountant that ``hook`` is of, if its ``get_optimizer_hook_fn`` has made it."""
+    if getattr(hook, "__qualname__", None) != f"{IAccountant.get_optimizer_hook_fn.__qualname__}.<locals>.hook_fn":
+        return None
+    return inspect.getclosurevars(hook).nonlocals["self"]
 
 
 def check_noise_multiplier(value: Any) -> None:

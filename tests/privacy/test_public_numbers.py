@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from opacus.accountants.utils import get_noise_multiplier
 from opacus.data_loader import DPDataLoader
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from dpfast.accounting import noise_multiplier_for
 from dpfast.sampling import PoissonBatches
 from tests.helpers import engine_of, make_private
 
@@ -147,16 +147,16 @@ def test_the_epsilon_that_is_asked_for_is_that_of_the_rate_that_is_sampled(numbe
     )
     rate, steps = (0.02, 50) if numbers else (1 / 93, 93)
     assert len(got) == steps and rate_of(got) == rate
-    sigma = get_noise_multiplier(
+    sigma = noise_multiplier_for(
         target_epsilon=3.0, target_delta=1e-5, sample_rate=rate, steps=2 * steps, accountant="rdp"
     )
-    assert optimizer.noise_multiplier == pytest.approx(sigma)
+    assert optimizer.noise_multiplier == sigma
     for _ in range(2 * len(got)):
         optimizer.zero_grad()
         optimizer.expect_no_samples()
         optimizer.step()
     assert engine.accountant.history == [(sigma, rate, 2 * steps)]
-    assert engine.get_epsilon(1e-5) <= 3.0
+    assert 2.99 <= engine.get_epsilon(1e-5) <= 3.0
 
 
 @pytest.mark.parametrize("name", ["sample_rate", "expected_batch_size"])
