@@ -108,6 +108,8 @@ class Book(Recorder):
         with torch.no_grad(), torch.autocast(device, enabled=False):  # a backward may run inside of a region of it
             size = self._common_batch(uses)
             scale = (size if self.loss_reduction == "mean" else 1) / self.loss_scale
+            # A loss's scale is left in what is summed, and taken out of the sum: so no weight is too small for a bound.
+            of_weights = scale * self.loss_scale
             combined = {p: combine(uses.pop(p), self.planner, self.names[p]) for p in list(uses)}
             squared, bounds = self._norms(combined)
             norms = squared.sum(0).sqrt() * scale
@@ -123,7 +125,7 @@ class Book(Recorder):
                 kind = self.clipping.group_of(p), compute_dtype(p.dtype), p.device
                 if kind not in known:
                     factor = factors[kind[0]]
-                    weights = _towards_zero(factor * scale, kind[1]).to(p.device)
+                    weights = _towards_zero(factor * of_weights, kind[1]).to(p.device)
                     index = factor.nonzero().squeeze(1).to(p.device) if some_left_out else None
                     known[kind] = weights if index is None else weights[index], index
                 weights, index = known[kind]
@@ -187,9 +189,10 @@ class Book(Recorder):
             )
         return True
 
-    @staticmethod
-    def _accumulate(p: nn.Parameter, clipped: Tensor) -> None:
+    def _accumulate(self, p: nn.Parameter, clipped: Tensor) -> None:
         clipped = clipped.reshape(local(p).shape)
+        if self.loss_scale != 1:
+            clipped.mul_(1 / self.loss_scale)
         p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]
 
 

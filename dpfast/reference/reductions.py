@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpfast.reference.precision import in_full_precision
 from dpfast.reference.rounding import compute_dtype, with_safety
 
 # Long rows are summed in pieces of this length, the pieces in float64: what is lost is a few units.
@@ -26,6 +27,7 @@ def row_squares(rows: Tensor) -> Tensor:
     return pieces.square().sum(1) + rest.square()
 
 
+@in_full_precision
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
     """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples)."""
     dtype = compute_dtype(samples.dtype)
@@ -68,6 +70,7 @@ def normalised_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[T
     return weight, _squares(weight), *sum_positions(G)
 
 
+@in_full_precision
 def channel_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """``Σ_t g_t · (x_t - mean) · rstd`` and ``Σ_t g_t``: ``[R, C]``, of ``G`` and ``x`` ``[R, C, T]``.
 
