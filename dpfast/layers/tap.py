@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
+from dpfast.layers.narrow import NARROW
 from dpfast.layers.recorder import OUTSIDE, Layout, LayoutError, Recorder, running_backward
 from dpfast.ops import alike_for_every_batch
 
@@ -183,6 +184,8 @@ class Call:
         recorder = self.tap.recorder
         if needed:
             recorder.open()
+            if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
+                recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
         if needed and self.batch > 0:
             # A backward inside of an autocast region would make norms and sums in 16 bits.
             with torch.autocast(G.device.type, enabled=False):

@@ -29,10 +29,15 @@ def row_squares(rows: Tensor) -> Tensor:
 
 @in_full_precision
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
-    """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples)."""
+    """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples); added up in pieces, and these in float64."""
     dtype = compute_dtype(samples.dtype)
-    rows = _rows(samples.to(dtype))
-    return (factors.to(dtype) @ rows).view(samples.shape[1:])
+    rows, factors = _rows(samples.to(dtype)), factors.to(dtype)
+    whole = len(rows) - len(rows) % PIECE
+    total = factors[whole:] @ rows[whole:]
+    if whole:
+        pieces = factors[:whole].view(-1, 1, PIECE) @ rows[:whole].unflatten(0, (-1, PIECE))
+        total = (total + pieces.sum((0, 1), dtype=torch.float64)).to(dtype)
+    return total.view(samples.shape[1:])
 
 
 def squared_norms(samples: Sequence[Tensor]) -> Tensor:
