@@ -244,12 +244,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
         wrapped = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
         check_low_precision(low_precision, wrapped)
         check_ascent(ascent, wrapped, low_precision)
-        if loss_reduction == "mean" and any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
-            warnings.warn(
-                "loss_reduction='mean' with 16-bit parameters: dividing the loss by the batch size rounds every "
-                "gradient, coarsely and differently for each batch size; loss_reduction='sum' keeps samples apart",
-                stacklevel=2,
-            )
         optimizer = wrapped
         module, ranks = apart(module)
         if isinstance(module, FusedModule) and ranks.world_size == 1:  # it was taken apart when it was made private
@@ -287,6 +281,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.book.planner = planner
+        if per_sample is not None:
+            per_sample.recorder = hooks.book
         if poisson_sampling or isinstance(data_loader.batch_sampler, (PoissonBatches, UniformWithReplacementSampler)):
             hooks.forbid_grad_accumulation()  # a sample may be in two of such batches
         else:

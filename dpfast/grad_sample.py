@@ -21,6 +21,7 @@ from dpfast.counted_forward import CountedForward
 from dpfast.forwards import Forward, GenericForward, LayerForward, UnservedForward
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.generic import Generic
+from dpfast.layers.narrow import Watch
 from dpfast.layers.tap import Tap
 from dpfast.ranks import Ranks
 
@@ -100,6 +101,7 @@ class FusedHooks(AbstractGradSampleHooks):
         self._forwards.append(model)
         for forward in self._forwards:
             forward.install()
+        self._watch = root.register_forward_hook(Watch(self.book))
 
     @property
     def per_sample_gradient_norms(self) -> Tensor:
@@ -147,6 +149,7 @@ class FusedHooks(AbstractGradSampleHooks):
         for forward in self._forwards:
             forward.remove()
         self._forwards = []
+        self._watch.remove()
 
     def cleanup(self) -> None:
         """Remove everything that was added to the model and its parameters."""

@@ -44,9 +44,9 @@ class DPCallback(Callback):
     expected size is about ``batch_size``. One batch is one step, with noise, and accounted for once; an empty one too
     (``training_step`` is then not called).
 
-    The loss that ``training_step`` returns must be the mean (or, with ``loss_reduction="sum"``, the sum) over the
-    samples of losses that look at one sample each: a mean over all tokens of a batch couples samples and breaks the
-    guarantee, see :mod:`dpfast.losses`. What ``training_step`` logs is not private.
+    The loss that ``training_step`` returns must be the mean (or, with ``loss_reduction="sum"``, the sum; in bfloat16
+    always the sum) over the samples of losses that look at one sample each: a mean over all tokens of a batch couples
+    samples and breaks the guarantee, see :mod:`dpfast.losses`. What ``training_step`` logs is not private.
 
     A run that goes on from a Lightning checkpoint has all its steps accounted for. Its noise takes a new key from the
     operating system, and its batches a seed of their own: what ``training_step``, the data's random transforms and
@@ -164,6 +164,12 @@ class DPCallback(Callback):
             ("gradient_clip_val", bool(trainer.gradient_clip_val), "gradients are clipped per sample; leave it out"),
             ("accumulate_grad_batches", trainer.accumulate_grad_batches != 1, "give DPCallback a larger batch_size"),
             ("precision", str(trainer.precision).startswith(("16", "transformer")), "use 'bf16-mixed' or '32-true'"),
+            (
+                "precision",
+                self._loss_reduction == "mean" and self._size != 1 and "bf16" in str(trainer.precision),
+                "a mean over the batch is rounded by its size in 16 bits: give DPCallback loss_reduction='sum', and "
+                "return the sum over the samples from training_step",
+            ),
             ("strategy", not isinstance(trainer.strategy, SingleDeviceStrategy), "give devices=1 and no strategy"),
             (
                 "overfit_batches",

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
+from dpfast.layers.narrow import NARROW
 from dpfast.layers.recorder import OUTSIDE, Layout, LayoutError, Recorder, running_backward
+from dpfast.ops import alike_for_every_batch
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -155,6 +157,16 @@ class Call:
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
 
+    def forward(self, x: Tensor, *params: Any) -> Tensor:
+        """The layer's output."""
+        with alike_for_every_batch(x.device):
+            return self.tap.layer.forward(self, x, *params)
+
+    def input_gradient(self, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        """The gradient with respect to ``x``."""
+        with alike_for_every_batch(G.device):
+            return self.tap.layer.input_gradient(self, G, x, *params)
+
     def planned(self, form: Factored | Convolved) -> Form:
         """The form as the model's planner wants it."""
         return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape))
@@ -172,6 +184,8 @@ class Call:
         recorder = self.tap.recorder
         if needed:
             recorder.open()
+            if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
+                recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
         if needed and self.batch > 0:
             # A backward inside of an autocast region would make norms and sums in 16 bits.
             with torch.autocast(G.device.type, enabled=False):
@@ -204,7 +218,7 @@ class LayerOp(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, token: Tensor | None, x: Tensor, *params: Tensor | None) -> Tensor:
-        return call.tap.layer.forward(call, x, *call.tap.recorder.shift.at(params))
+        return call.forward(x, *call.tap.recorder.shift.at(params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -218,9 +232,8 @@ class LayerOp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         call, (x, *params) = ctx.call, ctx.saved_tensors
-        layer = call.tap.layer
         call.record(ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node)], G, x, params)
-        gx = layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] else None
+        gx = call.input_gradient(G, x, *params) if ctx.needs_input_grad[2] else None
         return (None, None, gx, *(None for _ in params))
 
     @staticmethod

@@ -223,10 +223,25 @@ def test_other_optimizers_loaders_and_losses_are_refused(tmp_path):
 def test_bfloat16_mixed(tmp_path, size):
     rows, net = [1, 4, 5, 8, 13], Net()
     start, want = weights(net), by_hand(copy.deepcopy(net), rows)
-    callback_of(net, rows=rows, max_physical_batch_size=size)
+    step = net.training_step
+    net.training_step = lambda batch, batch_idx: step(batch, batch_idx)["loss"] * len(batch[0])
+    callback_of(net, rows=rows, max_physical_batch_size=size, loss_reduction="sum")
     fit(net, tmp_path, precision="bf16-mixed")
     assert net.dtypes == {torch.bfloat16}
     assert 0 < distance(weights(net), want) < 0.05 * distance(want, start)
+
+
+def test_a_mean_in_16_bits_is_refused_at_fit(tmp_path):
+    """But not where a physical batch is one sample."""
+    for precision in ("bf16-mixed", "bf16-true"):
+        net = Net()
+        callback_of(net)
+        with pytest.raises(ValueError, match=r"precision='bf16.*loss_reduction='sum'"):
+            fit(net, tmp_path, precision=precision)
+        assert net.seen == []
+    callback_of(net, rows=[1, 4], max_physical_batch_size=1)
+    fit(net, tmp_path, precision="bf16-mixed")
+    assert net.seen == [1, 1]
 
 
 def test_a_second_fit_goes_on_and_the_module_stays_the_users_own(tmp_path):
