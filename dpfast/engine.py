@@ -27,12 +27,11 @@ from dpfast.clipping_functions import ClippingFunction, clipping_function
 from dpfast.compatibility import problems
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, parameter_names
-from dpfast.loaders import PoissonLoader, poisson_loader, watched
+from dpfast.loaders import poisson_loader, public_numbers, watched
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
-from dpfast.public import Public, check_fixed, drawn_from
 from dpfast.ranks import Ranks, apart
 from dpfast.sampling import PoissonBatches, check_shares, system_generator
 
@@ -258,7 +257,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
-        public, drawn = self._drawn(data_loader, poisson_sampling, expected_batch_size, sample_rate)
+        public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate)
         if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
             raise ValueError(
                 "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
@@ -343,7 +342,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         if grad_sample_mode == FUSED:
             asked = {name: kwargs.get(name) for name in ("expected_batch_size", "sample_rate")}
-            public, _ = self._drawn(data_loader, kwargs.get("poisson_sampling", True), **asked)
+            public, _ = public_numbers(data_loader, kwargs.get("poisson_sampling", True), **asked)
             rate, steps = public.sample_rate, public.steps
         elif not (steps := len(data_loader)):
             raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
@@ -444,17 +443,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "engine of its own, unless both are the same data",
                 stacklevel=3,
             )
-
-    def _drawn(
-        self, loader: DataLoader, poisson_sampling: bool, expected_batch_size: Any, sample_rate: Any
-    ) -> tuple[Public, Sequence[Any] | None]:
-        """The run's public numbers, and what to draw Poisson batches from, if those of the loader are none yet."""
-        private = isinstance(loader, PoissonLoader) or isinstance(loader.batch_sampler, PoissonBatches)
-        drawn = drawn_from(loader, sample_rate is not None) if poisson_sampling and not private else None
-        public = Public.of(loader, expected_batch_size, sample_rate)
-        if drawn is None and not private:
-            check_fixed(loader)
-        return public, drawn
 
     def _thresholds(
         self, model: nn.Module, optimizer: optim.Optimizer, clipping: str | Sequence[str], max_grad_norm: Any

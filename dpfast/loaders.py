@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from dpfast.batches import Samples
 from dpfast.bookkeeping import Book
 from dpfast.empty_batch import CollateOrEmpty
-from dpfast.public import Public
+from dpfast.public import Public, check_fixed, drawn_from
 from dpfast.ranks import Ranks
 from dpfast.sampling import PoissonBatches
 
@@ -147,6 +147,28 @@ class PoissonLoader(WatchedLoader, DPDataLoader):
         self.watchers = Watchers()
         arguments = arguments_of(loader) | {"collate_fn": collate, "generator": generator}
         DataLoader.__init__(self, loader.dataset, batch_sampler=batches, **arguments)
+
+
+def public_numbers(
+    loader: DataLoader,
+    poisson_sampling: bool,
+    expected_batch_size: int | float | None = None,
+    sample_rate: float | None = None,
+) -> tuple[Public, Sequence[Any] | None]:
+    """The run's public numbers, and what to draw Poisson batches from; None if those of ``loader`` are to be used.
+
+    All that needs a sample rate or a number of steps takes it from here: sampler, accountant, update, and the search
+    for a noise multiplier.
+
+    Raises:
+        ValueError: a number that is none, or a loader that cannot be sampled from; nothing is changed.
+    """
+    private = isinstance(loader, PoissonLoader) or isinstance(loader.batch_sampler, PoissonBatches)
+    drawn = drawn_from(loader, sample_rate is not None) if poisson_sampling and not private else None
+    public = Public.of(loader, expected_batch_size, sample_rate)
+    if drawn is None and not private:
+        check_fixed(loader)
+    return public, drawn
 
 
 def poisson_loader(

@@ -131,10 +131,16 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("then", ["again", "plain", "plain outside", "another manager", "another loader"])
-@pytest.mark.parametrize(("poisson", "trained"), [(True, 1), (False, 2), (False, 0)])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_loop_that_is_left(poisson, way, trained, then):
+THEN = ["again", "plain", "plain outside", "another manager", "another loader"]
+CASES = [(False, 2, way, then) for way in WAYS for then in THEN]
+# The other kinds of batches and the loops that have not trained yet: one side of the table each.
+for kind in ((True, 1), (False, 0)):
+    CASES += [(*kind, way, "again") for way in WAYS]
+    CASES += [(*kind, broken_off, then) for then in THEN[1:]]
+
+
+@pytest.mark.parametrize(("poisson", "trained", "way", "then"), CASES, ids=lambda k: getattr(k, "__name__", str(k)))
+def test_a_loop_that_is_left(poisson, trained, way, then):
     """What comes next releases its own samples and no others."""
     HELD.clear()
     model, optimizer, loader = private(poisson_sampling=poisson)
