@@ -95,10 +95,14 @@ class _Noting(Sampler[list[Any]]):
     """The batches of ``batches``, refused if one has a sample twice, noted in the order in which they are drawn."""
 
     def __init__(self, batches: Any, loader: WatchedLoader):
-        self.batches, self.loader = batches, loader
+        self.batches = batches
+        # An iterator keeps this: a loader in a cycle with it would keep persistent workers until it is collected.
+        self.loader = weakref.ref(loader)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self._draw(self.loader._drawn)
+        loader = self.loader()
+        assert loader is not None  # it is what asks
+        return self._draw(loader._drawn)
 
     def _draw(self, drawn: deque[list[Any]]) -> Iterator[list[Any]]:
         for batch in self.batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,19 +88,21 @@ class _Noting(Sampler[list[Any]]):
     """The physical batches of one loop over ``loader``, noted in the order in which they are drawn."""
 
     def __init__(self, loader: PhysicalLoader):
-        self.loader = loader
+        self.parts: Any = loader.batch_sampler
+        self.loader = weakref.ref(loader)  # as in dpfast.loaders: an iterator keeps this
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self._draw(self.loader._loop, self.loader._drawn)  # those of now, not of when the first is asked for
+        loader = self.loader()
+        assert loader is not None  # it is what asks
+        return self._draw(loader._loop, loader._drawn)  # those of now, not of when the first is asked for
 
     def _draw(self, loop: Loop, drawn: deque[Piece]) -> Iterator[list[Any]]:
-        parts: Any = self.loader.batch_sampler
-        for piece in parts.pieces(loop):
+        for piece in self.parts.pieces(loop):
             drawn.append(piece)
             yield piece.samples.indices
 
     def __len__(self) -> int:
-        return len(self.loader.batch_sampler)  # type: ignore[arg-type]
+        return len(self.parts)
 
 
 class PhysicalBatches(Sampler[list[Any]]):

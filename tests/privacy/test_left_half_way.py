@@ -1,5 +1,6 @@
 """A loop that is left in the middle of a logical batch, and batches that are added up: no sample counts twice."""
 
+import gc
 import itertools
 
 import pytest
@@ -178,6 +179,23 @@ def test_workers_that_load_ahead(persistent):
             way(physical, model, optimizer, trained=trained)
             assert first_release(physical, model, optimizer) > 1
     assert first_release(loader, model, optimizer) == 1
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_loader_that_is_let_go_ends_its_workers_at_once(split):
+    """In a cycle with its iterator, its persistent workers wait for the collector, and it 5 s for each of them."""
+    model, optimizer, loader = private(DataLoader(data(), batch_size=B, num_workers=1, persistent_workers=True))
+    if split:
+        loader = BatchMemoryManager(data_loader=loader, max_physical_batch_size=MOST, optimizer=optimizer).__enter__()
+    for batch in loader:
+        train(batch, model, optimizer)
+    (worker,) = loader._iterator._workers
+    gc.disable()
+    try:
+        del loader
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
 
 
 def test_a_left_loop_of_poisson_batches_on_the_same_samples():
