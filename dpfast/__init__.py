@@ -5,8 +5,8 @@ from dpfast.clipping_functions import PSAC, Abadi, AutoS, AutoV, CustomClipping,
 from dpfast.engine import PrivacyEngine
 from dpfast.explain import explain
 from dpfast.optim.ascent import DPSAT, DiSK, DPSATMomentum
+from dpfast.physical_batches import BatchMemoryManager
 from dpfast.registry import register, unregister
-from dpfast.sampling import BatchMemoryManager
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping_functions import Abadi, ClippingFunction
+from dpfast.reference.rounding import LEAST_WEIGHT
 
 MOST_CLIPPED = 2.0**64  # times the threshold
-LEAST_FACTOR = 1 / MOST_CLIPPED
 
 
 def check_threshold(name: str, value: Any) -> float:
@@ -125,13 +125,13 @@ class Clipping:
 
         n is ``√(squared + bound) · scale``, so that ``factor · n ≤ C`` whatever the rounding of the norm. A sample
         whose norm is NaN, infinite or more than 2⁶⁴ C in any group is lost: its factors are 0 in all groups. A factor
-        below 2⁻⁶⁴ is 0: it, or its product with a backprop, may be subnormal, and rounds by more than bounds allow.
+        below 2⁻⁶⁴ is 0: what it is multiplied with may underflow, by more than bounds allow.
         """
         thresholds = torch.tensor(self.thresholds, dtype=squared.dtype, device=squared.device)
         factors = self.function.factors(squared, bounds, thresholds, scale)
         usable = (squared + bounds).sqrt() * scale <= MOST_CLIPPED * thresholds.unsqueeze(1)
         lost = ~usable.all(0)
-        return torch.where(lost | (factors < LEAST_FACTOR), 0.0, factors), lost
+        return torch.where(lost | (factors < LEAST_WEIGHT), 0.0, factors), lost
 
     def within(self, squared: Tensor, bounds: Tensor, scale: float) -> Tensor:
         """``1[n ≤ C]`` in the first group, for the norms of :meth:`factors`: ``[B]``, float64."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.layers.recorder import Recorder
+
 
 class PerSampleLoss:
     """Losses ``[B]`` of a batch; :meth:`backward` reduces them and runs the one backward pass.
@@ -15,17 +17,26 @@ class PerSampleLoss:
     Arithmetic with numbers, ``[B]`` tensors and other losses acts on the per-sample losses.
     """
 
-    def __init__(self, loss_per_sample: Tensor, loss_reduction: str):
+    def __init__(self, loss_per_sample: Tensor, loss_reduction: str, recorder: Recorder | None = None):
         self.loss_per_sample = loss_per_sample
         self.loss_reduction = loss_reduction
+        self.recorder = recorder
 
     def reduced(self) -> Tensor:
         """The loss that training minimises: the mean or the sum over the batch."""
         return self.loss_per_sample.mean() if self.loss_reduction == "mean" else self.loss_per_sample.sum()
 
     def backward(self) -> None:
-        """One ordinary backward pass; the clipped sums are there when it returns."""
-        self.reduced().backward()
+        """One ordinary backward pass; the clipped sums are there when it returns.
+
+        Clipping takes the mean's 1/B out again, so it is not put in: exact in 16 bits too.
+        """
+        recorder = self.recorder
+        if self.loss_reduction == "mean" and recorder and self.loss_per_sample.shape == (recorder.batch_size,):
+            with recorder.setting(loss_is_mean=False):
+                self.loss_per_sample.sum().backward()
+        else:
+            self.reduced().backward()
 
     def detach(self) -> Tensor:
         """The reduced loss, out of the graph."""
@@ -47,7 +58,7 @@ class PerSampleLoss:
                     f"losses with different reductions: {self.loss_reduction!r} and {other.loss_reduction!r}"
                 )
             other = other.loss_per_sample
-        return PerSampleLoss(op(self.loss_per_sample, other), self.loss_reduction)
+        return PerSampleLoss(op(self.loss_per_sample, other), self.loss_reduction, self.recorder)
 
     def __add__(self, other: Any) -> PerSampleLoss:
         return self._with(torch.add, other)
@@ -65,7 +76,7 @@ class PerSampleLoss:
         return self._with(torch.div, other)
 
     def __neg__(self) -> PerSampleLoss:
-        return PerSampleLoss(-self.loss_per_sample, self.loss_reduction)
+        return PerSampleLoss(-self.loss_per_sample, self.loss_reduction, self.recorder)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -88,6 +99,7 @@ class PerSampleCriterion:
             )
         self.criterion = criterion
         self.loss_reduction = loss_reduction
+        self.recorder: Recorder | None = None  # of the model that it is for
 
     def __call__(self, *args: Any, shape: tuple[int, ...] | None = None, **kwargs: Any) -> PerSampleLoss:
         """Per-sample losses; ``shape = (B, T, ...)`` says that the criterion sees B·T tokens, samples first."""
@@ -104,10 +116,10 @@ class PerSampleCriterion:
             ignored = getattr(self.criterion, "ignore_index", None)
             if self.loss_reduction == "mean" and ignored is not None and targets is not None:
                 counted = (targets.reshape(shape[0], shape[1]) != ignored).sum(1).clamp_min(1)
-                return PerSampleLoss(loss.sum(1) / counted, self.loss_reduction)
+                return PerSampleLoss(loss.sum(1) / counted, self.loss_reduction, self.recorder)
         if loss.dim() > 1:  # a sample's loss is one number
             loss = loss.flatten(1).mean(1) if self.loss_reduction == "mean" else loss.flatten(1).sum(1)
-        return PerSampleLoss(loss, self.loss_reduction)
+        return PerSampleLoss(loss, self.loss_reduction, self.recorder)
 
     def _unreduced(self, *args: Any, **kwargs: Any) -> Tensor:
         if not hasattr(self.criterion, "reduction"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,32 +12,30 @@ from typing import Any
 
 import opacus
 import torch
-from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from opacus.validators.errors import UnsupportedModuleError
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
+from dpfast import checkpoints
+from dpfast.accounting import check_budget, check_delta, epsilon_of, noise_multiplier_for
 from dpfast.clipping import Clipping
 from dpfast.clipping_functions import ClippingFunction, clipping_function
 from dpfast.compatibility import problems
 from dpfast.criterion import PerSampleCriterion
 from dpfast.grad_sample import FusedHooks, FusedModule, check_public_state, parameter_names
-from dpfast.noise import check_state
+from dpfast.loaders import poisson_loader, public_numbers, watched
 from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
-from dpfast.planner import check_state as check_plan
 from dpfast.ranks import Ranks, apart
-from dpfast.sampling import PoissonBatches, check_shares, shared_out, system_generator
+from dpfast.sampling import PoissonBatches, check_shares, system_generator
 
 FUSED = "fused"
-# In a checkpoint:
-NOISE_STATE, PLAN, THRESHOLDS = "noise_state_dict", "plan_state_dict", "max_grad_norms"
-ASCENT = "ascent_state_dict"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -124,9 +123,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
         memory_budget: int | float | None = None,
         plan: Mapping[str, str] | None = None,
         public_state: Sequence[str] = (),
+        expected_batch_size: int | float | None = None,
+        sample_rate: float | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
+
+        The sample rate is public: sampler, accountant and update go by it. By default it is one over the loader's
+        number of batches, so that the size of the data set N is public too, up to a batch. The guarantee is then that
+        of two data sets of the same N, one of which has a sample that contributes nothing in place of the other's.
+        Where N must not show, give ``sample_rate`` and ``expected_batch_size`` as numbers that were chosen without
+        looking at it.
 
         Args:
             criterion: if given, the fused mode returns it too, as Opacus' ghost mode does: its result has
@@ -146,8 +153,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 ``BatchMemoryManager(max_physical_batch_size=1)``. No layer is tapped then: ordinary gradients are
                 per-sample gradients, which is exact for any model and any loss of one sample, also where no
                 per-sample path serves them. Larger batches are refused.
-            noise_generator: where the key of the noise is drawn from (once); ``torch.manual_seed`` repeats a run
-                without it. Refused in secure mode, whose keys come from the operating system.
+            noise_generator: what the key of the noise is made of, which is else the operating system's: it alone
+                repeats a run's noise, for experiments on public data, as whoever knows its seed can take the noise
+                off. ``torch.manual_seed`` does not touch the noise. It does decide the Poisson batches (or the
+                loader's own generator does), as in Opacus: to whoever knows that seed the batches are known, and ε is
+                what it is without sampling. Refused in secure mode, in which no seed decides anything.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
                 ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
             ascent: where a step takes its gradients, if not at the weights: ``dpfast.DPSAT(rho=0.03)`` or another of
@@ -156,6 +166,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 choose: see :class:`dpfast.planner.Planner`. ``dpfast.explain`` shows the plan.
             public_state: names of buffers and parameters, or of modules that hold them, which forwards may change by
                 the samples. They are released without noise, and the guarantee does not cover them.
+            expected_batch_size: what the update divides by under ``loss_reduction="mean"``; the loader's batch size if
+                None (of all ranks together).
+            sample_rate: probability of a sample to be in a batch, above 0 and up to 1; an epoch then has
+                ``round(1 / sample_rate)`` batches. One over the loader's number of batches if None. Without Poisson
+                sampling it is what the accountant is told.
+            data_loader: under Poisson sampling its batches are drawn from the samples that its sampler would give in an
+                epoch, each with the same probability. Without, a batch that holds a sample twice is refused.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
@@ -172,6 +189,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 )
             if ascent is not None:
                 raise ValueError(f"ascent={ascent!r}: the fused mode has it, not {grad_sample_mode!r}")
+            if expected_batch_size is not None or sample_rate is not None:
+                raise ValueError(
+                    f"expected_batch_size and sample_rate are of the fused mode, not of {grad_sample_mode!r}"
+                )
             if isinstance(module, FusedModule):
                 raise ValueError(
                     f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
@@ -209,6 +230,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             adaptive.of_sums(noise_multiplier)
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
+        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+            raise ValueError(
+                f"noise_generator={noise_generator!r}: give a torch.Generator, such as "
+                f"torch.Generator().manual_seed(seed)"
+            )
         if noise_generator is not None and self.secure_mode:
             raise ValueError("noise_generator: passing a seed is prohibited in secure mode")
         if max_physical_batch_size not in (None, 1):
@@ -222,12 +248,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
         wrapped = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
         check_low_precision(low_precision, wrapped)
         check_ascent(ascent, wrapped, low_precision)
-        if loss_reduction == "mean" and any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
-            warnings.warn(
-                "loss_reduction='mean' with 16-bit parameters: dividing the loss by the batch size rounds every "
-                "gradient, coarsely and differently for each batch size; loss_reduction='sum' keeps samples apart",
-                stacklevel=2,
-            )
         optimizer = wrapped
         module, ranks = apart(module)
         if isinstance(module, FusedModule) and ranks.world_size == 1:  # it was taken apart when it was made private
@@ -243,27 +263,33 @@ class PrivacyEngine(opacus.PrivacyEngine):
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         check_public_state(public_state, model)
         per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
-        if not len(data_loader):
-            raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
-        # Opacus takes int(N · (1/steps)), which floats may make one less than N/steps, down to 0.
-        expected_batch_size = len(data_loader.dataset) // len(data_loader)  # type: ignore[arg-type]
-        check_shares(data_loader, ranks, poisson_sampling)
-        private_loader = data_loader
-        if not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
-            private_loader = self._prepare_data_loader(
-                data_loader,
-                distributed=False,
-                poisson_sampling=poisson_sampling,
-                batch_first=batch_first,
-                rand_on_empty=rand_on_empty,
+        public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate)
+        if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
+            raise ValueError(
+                "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
+                "divides by"
             )
-            if poisson_sampling and ranks.world_size > 1:
-                private_loader = shared_out(private_loader, ranks, self.secure_mode)
+        check_shares(data_loader, ranks, poisson_sampling, (public, drawn))
+        private_loader = data_loader
+        if drawn is not None:
+            private_loader = poisson_loader(
+                data_loader,
+                drawn,
+                public,
+                secure_generator=self.secure_rng,
+                rand_on_empty=rand_on_empty,
+                ranks=ranks,
+            )
+            self._note_dataset(data_loader.dataset)
+        elif not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
+            private_loader = self._prepare_data_loader(data_loader, poisson_sampling=False, distributed=False)
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.book.planner = planner
         hooks.public_state = tuple(public_state)
-        if poisson_sampling or isinstance(data_loader.batch_sampler, PoissonBatches):
+        if per_sample is not None:
+            per_sample.recorder = hooks.book
+        if poisson_sampling or isinstance(data_loader.batch_sampler, (PoissonBatches, UniformWithReplacementSampler)):
             hooks.forbid_grad_accumulation()  # a sample may be in two of such batches
         else:
             hooks.allow_grad_accumulation()
@@ -272,7 +298,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             noise_multiplier=noise_multiplier,
             clipping=thresholds,
             book=hooks.book,
-            expected_batch_size=expected_batch_size,
+            expected_batch_size=public.expected_batch_size,  # type: ignore[arg-type]
             loss_reduction=loss_reduction,
             generator=noise_generator,
             secure_mode=self.secure_mode,
@@ -281,8 +307,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ascent=ascent,
             ranks=ranks,
         )
-        private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=1 / len(private_loader))
-        private_optimizer.attach_step_hook(private_optimizer.accounting)
+        private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=public.sample_rate)
+        private_loader = watched(private_loader, hooks.book)
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
@@ -299,72 +325,131 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> tuple[Any, ...]:
         """:meth:`make_private` with the noise multiplier that spends ``target_epsilon`` in ``epochs`` epochs.
 
-        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` goes to the search.
+        Other arguments are those of :meth:`make_private`; ``epsilon_tolerance`` is how much may be left over.
+        :meth:`get_epsilon` is at most ``target_epsilon`` after all steps of ``epochs`` epochs of the private loader, at
+        the rate at which it samples.
+
+        Raises:
+            ValueError: also where ``target_epsilon`` cannot be met; nothing is changed.
         """
-        common = dict(data_loader=data_loader, grad_sample_mode=grad_sample_mode, **kwargs)
-        if grad_sample_mode != FUSED:
-            return super().make_private_with_epsilon(
-                target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, **common
+        check_budget("target_epsilon", target_epsilon)
+        check_delta("target_delta", target_delta)
+        check_budget("epochs", epochs)
+        search = {name: kwargs.pop(name) for name in ("epsilon_tolerance",) if name in kwargs}
+
+        def noise_multiplier_at(rate: float, steps: int) -> float:
+            return noise_multiplier_for(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=rate,
+                steps=math.ceil(epochs * steps),
+                accountant=self.accountant.mechanism(),
+                **search,
             )
+
+        if grad_sample_mode == FUSED:
+            asked = {name: kwargs.get(name) for name in ("expected_batch_size", "sample_rate")}
+            public, _ = public_numbers(data_loader, kwargs.get("poisson_sampling", True), **asked)
+            rate, steps = public.sample_rate, public.steps
+        elif not (steps := len(data_loader)):
+            raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
+        else:
+            rate = 1 / steps
         if len(self.accountant) > 0:
             warnings.warn(
                 "make_private_with_epsilon with privacy budget already spent: the noise multiplier assumes a fresh "
                 "start, so the overall budget will be higher",
                 stacklevel=2,
             )
-        search = {name: common.pop(name) for name in ("epsilon_tolerance",) if name in common}
-        noise_multiplier = get_noise_multiplier(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=1 / len(data_loader),
-            epochs=epochs,
-            accountant=self.accountant.mechanism(),
-            **search,
+        made = self.make_private(
+            noise_multiplier=noise_multiplier_at(rate, steps),
+            data_loader=data_loader,
+            grad_sample_mode=grad_sample_mode,
+            **kwargs,
         )
-        return self.make_private(noise_multiplier=noise_multiplier, **common)
+        # Opacus' own sampler gives int(1 / (1 / n)) batches, which may be n - 1, and its modes account for that rate.
+        if grad_sample_mode != FUSED and len(made[-1]) != steps:
+            made[1].noise_multiplier = noise_multiplier_at(1 / len(made[-1]), len(made[-1]))
+        return made
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε of all steps so far at ``delta``; 0 before the first.
+
+        Where the accountant fails, or would take minutes, it is an upper bound: see
+        :func:`dpfast.accounting.epsilon_of`.
+        """
+        return epsilon_of(self.accountant, delta)
 
     def save_checkpoint(
-        self, *, path: Any, optimizer: DPOptimizer | None = None, checkpoint_dict: Any = None, **kwargs: Any
+        self,
+        *,
+        path: Any,
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As in Opacus; the fused mode's checkpoint also holds the plan and the noise's key and step.
+        """As in Opacus; the fused mode's checkpoint also holds the plan, and states of what the fused mode adds.
 
-        A run that goes on from it is bit-equal to one that was not interrupted (in secure mode up to the noise, whose
-        keys are never kept). Whoever has it can take the fast mode's noise off: publish the model, not the checkpoint.
+        The file is whole or not there, and its owner alone can read it (mode 0600). It holds no key of the noise: see
+        :meth:`load_checkpoint`.
+
+        Raises:
+            ValueError: ``checkpoint_dict`` or a scheduler has an object that :meth:`load_checkpoint` would refuse: one
+                that is neither a tensor nor plain Python. What was at ``path`` stays.
         """
-        checkpoint = dict(checkpoint_dict or {})
-        if isinstance(optimizer, FusedDPOptimizer):
-            checkpoint[NOISE_STATE] = optimizer.noise.state_dict()
-            if optimizer.ascending.ascent is not None:
-                checkpoint[ASCENT] = optimizer.ascending.state_dict()
-            if optimizer.adaptive is not None:
-                checkpoint[THRESHOLDS] = optimizer.max_grad_norms
-        if isinstance(module := kwargs.get("module"), FusedHooks):
-            checkpoint[PLAN] = module.book.planner.state_dict()
-        super().save_checkpoint(path=path, optimizer=optimizer, checkpoint_dict=checkpoint, **kwargs)
+        held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer)}
 
-    def load_checkpoint(self, *, optimizer: DPOptimizer | None = None, **kwargs: Any) -> dict[str, Any]:
-        """As in Opacus, with the state of the noise where there is one; refused whole if that is malformed."""
-        path = kwargs["path"]
-        place = path.tell() if hasattr(path, "tell") else None
-        held = torch.load(path, map_location="meta", weights_only=False)  # "meta" reads no weights
-        if place is not None:
-            path.seek(place)
-        if NOISE_STATE in held and isinstance(optimizer, FusedDPOptimizer):
-            check_state(held[NOISE_STATE])
-        if isinstance(optimizer, FusedDPOptimizer):
-            optimizer.ascending.check_state(held.get(ASCENT))
-        if PLAN in held:
-            check_plan(held[PLAN])
-        checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
-        if isinstance(optimizer, FusedDPOptimizer):
-            optimizer.ascending.load_state_dict(checkpoint.pop(ASCENT, None))
-        if isinstance(optimizer, FusedDPOptimizer) and NOISE_STATE in checkpoint:
-            optimizer.noise.load_state_dict(checkpoint.pop(NOISE_STATE))
-            if THRESHOLDS in checkpoint and optimizer.adaptive is not None:
-                (optimizer.max_grad_norm,) = checkpoint.pop(THRESHOLDS)
-        if isinstance(module := kwargs.get("module"), FusedHooks) and PLAN in checkpoint:
-            module.book.planner.load_state_dict(checkpoint.pop(PLAN))
-        return checkpoint
+        def save(file: Any) -> None:
+            opacus.PrivacyEngine.save_checkpoint(
+                self, path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
+            )
+
+        checkpoints.write(path, save)
+
+    def load_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As in Opacus: model, optimizer, schedulers and accountant go on from the checkpoint.
+
+        The noise does not: the next step draws a new key from the operating system, whatever ``noise_generator`` was
+        given. A checkpoint knows neither the loader nor its workers' random state, so that the batches are other ones,
+        and the same noise on other batches would lay bare what it hides. (``DPTrainer`` and the ``finetune`` command
+        restore their batches, and go on bit for bit.)
+
+        Steps that this engine has accounted for and the checkpoint has not stay accounted for. The file is read with
+        ``weights_only=True``.
+
+        Raises:
+            ValueError: an entry is malformed, or the file holds more than tensors and plain Python; nothing is changed.
+        """
+        return checkpoints.take_over(
+            checkpoints.read(path, **(torch_load_kwargs or {})),
+            accountant=self.accountant,
+            module=module,
+            optimizer=optimizer,
+            module_load_dict_kwargs=module_load_dict_kwargs,
+            noise_scheduler=noise_scheduler,
+            grad_clip_scheduler=grad_clip_scheduler,
+        )
+
+    def _note_dataset(self, dataset: Any) -> None:
+        if self.dataset is None:
+            self.dataset: Any = dataset
+        elif self.dataset != dataset:
+            warnings.warn(
+                "PrivacyEngine has accounted for another data set before: accounting is per data set, so give each an "
+                "engine of its own, unless both are the same data",
+                stacklevel=3,
+            )
 
     def _thresholds(
         self, model: nn.Module, optimizer: optim.Optimizer, clipping: str | Sequence[str], max_grad_norm: Any

@@ -20,12 +20,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dpfast.bookkeeping import Book
 from dpfast.clipping import Clipping
+from dpfast.counted_forward import CountedForward
 from dpfast.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.derived import Parametrized, sources_of
 from dpfast.layers.generic import Generic
+from dpfast.layers.narrow import Watch
 from dpfast.layers.tap import Tap
-from dpfast.model_forward import ModelForward
 from dpfast.one_by_one import OneByOneForward
 from dpfast.ranks import Ranks
 from dpfast.separation import Verdict
@@ -123,11 +124,12 @@ class FusedHooks(AbstractGradSampleHooks):
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
         by_sample = Generic(root, loose, self.book, batch_dim, whole_model=loss_reduction, sources=sources)
-        model = ModelForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
+        model = CountedForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)
         for forward in self._forwards:
             forward.install()
+        self._watch = root.register_forward_hook(Watch(self.book))
 
     @property
     def per_sample_gradient_norms(self) -> Tensor:
@@ -173,11 +175,24 @@ class FusedHooks(AbstractGradSampleHooks):
         """Undo :meth:`forbid_grad_accumulation`."""
         self.book.accumulation_allowed = True
 
+    def set_grad_sample_to_none(self) -> None:
+        """Drop the batch whose backward no step has used yet: how a bad batch is skipped, as in ``zero_grad()``.
+
+        A physical batch takes its logical batch along, which could not be released without it.
+        """
+        super().set_grad_sample_to_none()
+        self.book.drop_physical_batch()
+
+    def del_grad_sample(self) -> None:
+        """As :meth:`set_grad_sample_to_none`: there are no per-sample gradients to delete."""
+        self.set_grad_sample_to_none()
+
     def remove_hooks(self) -> None:
         """Give every module its own forward back."""
         for forward in self._forwards:
             forward.remove()
         self._forwards = []
+        self._watch.remove()
 
     def cleanup(self) -> None:
         """Remove everything that was added to the model and its parameters."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +22,21 @@ GRID_BITS = 24
 
 
 class NoiseStream:
-    """Where the noise of one private optimizer comes from: a key and a step counter.
+    """Where the noise of one private optimizer comes from: a key, and a counter of steps.
 
-    ``fast`` (the default): Philox4x32-10 with a key of 64 bits, drawn once, at the first step, from ``generator`` or
-    torch's global generator: ``torch.manual_seed`` repeats a run. It is no cryptographic generator.
+    A key and a step are handed out once, by :meth:`next`, to the stream that drew the key: the same noise on two
+    batches would lay the difference of their sums bare. What becomes of a stream:
+
+    | | |
+    |---|---|
+    | a copy (``copy``, ``deepcopy``, ``pickle``) | has no key and no generator: it draws a key of its own |
+    | ``os.fork``, a multiprocessing worker | the child draws a key of its own, the parent goes on |
+    | :meth:`renew`, thus ``PrivacyEngine.load_checkpoint`` | the next step has a new key |
+    | :meth:`load_state_dict` | the same key: only for a caller that also brings the very same batches back |
+    | a CUDA graph's capture, a trace | refused: what it replays would have the noise of one step for ever |
+
+    ``fast`` (the default): Philox4x32-10 with a key of 64 bits, drawn once, at the first step. It is the operating
+    system's, whatever ``torch.manual_seed`` was given; only ``generator`` repeats it. It is no cryptographic generator.
 
     ``secure``: ChaCha20 with a key of 256 bits from the operating system, a new one for every step; nothing repeats
     it, no seed and no checkpoint. Against attacks on floating-point noise (Mironov 2012; Holohan and Braghin 2021),
@@ -40,7 +52,8 @@ class NoiseStream:
     The fast mode adds floats: its (ε, δ) is that of real arithmetic, as in Opacus without ``secure_mode``.
 
     Args:
-        generator: where the fast mode draws its key from.
+        generator: what the fast mode's key is made of, all 64 bits of its seed included. Whoever knows its seed can
+            take the noise off, and two runs with one seed have the same noise: for experiments on public data.
         secure: the mode; a secure stream takes no generator.
         ranks: who has to draw the same noise; keys are rank 0's.
     """
@@ -55,9 +68,15 @@ class NoiseStream:
         self.key: tuple[int, ...] | None = None
         self._rounding_key: tuple[int, int] | None = None
         self._used: dict[tuple[int, ...], int] = {}  # of every key of this stream the first step that it has not used
+        self._process = _this_process()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nothing that the noise is made of."""
+        secret: dict[str, Any] = {"generator": None, "step": 0, "key": None, "_rounding_key": None, "_used": {}}
+        return vars(self) | secret
 
     def next(self, noise_multiplier: float, sensitivity: float, elements: int, scale: float) -> Noise:
-        """The noise of one step, which then counts as used.
+        """The noise of one step, which then counts as used. Nothing else hands out a key and a step.
 
         Args:
             noise_multiplier: standard deviation over sensitivity.
@@ -67,6 +86,7 @@ class NoiseStream:
 
         Raises:
             OverflowError: the step counter is at its end (2³² steps); nothing was drawn.
+            RuntimeError: the step is being captured or traced; nothing was drawn.
         """
         self.check()
         key = self._key_of_step() if noise_multiplier * sensitivity > 0 else (0,) * KEY_WORDS
@@ -77,7 +97,15 @@ class NoiseStream:
         return noise
 
     def check(self) -> None:
-        """OverflowError if there is no step left."""
+        """What :meth:`next` raises. A process that was forked off lets go of its parent's key, a step that was set
+        back of its own."""
+        if recorder := _recorder():
+            raise RuntimeError(
+                f"step: it is being recorded by {recorder}, which would replay the noise of this one step on other "
+                f"batches, and account for none of them: call optimizer.step() outside of it"
+            )
+        if self._process != _this_process() or (self.key is not None and self.step < self._used.get(self.key, 0)):
+            self.renew()
         if self.step >= 1 << 32:
             raise OverflowError(f"noise step {self.step} does not fit in 32 bits: start a new run, with a new key")
 
@@ -107,23 +135,26 @@ class NoiseStream:
         return self._rounding_key
 
     def _draw(self, words: int) -> list[int]:
-        device = self.generator.device if self.generator is not None else "cpu"
-        drawn = torch.randint(0, 1 << 32, (words,), generator=self.generator, device=device).tolist()
+        if self.generator is None:
+            drawn = [secrets.randbits(32) for _ in range(words)]
+        else:
+            numbers = torch.randint(0, 1 << 32, (8,), generator=self.generator, device=self.generator.device).tolist()
+            # The CPU's generator starts from the low 32 bits of its seed alone.
+            entropy = [self.generator.initial_seed() & (1 << 64) - 1, *numbers]
+            digest = _digest(entropy, 4 * words, b"dpfast draw")
+            drawn = [int.from_bytes(digest[k : k + 4], "little") for k in range(0, 4 * words, 4)]
         return self.ranks.from_rank(0, drawn)
 
     def fingerprint(self) -> int:
         """48 bits that tell keys apart and do not give them away; -1 before there is one."""
         if self.key is None:
             return -1
-        words = b"".join(word.to_bytes(4, "little") for word in self.key)
-        return int.from_bytes(hashlib.blake2b(words, digest_size=6, person=b"dpfast key").digest(), "little")
+        return int.from_bytes(_digest(self.key, 6, b"dpfast key"), "little")
 
     def state_dict(self) -> dict[str, Any]:
         """Key and step of the fast mode, for a run that goes on bit for bit; of the secure mode only the step.
 
-        Whoever holds the key can take the noise of the fast mode off: publish the model, never the checkpoint. Two runs
-        that go on from one state add the same noise to different sums, which lays their difference bare: call
-        :meth:`renew` in all of them but one.
+        Whoever holds the key can take the noise of the fast mode off: it is never to be published.
         """
         state: dict[str, Any] = {"secure": self.secure, "step": self.step, "rounding_key": self._rounding_key}
         return state if self.secure else state | {"key": self.key}
@@ -131,8 +162,10 @@ class NoiseStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; a key of another mode is not taken over.
 
-        A stream that has ever used the key past that step takes a new key, and says so: the same noise on other batches
-        would lay bare what it hides.
+        The caller answers for the batches: they must be those that the run would have had, to the bit, from the samples
+        and their random transforms to dropout. Whoever cannot answer for that calls :meth:`renew`.
+
+        A stream that has ever used the key past that step takes a new key, and says so.
 
         Raises:
             ValueError: the state is not one of a noise stream; nothing is changed.
@@ -146,12 +179,49 @@ class NoiseStream:
                 stacklevel=2,
             )
             loaded = None
+        self.renew()
         self.step, self.key = step, loaded
         self._rounding_key = None if rounding is None else (rounding[0], rounding[1])
 
     def renew(self) -> None:
-        """Draw a new key at the next step, from where keys are drawn."""
-        self.key = None
+        """Have the next step draw a new key from the operating system: a generator would give the old one again."""
+        self.generator = self.key = self._rounding_key = None
+        self.step, self._process = 0, _this_process()
+
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def _this_process() -> tuple[int, int]:
+    """Another one for every process; a number that the system has given out again is told apart by the forks."""
+    return os.getpid(), _forks
+
+
+def _recorder() -> str | None:
+    """What would replay this step as it is, if something would."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return "make_fx"
+    try:
+        capturing = torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # a torch without CUDA
+        capturing = False
+    return "a CUDA graph" if capturing else None
+
+
+def _digest(numbers: Iterable[int], size: int, person: bytes) -> bytes:
+    return hashlib.blake2b(
+        b"".join(number.to_bytes(8, "little") for number in numbers), digest_size=size, person=person
+    ).digest()
 
 
 def as_text(settings: Mapping[str, Any]) -> dict[str, str]:

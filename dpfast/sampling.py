@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import itertools
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import opacus.utils.batch_memory_manager
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
@@ -28,16 +29,28 @@ class PoissonBatches(Sampler[list[int]]):
 
     Args:
         num_samples: size of the data set.
-        steps_per_epoch: ``1 / sample_rate``.
+        steps_per_epoch: how many batches an epoch has.
         seed: up to 128 bits; the same on all ranks.
         rank, world_size: whose share this is.
+        sample_rate: ``1 / steps_per_epoch`` if None.
+        indices: the samples to draw from, ``num_samples`` of them; all of the data set if None.
 
     Attributes:
         step: the number of the next batch, counted from the beginning of training; set it to resume. With workers that
             prefetch, it is ahead of what training has seen.
     """
 
-    def __init__(self, num_samples: int, steps_per_epoch: int, *, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        num_samples: int,
+        steps_per_epoch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        sample_rate: float | None = None,
+        indices: Sequence[Any] | None = None,
+    ):
         if num_samples < 1 or steps_per_epoch < 1:
             raise ValueError(f"num_samples={num_samples}, steps_per_epoch={steps_per_epoch}: both must be at least 1")
         if not 0 <= seed < 1 << 128:
@@ -45,19 +58,25 @@ class PoissonBatches(Sampler[list[int]]):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} of world_size={world_size}: ranks count from 0")
         self.num_samples, self.steps_per_epoch, self.seed = num_samples, steps_per_epoch, seed
+        if sample_rate is not None:
+            check_sample_rate(sample_rate)
+        if indices is not None and len(indices) != num_samples:
+            raise ValueError(f"indices: {len(indices)} of them, and num_samples={num_samples}")
         self.rank, self.world_size = rank, world_size
+        self.indices, self._rate = indices, sample_rate
         self.step = 0
 
     @property
     def sample_rate(self) -> float:
         """Probability of each sample to be in a batch."""
-        return 1 / self.steps_per_epoch
+        return 1 / self.steps_per_epoch if self._rate is None else self._rate
 
-    def logical_batch(self, step: int) -> list[int]:
+    def logical_batch(self, step: int) -> list[Any]:
         """Indices of the whole batch of ``step``, over all ranks, in order."""
         words = np.random.SeedSequence(self.seed, spawn_key=(step,))
         draws = np.random.Generator(np.random.Philox(words)).random(self.num_samples)
-        return np.flatnonzero(draws < self.sample_rate).tolist()
+        drawn = np.flatnonzero(draws < self.sample_rate).tolist()
+        return drawn if self.indices is None else [self.indices[k] for k in drawn]
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's shares, to the end of the epoch that :attr:`step` is in."""
@@ -73,96 +92,33 @@ class PoissonBatches(Sampler[list[int]]):
         """This rank's share of ``step`` in parts of at most ``size`` samples: as many, at least one, on every rank."""
         whole = self.logical_batch(step)
         largest = -(-len(whole) // self.world_size)
-        parts = np.array_split(np.array(whole[self.rank :: self.world_size], dtype=int), max(1, -(-largest // size)))
-        return [part.tolist() for part in parts]
+        return split(whole[self.rank :: self.world_size], max(1, -(-largest // size)))
 
 
-class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
-    """Opacus' ``BatchMemoryManager``, under which all ranks run equally many physical batches, some of them empty.
-
-    A model after ``fully_shard`` needs that: its ranks gather parameters together in every forward and backward. For
-    any other loader than one that is shared out over ranks it is Opacus' own.
-    """
-
-    def __enter__(self) -> DataLoader:
-        _abandon(self.optimizer)
-        batches = self.data_loader.batch_sampler
-        if not isinstance(batches, PoissonBatches):
-            return super().__enter__()
-        return with_batches(self.data_loader, _Physical(batches, self.max_physical_batch_size, self.optimizer))
+def split(indices: Sequence[Any], parts: int) -> list[list[Any]]:
+    """``indices`` in so many parts, whose sizes differ by one at most."""
+    least, larger = divmod(len(indices), parts)
+    bounds = [k * least + min(k, larger) for k in range(parts + 1)]
+    return [list(indices[begin:end]) for begin, end in itertools.pairwise(bounds)]
 
 
-class _Physical(Sampler[list[int]]):
-    def __init__(self, batches: PoissonBatches, size: int, optimizer: Any):
-        self.batches, self.size, self.optimizer = batches, size, optimizer
-
-    def __iter__(self) -> Iterator[list[int]]:
-        _abandon(self.optimizer)
-        first = self.batches.step
-        for step, _ in enumerate(self.batches, first):
-            *others, last = self.batches.physical_batches(step, self.size)
-            for part in others:
-                self.optimizer.signal_skip_step(True)
-                yield part
-            self.optimizer.signal_skip_step(False)
-            yield last
-
-
-def _abandon(optimizer: Any) -> None:
-    """What a loop that was left half-way has summed must not be added to; Opacus' own optimizers keep it."""
-    if hasattr(optimizer, "abandon"):
-        optimizer.abandon()
-
-
-def shared_out(loader: DataLoader, ranks: Ranks, secure: bool) -> DataLoader:
-    """The Poisson loader of one process, of the same sample rate, as this rank's share of common batches.
-
-    The seed is rank 0's: of the operating system if ``secure``, else from the loader's generator or torch's global one.
-    """
-    if secure:
-        seed = secrets.randbits(128)
-    else:
-        words = torch.randint(0, 1 << 32, (4,), generator=loader.generator).tolist()
-        seed = sum(word << 32 * k for k, word in enumerate(words))
-    batches = PoissonBatches(
-        len(loader.dataset),  # type: ignore[arg-type]
-        len(loader),
-        seed=ranks.from_rank(0, seed),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    return with_batches(loader, batches)
-
-
-def with_batches(loader: DataLoader, batches: Sampler[list[int]]) -> DataLoader:
-    """A loader like ``loader`` with other batches."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
-
-
-def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> None:
+def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool, to_draw: tuple[Any, ...] = ()) -> None:
     """Refuse batches that hold a sample on two ranks: it would move the sum twice. Called by all ranks.
+
+    ``to_draw`` is what Poisson batches are to be drawn by, and must be the same on all.
 
     Raises:
         ValueError: with the remedy, on all ranks where they disagree.
     """
     batches, sampler = loader.batch_sampler, loader.sampler
+    if ranks.world_size == 1 and not isinstance(batches, PoissonBatches):
+        return
     size = len(loader.dataset)  # type: ignore[arg-type]
     share: tuple[int, int] | None = None  # whose it is
-    drawn: tuple[int, ...] = (size, len(loader))  # and of what: that must be the same on all ranks
+    drawn: tuple[float, ...] = (size, len(loader))  # and of what: that must be the same on all ranks
     if isinstance(batches, PoissonBatches):
         share = (batches.rank, batches.world_size)
-        drawn = (batches.num_samples, batches.steps_per_epoch, batches.seed, batches.step)
+        drawn = (batches.num_samples, batches.steps_per_epoch, batches.sample_rate, batches.seed, batches.step)
     elif ranks.world_size > 1 and not poisson_sampling:
         if not isinstance(sampler, DistributedSampler) or not (size % ranks.world_size == 0 or sampler.drop_last):
             raise ValueError(
@@ -173,7 +129,7 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> No
         share = (sampler.rank, sampler.num_replicas)
         drawn = (size, len(loader), sampler.seed, sampler.epoch, sampler.shuffle)
     wrong = share not in (None, (ranks.rank, ranks.world_size))
-    digest = hashlib.blake2b(repr(drawn).encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(repr((drawn, to_draw)).encode(), digest_size=6).digest()
     rows = ranks.gathered([float(int.from_bytes(digest, "little")), float(wrong)])
     if wrong:
         assert share is not None
@@ -188,6 +144,20 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool) -> No
             "data_loader: the ranks' batches are no shares of the same one, so that a sample may be on two ranks: give "
             "the sampler the same seed, and the same step or epoch, and the loader the same data and batch size on all"
         )
+
+
+def check_sample_rate(value: Any) -> None:
+    """Refuse what is no probability above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 < value <= 1:
+        raise ValueError(
+            f"sample_rate={value!r}: give the probability of a sample to be in a batch, above 0 and up to 1"
+        )
+
+
+def check_expected_batch_size(value: Any) -> None:
+    """Refuse what cannot be divided by."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 < value < math.inf:
+        raise ValueError(f"expected_batch_size={value!r}: give a positive finite number of samples")
 
 
 def system_generator() -> Any:

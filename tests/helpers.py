@@ -18,7 +18,7 @@ from tests import oracle
 from tests.oracle import LossFn, Verdict
 
 SLACK = 1 + 1e-6  # of the sensitivity, in float64: the issue's own figure
-F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 def loader_of(size: int, batch: int | None = None, **kw) -> DataLoader:
@@ -125,8 +125,13 @@ def assert_exact(
     max_grad_norm: float | None = None,
     **kw,
 ) -> Run:
-    """Output, norms and clipped sums against the oracle, at the dtype of the model."""
+    """Output, norms and clipped sums against the oracle, at the dtype of the model.
+
+    In 16 bits, where a mean over the batch is refused, the loss is that mean times the batch size.
+    """
     batch_dim = 0 if kw.get("batch_first", True) else 1
+    if "loss_reduction" not in kw and any(p.dtype in (BF16, F16) for p in model.parameters()):
+        loss, kw = times_batch(loss, batch_dim), kw | {"loss_reduction": "sum"}
     verdict = Verdict(model, inputs, target, loss, max_grad_norm, batch_dim=batch_dim)
     run = run_fused(model, (inputs, target), loss, verdict.max_grad_norm, **kw)
     if len(verdict.norms) and isinstance(run.output, Tensor):  # some of PyTorch's own layers refuse none
@@ -154,6 +159,11 @@ def assert_refused(model: nn.Module, *words: str, **kw) -> None:
         make_private(model, **kw)
     for word in words:
         assert word.lower() in str(refusal.value).lower(), f"{word!r} is not in: {refusal.value}"
+
+
+def times_batch(loss: LossFn, batch_dim: int = 0) -> LossFn:
+    """A mean over the batch as a sum."""
+    return lambda output, target: loss(output, target) * oracle.batch_size((output,), batch_dim)
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:

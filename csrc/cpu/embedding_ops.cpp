@@ -2,6 +2,7 @@
 #include <cfloat>
 
 #include "arguments.h"
+#include "dpfast/certified.h"
 
 namespace dpfast {
 namespace {
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor> embedding_squared_norm(Tensor ids, Tensor G) {
   const int64_t B = G.size(0), T = G.size(1), d = G.size(2), size = int64_t(G.element_size());
   const Type type = type_of(G), sum = type == Type::float64 ? type : Type::float32;
   const double unit = (sum == Type::float64 ? DBL_EPSILON : double(FLT_EPSILON)) / 2,
-               smallest = sum == Type::float64 ? DBL_MIN : double(FLT_MIN);
+               lost = scalar::UNDERFLOW * (sum == Type::float64 ? DBL_MIN : double(FLT_MIN));
   Tensor squared = make({B}, ScalarType::Double, G), bound = make({B}, ScalarType::Double, G);
   double *out = static_cast<double*>(squared.data_ptr()), *error = static_cast<double*>(bound.data_ptr());
   const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor> embedding_squared_norm(Tensor ids, Tensor G) {
       slack += slip * (2 * std::sqrt(square) + slip);
     }
     out[i] = squares.total();
-    error[i] = 8 * unit * out[i] + slack + double(T * d) * smallest;
+    error[i] = scalar::SAFETY_UNITS * unit * out[i] + slack + double(T * d) * lost;
   };
   torch::stable::parallel_for(0, B, 1 + (1 << 15) / (1 + T * d), [&](int64_t first, int64_t last) {
     Segments segments;

@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "dpfast/certified.h"
 #include "embedding_kernels.h"
 
 namespace dpfast {
@@ -25,8 +26,8 @@ void embedding_squared_norm(const Queue& queue, const Segments& s, double* squar
     launch(queue, &embedding_norm_kernel<T>, blocks_of(s.B * count), BLOCK_THREADS, s, pieces, tiles, partials);
   });
   const bool wide = s.type == Type::float64;
-  const double safety = 8 * (wide ? DBL_EPSILON : double(FLT_EPSILON)) / 2;
-  const double underflow = double(s.T * s.d) * (wide ? DBL_MIN : double(FLT_MIN));
+  const double safety = SAFETY_UNITS * (wide ? DBL_EPSILON : double(FLT_EPSILON)) / 2;
+  const double underflow = UNDERFLOW * double(s.T * s.d) * (wide ? DBL_MIN : double(FLT_MIN));
   launch(queue, &finish_embedding_norm_kernel, blocks_of(s.B), BLOCK_THREADS, squared, bound, partials, s.B, count,
          safety, underflow);
 }

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2)
   if (lane == 0) partials[unit] = squared, partials[units + unit] = slack;
 }
 
-// squared_i = Σ of its partials; bound_i = 8 u squared_i + slack_i + what squares may lose to underflow, as
+// squared_i = Σ of its partials; bound_i = 12 u squared_i + slack_i + what squares may lose to underflow, as
 // dpfast/reference/rounding.py has it.
 __global__ void __launch_bounds__(BLOCK_THREADS)
     finish_embedding_norm_kernel(double* squared, double* bound, const double* partials, int64_t B, int64_t count,

@@ -93,6 +93,7 @@ def fit_temperature(
     learning_rate: float = 0.5,
     start: float = 1.0,
     accountant: str = "rdp",
+    noise_generator: torch.Generator | None = None,
 ) -> TemperatureFit:
     """Fit a temperature by DP-SGD on Poisson batches; the mean of the second half of the iterates is returned.
 
@@ -112,9 +113,11 @@ def fit_temperature(
         epochs, batch_size, learning_rate: of the DP-SGD run, whose learning rate falls to 0 as a half cosine.
         start: the first T.
         accountant: Opacus' name of it.
+        noise_generator: repeats the noise, as in :meth:`dpfast.PrivacyEngine.make_private`; ``torch.manual_seed``
+            repeats the batches.
 
     Returns:
-        T with its ε. ``torch.manual_seed`` repeats it.
+        T with its ε.
 
     Raises:
         ValueError: names the argument: NaN logits, labels out of range, both or neither of ε and noise.
@@ -138,6 +141,7 @@ def fit_temperature(
     optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate)
     engine = PrivacyEngine(accountant=accountant)
     common: dict[str, Any] = dict(module=module, optimizer=optimizer, data_loader=loader, max_grad_norm=max_grad_norm)
+    common["noise_generator"] = noise_generator
     private: Callable[..., Any] = engine.make_private
     if target_epsilon is not None:
         common |= dict(target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs)

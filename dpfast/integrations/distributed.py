@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 
+from dpfast.checkpoints import history_after, read, written
 from dpfast.engine import PrivacyEngine
-from dpfast.noise import check_state
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 PRIVACY_NAME = "privacy.pt"
@@ -28,11 +28,11 @@ def save_checkpoint(
     optimizer: FusedDPOptimizer,
     extra: Any = None,
 ) -> None:
-    """A folder with model, optimizer state, accountant, and the noise's key and step; called by all ranks.
+    """A folder with model, optimizer state and accountant; called by all ranks.
 
     It is written beside ``path`` and renamed when it is whole: an interrupted write leaves what was there before (for
-    a moment as ``path`` with ``.before`` at its end). It can be loaded at another number of ranks, sharded or not, and
-    the noise goes on as it would have. **It holds the noise's key: publish the model, never the checkpoint.**
+    a moment as ``path`` with ``.before`` at its end). It can be loaded at another number of ranks, sharded or not. It
+    holds no key of the noise. What ``extra`` holds may be secret: the seed of the batches tells who was in which.
 
     Args:
         path: of the folder; one that is there is replaced.
@@ -49,12 +49,12 @@ def save_checkpoint(
     dcp.save(_state(module, optimizer), checkpoint_id=partial, process_group=_group(optimizer))
     if first:
         privacy = {
-            "noise": optimizer.noise.state_dict(),
             "accountant": dict(engine.accountant.state_dict()),
             "max_grad_norms": optimizer.max_grad_norms,
             "extra": extra,
         }
-        torch.save(privacy, partial / PRIVACY_NAME)
+        with written(partial / PRIVACY_NAME) as file:
+            torch.save(privacy, file)
         if path.exists():
             before = path.with_name(path.name + ".before")
             shutil.rmtree(before, ignore_errors=True)
@@ -71,14 +71,16 @@ def load_checkpoint(
 ) -> Any:
     """Go on from :func:`save_checkpoint`, at any number of ranks; called by all ranks. Returns its ``extra``.
 
+    The next step draws a new key for the noise, as after :meth:`dpfast.PrivacyEngine.load_checkpoint`.
+
     Raises:
         ValueError: there is no whole checkpoint, or it is of another kind; nothing is changed.
     """
     path = Path(path)
     if not (path / PRIVACY_NAME).is_file():
         raise ValueError(f"path={str(path)!r}: no whole checkpoint of private training is there (no {PRIVACY_NAME})")
-    privacy = torch.load(path / PRIVACY_NAME, map_location="cpu", weights_only=True)
-    check_state(privacy["noise"])
+    privacy = read(path / PRIVACY_NAME, map_location="cpu")
+    history = history_after(engine.accountant, privacy["accountant"])
     if len(privacy["max_grad_norms"]) != len(optimizer.max_grad_norms):
         raise ValueError(
             f"path={str(path)!r}: saved with {len(privacy['max_grad_norms'])} clipping norms, and this optimizer has "
@@ -89,8 +91,8 @@ def load_checkpoint(
     model = _model(module)
     states.set_model_state_dict(model, held["model"])
     states.set_optimizer_state_dict(model, optimizer.original_optimizer, optim_state_dict=held["optimizer"])
-    engine.accountant.load_state_dict(privacy["accountant"])
-    optimizer.noise.load_state_dict(privacy["noise"])
+    engine.accountant.history = history
+    optimizer.noise.renew()
     optimizer.clipping.thresholds = list(privacy["max_grad_norms"])
     return privacy["extra"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dpfast.analysis.collation import check_collation
+from dpfast.checkpoints import history_after
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import pieces
-from dpfast.noise import as_text, check_state
-from dpfast.ops import KEY_WORDS
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
-from dpfast.sampling import PoissonBatches
+from dpfast.sampling import PoissonBatches, twister
 from dpfast.trees import tensors
 
 
@@ -47,13 +45,14 @@ class DPCallback(Callback):
     expected size is about ``batch_size``. One batch is one step, with noise, and accounted for once; an empty one too
     (``training_step`` is then not called).
 
-    The loss that ``training_step`` returns must be the mean (or, with ``loss_reduction="sum"``, the sum) over the
-    samples of losses that look at one sample each: a mean over all tokens of a batch couples samples and breaks the
-    guarantee, see :mod:`dpfast.losses`. What ``training_step`` logs is not private.
+    The loss that ``training_step`` returns must be the mean (or, with ``loss_reduction="sum"``, the sum; in bfloat16
+    always the sum) over the samples of losses that look at one sample each: a mean over all tokens of a batch couples
+    samples and breaks the guarantee, see :mod:`dpfast.losses`. What ``training_step`` logs is not private.
 
-    A Lightning checkpoint holds the noise's key and the seed of the batches: **publish the model, never the
-    checkpoint.** A run that goes on from it is bit-equal to one that was not interrupted, random transforms of the
-    data apart (in secure mode up to the noise).
+    A run that goes on from a Lightning checkpoint has all its steps accounted for. Its noise takes a new key from the
+    operating system, and its batches a seed of their own: what ``training_step``, the data's random transforms and
+    other callbacks draw cannot be brought back for certain, and the same noise on other batches would lay bare what it
+    hides. So the checkpoint holds neither key nor seed.
 
     Args:
         dataset: with a length.
@@ -63,8 +62,8 @@ class DPCallback(Callback):
         max_physical_batch_size: most samples that ``training_step`` sees at once; None for whole batches. The parts of
             a batch are cut from its tensors, which all have the samples first.
         accountant, secure_mode: as for :class:`dpfast.PrivacyEngine`.
-        seed: repeats noise and batches, for experiments on public data; None takes both from the operating system,
-            whatever ``L.seed_everything`` was given.
+        seed: repeats noise and batches, for experiments on public data (the noise only up to the first checkpoint that
+            the run goes on from); None takes both from the operating system, whatever ``L.seed_everything`` was given.
         collate_fn: from a list of samples to a batch; torch's default if None.
         loader: more arguments of the ``DataLoader``, such as ``num_workers``.
         private: more arguments of :meth:`dpfast.PrivacyEngine.make_private`, such as ``clipping``.
@@ -103,9 +102,14 @@ class DPCallback(Callback):
         self.optimizer: FusedDPOptimizer | None = None
         self.hooks: FusedHooks | None = None
         self._size = max_physical_batch_size
-        self._seed, self._secure = seed, secure_mode
+        self._seed = seed
         self._loss_reduction = private.pop("loss_reduction", "mean")
-        self._private = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **private}
+        self._private = {
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "expected_batch_size": batch_size,
+            **private,
+        }
         steps = -(-len(dataset) // batch_size)
         drawn = secrets.randbits(128) if seed is None else seed
         self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
@@ -113,12 +117,11 @@ class DPCallback(Callback):
             dataset,
             batch_sampler=self._batches,
             collate_fn=_Collate(collate_fn or default_collate),
-            # Not the global generator, of which a resumed run would draw once more than one that was not interrupted.
-            generator=torch.Generator().manual_seed(0),
             **(loader or {}),
         )
+        # The rows and what collates them, to be compared alone and together; torch's own function pads nothing.
+        self.collated = None if collate_fn is None else (dataset, collate_fn)
         self._pending: dict[str, Any] | None = None  # a checkpoint's state, until there is an optimizer
-        self._rng: dict[str, Any] | None = None
 
     def train_dataloader(self) -> DataLoader:
         """The Poisson-sampled batches, for ``fit`` or for a module's or data module's ``train_dataloader``."""
@@ -143,18 +146,18 @@ class DPCallback(Callback):
             poisson_sampling=False,  # it is Poisson-sampled already
             wrap_model=False,
             loss_reduction=self._loss_reduction,
-            **self._private,
+            **(self._private | self._noise_generator()),
         )
         private.loss_reduction = "mean"  # of the sum over samples the expected batch size is left to divide by
-        if not self._secure:
-            # Lightning users seed torch with small numbers: a key drawn from there could be guessed. A fit that goes on
-            # from an earlier one of the same seed must not use its noise again.
-            key = [secrets.randbits(32) for _ in range(2)]
-            if self._seed is not None:
-                key = np.random.SeedSequence([self._seed, self.steps_accounted()]).generate_state(2).tolist()
-            private.noise.key = (*key, *(0,) * (KEY_WORDS - 2))
         self.optimizer = private
         return private
+
+    def _noise_generator(self) -> dict[str, Any]:
+        """Another one for a fit that goes on from an earlier one of the same seed: its batches are others."""
+        if self._seed is None:
+            return {}
+        words = np.random.SeedSequence([self._seed, self.steps_accounted()]).generate_state(624).tolist()
+        return {"noise_generator": twister(words)}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would break the guarantee, before anything is changed."""
@@ -164,6 +167,12 @@ class DPCallback(Callback):
             ("gradient_clip_val", bool(trainer.gradient_clip_val), "gradients are clipped per sample; leave it out"),
             ("accumulate_grad_batches", trainer.accumulate_grad_batches != 1, "give DPCallback a larger batch_size"),
             ("precision", str(trainer.precision).startswith(("16", "transformer")), "use 'bf16-mixed' or '32-true'"),
+            (
+                "precision",
+                self._loss_reduction == "mean" and self._size != 1 and "bf16" in str(trainer.precision),
+                "a mean over the batch is rounded by its size in 16 bits: give DPCallback loss_reduction='sum', and "
+                "return the sum over the samples from training_step",
+            ),
             ("strategy", not isinstance(trainer.strategy, SingleDeviceStrategy), "give devices=1 and no strategy"),
             (
                 "overfit_batches",
@@ -198,28 +207,9 @@ class DPCallback(Callback):
         state, self._pending = self._pending, None
         if state is not None:
             assert self.optimizer is not None and self.hooks is not None
-            noise = state["noise"]
-            if state.get("settings") != self._settings() and not self._secure:
-                warnings.warn(
-                    "ckpt_path: the arguments of DPCallback changed; the noise takes a new key, as the same noise on "
-                    "the sums of two runs would lay their difference bare",
-                    stacklevel=2,
-                )
-                noise = {**noise, "key": self.optimizer.noise.key}
-            self.optimizer.noise.load_state_dict(noise)
+            self.optimizer.noise.renew()
             self.hooks.book.planner.load_state_dict(state["plan"])
-            self.engine.accountant.load_state_dict(state["accountant"])
-            self._rng = state["rng"]
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """The random state of the interrupted run (dropout), which Lightning does not keep."""
-        if self._rng is not None:
-            torch.set_rng_state(self._rng["cpu"])
-            if torch.cuda.is_available() and self._rng["cuda"]:
-                torch.cuda.set_rng_state_all(self._rng["cuda"])
-            self._rng = None
+            self.engine.accountant.history = history_after(self.engine.accountant, state["accountant"])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own ``training_step`` back."""
@@ -232,29 +222,17 @@ class DPCallback(Callback):
         return sum(steps for _, _, steps in self.engine.accountant.history)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: noise, accountant, plan, the batches' seed, and torch's random state. Secret."""
+        """What a checkpoint needs: accountant, plan, and what was sampled from."""
         if self.optimizer is None or self.hooks is None:
             return {}
         return {
-            "noise": self.optimizer.noise.state_dict(),
             "accountant": dict(self.engine.accountant.state_dict()),
             "plan": self.hooks.book.planner.state_dict(),
-            "settings": self._settings(),
-            "batch_seed": self._batches.seed,
             "sampled": (self._batches.num_samples, self._batches.steps_per_epoch),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
         }
 
-    def _settings(self) -> dict[str, str]:
-        """What has to be as it was for the same noise to meet the same sums."""
-        return as_text(self._private | {"loss_reduction": self._loss_reduction})
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Checked at once; noise and accounting are taken over when training starts, and there is an optimizer."""
-        check_state(state_dict["noise"])
+        """Checked at once; accounting is taken over when training starts, and there is an optimizer."""
         check_plan(state_dict["plan"])
         mine = (self._batches.num_samples, self._batches.steps_per_epoch)
         if tuple(state_dict["sampled"]) != mine:
@@ -268,8 +246,9 @@ class DPCallback(Callback):
                 f"ckpt_path: {done} steps were taken and the checkpoint accounts for {held} of them; the others would "
                 f"be forgotten. Resume from the last checkpoint"
             )
+        history_after(self.engine.accountant, state_dict["accountant"])
         self._pending = state_dict
-        self._batches.seed, self._batches.step = state_dict["batch_seed"], held  # before a worker asks for a batch
+        self._batches.step = held  # before a worker asks for a batch
 
 
 class _Cut:
@@ -278,7 +257,7 @@ class _Cut:
     def __init__(self, whole: Callable[..., Any], callback: DPCallback, size: int | None):
         self.__wrapped__, self.callback, self.size = whole, callback, size  # the name by which Lightning looks inside
         # The rows and what collates them, until they are compared:
-        self.collated: tuple[Any, Any] | None = (callback._loader.dataset, callback._loader.collate_fn)
+        self.collated: tuple[Any, Any] | None = callback.collated
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = self.callback.optimizer
@@ -289,13 +268,14 @@ class _Cut:
             check_step(self.callback.hooks, self.__wrapped__, data, collate_fn, args, kwargs)
         optimizer.abandon()  # Lightning's zero_grad comes after the forward of the last, and then keeps the sums
         if not tensors(batch):
+            optimizer.expect_no_samples()
             return torch.zeros((), requires_grad=True)
         parts = [batch] if self.size is None else list(pieces(batch, self.size))
         for part in parts[:-1]:
+            optimizer.signal_skip_step(True)
             loss = _loss(self.__wrapped__(part, *args, **kwargs))
             with torch.autocast(loss.device.type, enabled=False):  # Lightning's is still on
                 loss.backward()
-            optimizer.signal_skip_step(True)
             optimizer.step()
             optimizer.zero_grad()
         optimizer.signal_skip_step(False)

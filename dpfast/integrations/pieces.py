@@ -40,11 +40,13 @@ def backward_in_pieces(
     parts = list(pieces(batch, size, optimizer.ranks.most(-(-len(tensors(batch)[0]) // size))))
     total = torch.zeros(())
     for k, part in enumerate(parts):
+        last = k == len(parts) - 1
+        optimizer.signal_skip_step(not last)
         loss = loss_of(part)
         loss.backward()
         total = total.to(loss.device) + loss.detach()
-        last = k == len(parts) - 1
-        optimizer.signal_skip_step(not last)
+        if not len(tensors(part)[0]):
+            optimizer.expect_no_samples()
         if not last:
             optimizer.step()
             optimizer.zero_grad()

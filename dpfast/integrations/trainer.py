@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import secrets
@@ -12,34 +13,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from opacus.accountants.utils import get_noise_multiplier
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dpfast.accounting import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
+from dpfast.checkpoints import history_after, read, written
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import backward_in_pieces
+from dpfast.integrations.replayed import MODEL, Replayed, Rows, digest_of, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
 from dpfast.noise import as_text, check_state
-from dpfast.ops import KEY_WORDS
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
-from dpfast.sampling import PoissonBatches
+from dpfast.sampling import PoissonBatches, twister
 
 __all__ = ["DPArguments", "DPTrainer"]
 
 PRIVACY_NAME = "privacy.pt"  # in a checkpoint's folder
+UNKNOWN = "cannot be told from others"  # of data, in the settings
 # Of these the sums of a run depend, beside data and model.
 DECISIVE = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "seed", "mixed_precision"),  # which `accelerate launch` sets too
+    *("world_size", "torch_compile", "gradient_checkpointing"),  # on which dropout depends
 )
 
 
@@ -62,9 +66,11 @@ class DPTrainer(Trainer):
     of ``eval_dataset`` is not private either.
 
     A checkpoint holds the noise's key and the seed of the batches, in ``privacy.pt``: **publish the model, never the
-    checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise). With
-    other settings, or another ``datasets.Dataset``, it takes a new key. Other data in a plain sequence are not noticed:
-    never resume on them, as the same noise on two sums lays their difference bare.
+    checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise): batches,
+    their random transforms and dropout are functions of that seed and the step. With other settings, another model,
+    collator or loss, or other data it takes a new key, as the same noise on two sums lays their difference bare; so it
+    does where the data cannot be told from others: large data sets of one's own class, samples that are neither
+    numbers, text, arrays nor tensors, and samples or a collator that draw from generators of their own.
 
     On several processes (torchrun, ``accelerate launch``) every rank clips its share of the logical batch, and the
     clipped sums are added up; the model is not left in ``DistributedDataParallel``.
@@ -100,6 +106,7 @@ class DPTrainer(Trainer):
         self._resumed: dict[str, Any] | None = None  # what privacy.pt of the checkpoint holds
         self._batch_seed: int | None = None
         self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
+        self._data_digest: str | None = None
         self._logical_batch_size = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
         )
@@ -164,30 +171,30 @@ class DPTrainer(Trainer):
             ValueError: the data set has no length, or no samples.
         """
         if self._batch_seed is None:
-            self._batch_seed = self._secret(4)
+            self._batch_seed = self._draw_batch_seed()
         batches = self._batches(self._batch_seed)
         if self._resumed is not None:
             batches.step = self._resumed["step"]
-        data: Any = self.train_dataset
-        collator = self.data_collator
-        if hasattr(data, "remove_columns"):  # a data set of the library datasets
-            data = self._remove_unused_columns(data, description="training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
+        data, collator = self._data_and_collator()
         workers = self.args.dataloader_num_workers
         self._collated = data, collator
+        pieces = _Pieces(collator, self._train_batch_size)
         return DataLoader(
-            data,
+            Replayed(data, pieces, batches.seed, batches.rank),
             batch_sampler=batches,
-            collate_fn=_Pieces(collator, self._train_batch_size),
+            collate_fn=whole,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            # The workers' seeds must not be drawn from the global generator: a run that is resumed within an epoch
-            # would draw once more than one that was not interrupted.
-            generator=torch.Generator().manual_seed(self.args.seed),
         )
+
+    def _data_and_collator(self) -> tuple[Any, Any]:
+        """Without the columns that the model does not take."""
+        data: Any = self.train_dataset
+        if hasattr(data, "remove_columns"):  # a data set of the library datasets
+            return self._remove_unused_columns(data, description="training"), self.data_collator
+        return data, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer, or the user's, made private; with it the model, in place."""
@@ -215,12 +222,10 @@ class DPTrainer(Trainer):
             poisson_sampling=False,  # the batches are Poisson-sampled by our own loader
             loss_reduction="sum",  # a loss divided by the size of a physical batch would be rounded by it in 16 bit
             wrap_model=False,
+            expected_batch_size=self._logical_batch_size,
+            noise_generator=self._noise_generator(),
         )
         optimizer.loss_reduction = "mean"  # the update divides by the expected size of a logical batch
-        if not privacy.secure_mode:
-            # The Trainer seeds torch with 42 if not told otherwise: a key drawn from there would be known to anyone.
-            key = self._secret(2)
-            optimizer.noise.key = (key & 0xFFFFFFFF, key >> 32, *(0,) * (KEY_WORDS - 2))
         self.optimizer = optimizer
         fp16 = self.accelerator.mixed_precision == "fp16"
         # In place of torch's scaler, whose scale would follow the gradients; one that is disabled scales by 1.
@@ -233,7 +238,7 @@ class DPTrainer(Trainer):
         privacy = self.privacy
         if privacy.noise_multiplier is not None:
             return privacy.noise_multiplier
-        sigma = get_noise_multiplier(
+        sigma = noise_multiplier_for(
             target_epsilon=privacy.target_epsilon,  # type: ignore[arg-type]
             target_delta=privacy.target_delta,
             sample_rate=batches.sample_rate,
@@ -248,12 +253,19 @@ class DPTrainer(Trainer):
             )
         return sigma
 
-    def _secret(self, words: int) -> int:
-        """A number of so many 32-bit words: the operating system's, or of ``privacy.seed``; the same on all ranks."""
+    def _words(self, count: int) -> list[int]:
+        """Of ``privacy.seed``: others for a run that goes on from an earlier one, and for another purpose."""
+        seed = [self.privacy.seed, 2 if count > 4 else count, self.steps_accounted()]
+        return np.random.SeedSequence(seed).generate_state(count).tolist()  # type: ignore[arg-type]
+
+    def _noise_generator(self) -> torch.Generator | None:
+        return None if self.privacy.seed is None else twister(self._words(624))
+
+    def _draw_batch_seed(self) -> int:
+        """128 bits, the operating system's or of ``privacy.seed``; the same on all ranks."""
         if self.privacy.seed is not None:
-            drawn = np.random.SeedSequence([self.privacy.seed, words, self.steps_accounted()]).generate_state(words)
-            return sum(int(word) << 32 * k for k, word in enumerate(drawn))
-        held = [secrets.randbits(32 * words)]
+            return sum(word << 32 * k for k, word in enumerate(self._words(4)))
+        held = [secrets.randbits(128)]
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(held, src=0)
         return held[0]
@@ -296,7 +308,7 @@ class DPTrainer(Trainer):
                 f"resume_from_checkpoint: there is no {path}; the checkpoint is of a run that was not accounted for, "
                 f"or was saved with save_only_model=True. To start from its weights load them into the model"
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path, map_location="cpu")
         check_state(state["noise"])
         check_plan(state["plan"])
         batches = self._batches(0)
@@ -312,6 +324,7 @@ class DPTrainer(Trainer):
                 f"resume_from_checkpoint: this trainer has taken {done} steps and {path} accounts for {held} of them; "
                 f"the others would be forgotten. Resume from the last checkpoint"
             )
+        history_after(self.engine.accountant, state["accountant"])
         return state
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -320,17 +333,21 @@ class DPTrainer(Trainer):
             assert self.hooks is not None
             noise, settings = self._resumed["noise"], self._settings()
             saved = self._resumed.get("settings", {})
-            changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+            changed = sorted(
+                name
+                for name in {*saved, *settings}
+                if saved.get(name) != settings.get(name) or settings[name] == UNKNOWN
+            )
             if changed and not self.privacy.secure_mode:
                 warnings.warn(
                     f"resume_from_checkpoint: {', '.join(changed)} changed; the noise takes a new key, as the same "
                     f"noise on the sums of two runs would lay their difference bare",
                     stacklevel=2,
                 )
-                noise = {**noise, "key": self.optimizer.noise.key}
+                noise = {**noise, "key": None}
             self.optimizer.noise.load_state_dict(noise)
             self.hooks.book.planner.load_state_dict(self._resumed["plan"])
-            self.engine.accountant.load_state_dict(self._resumed["accountant"])
+            self.engine.accountant.history = history_after(self.engine.accountant, self._resumed["accountant"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -349,9 +366,8 @@ class DPTrainer(Trainer):
             "num_samples": batches.num_samples,
             "steps_per_epoch": batches.steps_per_epoch,
         }
-        path = os.path.join(output_dir, PRIVACY_NAME)
-        torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with written(os.path.join(output_dir, PRIVACY_NAME)) as file:
+            torch.save(state, file)
 
     def _save_scaler(self, output_dir: str) -> None:
         """Not needed: its scale is constant, and among the settings."""
@@ -360,15 +376,26 @@ class DPTrainer(Trainer):
         """Not needed, and a run that goes on with another precision has none to load into."""
 
     def _settings(self) -> dict[str, str]:
-        """What has to be as it was for the same noise to meet the same sums; of the data, what ``datasets`` tells."""
+        """What has to be as it was for the same noise to meet the same sums."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
         privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
         found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale")}
-        return as_text(found | {"train_dataset": getattr(self.train_dataset, "_fingerprint", None)})
+        found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
+        parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
+        long = {name: as_text({name: part})[name].encode() for name, part in parts.items()}
+        if self._data_digest is None:
+            self._data_digest = digest_of(*self._data_and_collator()) or UNKNOWN
+        return (
+            as_text(found)
+            | {name: hashlib.blake2b(text, digest_size=16).hexdigest() for name, text in long.items()}
+            | {"train_dataset": self._data_digest, "parameters": fingerprint(self.model)}
+        )
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one logical batch; returns its loss, or 0 where that is not logged."""
         model.train()
+        assert self._batch_seed is not None
+        seed_all(self._batch_seed, MODEL, self.state.global_step, self.args.process_index)  # dropout
         optimizer: FusedDPOptimizer = self.optimizer
         scaler = self.accelerator.scaler
         size, parts = self._train_batch_size, inputs["pieces"]
@@ -399,7 +426,13 @@ class DPTrainer(Trainer):
         """Losses of a collated batch."""
         part = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, part)
+            losses = self.compute_loss(model, part)
+        if losses.dim() != 1:
+            raise ValueError(
+                f"the loss has shape {list(losses.shape)}: compute_loss and compute_loss_func must return one loss for "
+                f"each sample, [B]; one number for all couples them"
+            )
+        return losses
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -454,7 +487,7 @@ class _Batches(PoissonBatches):
         for batch in super().__iter__():
             if self.step > self.total:
                 return
-            yield batch
+            yield Rows(batch, self.step - 1)
 
 
 class _Pieces:

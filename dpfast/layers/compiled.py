@@ -48,7 +48,7 @@ def tapped(
         use.accumulators.update(accumulators(params))
     call = _call(tap, use, token, x, shared)
     with _autocast(x, autocast):
-        return tap.layer.forward(call, x, *tap.recorder.shift.at(params))
+        return call.forward(x, *tap.recorder.shift.at(params))
 
 
 @tapped.register_fake
@@ -90,10 +90,10 @@ def tapped_backward(
     points = tap.recorder.shift.at(owned)
     if tap.layer.saves:
         with _autocast(x, autocast):
-            tap.layer.forward(call, x, *points)
+            call.forward(x, *points)
     reached = [i for i, node in use.accumulators.items() if reaches(node, tap.name)]
     call.record(owned, reached, G, x, points, lambda form: _own(form, (G, x)))
-    gx = tap.layer.input_gradient(call, G, x, *points).contiguous() if wants_gx else x.new_empty(0)
+    gx = call.input_gradient(G, x, *points).contiguous() if wants_gx else x.new_empty(0)
     return gx, torch.zeros_like(token)
 
 

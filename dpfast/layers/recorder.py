@@ -40,7 +40,6 @@ class Recorder:
 
     def __init__(self, names: Mapping[nn.Parameter, str]):
         self.names = dict(names)
-        self.loss_reduction = "mean"  # how losses are reduced over the batch
         self.planner = Planner()
         self.ranks = Ranks()
         self.shift = Shift()
@@ -57,6 +56,8 @@ class Recorder:
         self.paused = False  # layers run their own forward, untapped
         self.evaluating = False  # the last forward was in eval(): its gradients are not for training
         self.evaluated = False  # and some reached a parameter since the last step
+        self.loss_is_mean = False  # over the batch: backprops carry 1/B
+        self.narrowed: tuple[str, torch.dtype] | None = None  # where the running backward has gone through 16 bits
         # Which layouts have been seen to keep the samples apart:
         self.verifies = False
         self.verified: set[Layout] = set()

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.layers.forms import Convolved, Factored, Form, by
+from dpfast.layers.narrow import NARROW
 from dpfast.layers.recorder import OUTSIDE, Layout, Recorder, running_backward
 from dpfast.layers.refusals import ONE_BY_ONE, LayoutError
 from dpfast.layers.rows import owned, owners_of, places
+from dpfast.ops import alike_for_every_batch
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -171,6 +173,16 @@ class Call:
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
 
+    def forward(self, x: Tensor, *params: Any) -> Tensor:
+        """The layer's output."""
+        with alike_for_every_batch(x.device):
+            return self.tap.layer.forward(self, x, *params)
+
+    def input_gradient(self, G: Tensor, x: Tensor, *params: Any) -> Tensor:
+        """The gradient with respect to ``x``."""
+        with alike_for_every_batch(G.device):
+            return self.tap.layer.input_gradient(self, G, x, *params)
+
     def planned(self, form: Factored | Convolved) -> Form:
         """The form as the model's planner wants it."""
         return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape))
@@ -188,6 +200,8 @@ class Call:
         recorder = self.tap.recorder
         if needed:
             recorder.open()
+            if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
+                recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
         if needed and self.batch > 0:
             # A backward inside of an autocast region would make norms and sums in 16 bits.
             with torch.autocast(G.device.type, enabled=False):
@@ -221,7 +235,7 @@ class LayerOp(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, token: Tensor | None, x: Tensor, *params: Tensor | None) -> Tensor:
-        return call.tap.layer.forward(call, x, *call.tap.recorder.shift.at(params))
+        return call.forward(x, *call.tap.recorder.shift.at(params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,7 +253,7 @@ class LayerOp(torch.autograd.Function):
             call.record(
                 ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)], G, x, params
             )
-            gx = call.tap.layer.input_gradient(call, G, x, *params) if ctx.needs_input_grad[2] and not twice else None
+            gx = call.input_gradient(G, x, *params) if ctx.needs_input_grad[2] and not twice else None
         if ctx.needs_input_grad[2] and twice:
             from dpfast.layers.twice import InputGradient
 

@@ -29,7 +29,7 @@ class InputGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, points: Sequence[Any], G: Tensor, x: Tensor, *params: Any) -> Tensor:
-        return call.tap.layer.input_gradient(call, G, x, *points)
+        return call.input_gradient(G, x, *points)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

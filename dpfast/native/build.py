@@ -261,6 +261,7 @@ def run(plan: Plan, library: Path, objects: Path | None = None) -> Built:
         _call(linking, f"linking {library.name} failed")
         if digest(plan.device, plan.csrc) != plan.about["digest"]:
             raise BuildError("the C++ sources changed while they were compiled", "build again")
+        whole.chmod(whole.stat().st_mode & ~0o022)  # it is code: whatever the umask, nobody else writes to it
         os.replace(whole, library)
         for old in {*kept.glob("*.o"), *kept.glob("*.log")} - {*named.values(), *map(_log, named.values())}:
             old.unlink(missing_ok=True)

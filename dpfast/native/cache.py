@@ -3,6 +3,8 @@
 They lie in ``DPFAST_CACHE_DIR``, else ``XDG_CACHE_HOME/dpfast``, else ``~/.cache/dpfast``, named by a hash of the
 sources, the flags, the compiler's version and torch's. A library comes into place whole, by a rename; of several
 processes that want one, a file lock lets one build it. What a killed build leaves is removed by the next.
+
+A library is code: folder and library must be this user's or root's, and nobody else may write to them.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ def library(device: str, arches: tuple[str, ...] = build.ARCHES) -> tuple[Path, 
     Without a compiler, one that was built from these sources by another machine that shares the folder does.
 
     Raises:
-        build.BuildError: it cannot be built; names the cause.
+        build.BuildError: it cannot be built, or others could have put it there; names the cause.
     """
+    here = folder()
+    if here.is_dir():
+        _refuse_others(here)
     try:
         plan = build.plan(device, arches=arches)
     except build.BuildError:
@@ -44,12 +49,12 @@ def library(device: str, arches: tuple[str, ...] = build.ARCHES) -> tuple[Path, 
             return shared, False
         raise
     name = build.library_name(device)
-    here = folder()
     library = here / name.replace(".so", f"-{plan.about['key']}.so")
     try:
         if _whole(library, plan):
             return library, False
         here.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _refuse_others(here)  # who may have been faster
         with _locked(library.with_suffix(".lock")) as alone:
             if _whole(library, plan):  # another process was faster
                 return library, False
@@ -66,7 +71,22 @@ def library(device: str, arches: tuple[str, ...] = build.ARCHES) -> tuple[Path, 
 
 
 def _whole(library: Path, plan: build.Plan) -> bool:
-    return library.is_file() and build.about(library).get("key") == plan.about["key"]
+    if not library.is_file():
+        return False
+    _refuse_others(library)
+    return build.about(library).get("key") == plan.about["key"]
+
+
+def _refuse_others(path: Path) -> None:
+    """BuildError if it is another user's than this one or root, or can be written by others."""
+    state = path.stat()
+    mine = "name a folder of your own in DPFAST_CACHE_DIR"
+    if state.st_uid not in (os.geteuid(), 0):
+        whose = f"{path} belongs to the user of number {state.st_uid}, whose code would be run"
+        raise build.BuildError(whose, f"chown it to yourself and chmod go-w it, or {mine}")
+    if state.st_mode & 0o022:
+        fix = f"see that it is what it should be and chmod go-w {path}, or {mine}"
+        raise build.BuildError(f"{path} can be written by others (mode {state.st_mode & 0o777:03o})", fix)
 
 
 def _of_these_sources(device: str, arches: tuple[str, ...]) -> Path | None:
@@ -77,6 +97,7 @@ def _of_these_sources(device: str, arches: tuple[str, ...]) -> Path | None:
     for library in found:
         about = build.about(library)
         if about.get("digest") == digest and (device == "cpu" or {*arches} <= {*about["arches"].split()}):
+            _refuse_others(library)
             return library
     return None
 

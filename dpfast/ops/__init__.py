@@ -33,6 +33,7 @@ from dpfast.ops.reductions import (
 from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
 from dpfast.reference import (
     Geometry,
+    alike_for_every_batch,
     compute_dtype,
     convolution_sizes,
     embedding_grad_samples,
@@ -49,6 +50,7 @@ __all__ = [
     "ClippingFunction",
     "Geometry",
     "Noise",
+    "alike_for_every_batch",
     "backends",
     "certified",
     "channel_sums",

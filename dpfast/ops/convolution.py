@@ -17,7 +17,7 @@ from dpfast.ops.matmul import product_reach
 from dpfast.ops.reductions import certified
 from dpfast.reference import Geometry
 from dpfast.reference.matmul import ghost_bound
-from dpfast.reference.rounding import of_slip, product_units, unit_roundoff, with_safety
+from dpfast.reference.rounding import of_slip, underflow, with_safety
 
 AXES, TRITON_AXES = 3, 2  # of the compiled ops and of Triton's: fewer come with 1s in front
 
@@ -47,16 +47,10 @@ def convolution_squared_norm(
     if _is_triton("convolution_grad_samples", x, G):
         return _from_tiles(x, G, weight, geometry, batch, T)
     if T == 1 or not _is_native("convolution_ghost", x, G):
-        squared, bound = reference.convolution_squared_norm(x, G, weight, geometry, batch)
-        extra = _sum_units(G) * unit_roundoff(torch.float32)  # of the sum, where the patches' own product is exacter
-        if extra:
-            sides = (side.unflatten(0, (batch, -1)).flatten(1).double().square().sum(1) for side in (x, G))
-            slip = extra * math.prod(sides, start=math.prod(weight.shape[2:])).sqrt()
-            bound = bound + of_slip(squared, slip)
-        return squared, bound
+        return reference.convolution_squared_norm(x, G, weight, geometry, batch)
     sums = torch.ops.dpfast.convolution_ghost(*_arguments(x, G, weight, geometry, batch))
     signed, absolute, *lengths = sums
-    bound = ghost_bound(signed, absolute, (lengths[0], lengths[1], lengths[2]), (T, d, p), G.dtype, 0.0, _sum_units(G))
+    bound = ghost_bound(signed, absolute, (lengths[0], lengths[1], lengths[2]), (T, d, p), G.dtype)
     return with_safety(signed.sum(1), bound.sum(1), G.dtype)
 
 
@@ -73,11 +67,6 @@ def convolution_clipped_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry:
     return reference.convolution_weight_gradient(x, scaled, weight, geometry)
 
 
-def _sum_units(G: Tensor) -> float:
-    """What PyTorch's own convolution, which makes the clipped sum, may lose of a product."""
-    return product_units(G.device, convolution=True) if G.dtype != torch.float64 else 0.0
-
-
 def _from_tiles(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int, T: int) -> tuple[Tensor, Tensor]:
     """Norms of gradients that are made in tiles and dropped; what is summed later errs alike (see ops.matmul)."""
     from dpfast_kernels.convolution import convolution_sample_gradients
@@ -85,10 +74,12 @@ def _from_tiles(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch:
     sides, sizes = _in_axes(TRITON_AXES, x, G, weight, geometry)
     squares = convolution_sample_gradients(*sides, *sizes, geometry.groups, batch, False)[1]
     squared, bound = certified(squares, weight.unsqueeze(0))
-    energies = (side.unflatten(0, (batch, -1)).flatten(1).float().square().sum(1).double() for side in sides)
+    energies = [side.unflatten(0, (batch, -1)).flatten(1).float().square().sum(1).double() for side in sides]
     # A pixel is in at most as many patches as a kernel has elements.
-    reach = product_reach(T, *sides) * (math.prod(energies, start=math.prod(sizes[0]))).sqrt()
-    return squared, bound + of_slip(squared, reach)
+    patches, rows = energies[0] * math.prod(sizes[0]), energies[1]
+    _, _, d, p = reference.convolution_sizes(x, G, weight, geometry)
+    lost = underflow(torch.float32) * T * (d * rows + p * patches + geometry.groups * d * p * T)
+    return squared, bound + of_slip(squared, product_reach(T, *sides) * (patches * rows).sqrt()) + lost
 
 
 def _is_triton(op: str, x: Tensor, G: Tensor) -> bool:

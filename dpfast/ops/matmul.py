@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_triton
-from dpfast.reference.rounding import drift, of_slip, product_units, smallest, unit_roundoff, with_safety
+from dpfast.reference.rounding import drift, of_slip, underflow, unit_roundoff, with_safety
 
 # Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
 # two bfloat16, and those that a kernel's float32 sum of squares may be off: a tree in each block, then the blocks.
 SPLIT_UNITS, BLOCK_UNITS = 2.0**8, 64.0
+TF32_UNITS = 2.0**15  # that a product may be off whose sides are rounded to tf32
 # Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
 WIDE = 1024
 
@@ -80,12 +81,11 @@ def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -
     B, groups, T, d = A.shape
     p = G.shape[-1]
     squared, absolute, energy_a, energy_g = stats[:4].double().view(4, B, groups)
-    lost = smallest(torch.float32)
     u = unit_roundoff(torch.float32)
     norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products) or BLOCK_UNITS
     reach = product_reach(T, A, G) * (energy_a * energy_g).sqrt()
     bound = norm_units * u * absolute + of_slip(squared, reach)
-    bound = bound + lost * T * (d * energy_g + p * energy_a + T)
+    bound = bound + underflow(torch.float32) * T * (d * energy_g + p * energy_a + d * p * T)
     return with_safety(squared.sum(1), bound.sum(1), torch.float32)
 
 
@@ -98,4 +98,7 @@ def product_reach(T: int, A: Tensor, G: Tensor) -> float:
 
 
 def _units_of_a_product(A: Tensor, G: Tensor) -> float:
-    return product_units(G.device) if torch.float32 in (A.dtype, G.dtype) else 0.0
+    """Units of float32 that a kernel's product may be off before it is added, where the user has allowed tf32."""
+    from dpfast_kernels.common import dot_dtype, dot_precision
+
+    return TF32_UNITS if dot_precision(dot_dtype(A, G)) == "tf32" else 0.0

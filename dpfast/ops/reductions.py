@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
-from dpfast.ops.matmul import BLOCK_UNITS
-from dpfast.reference.rounding import compute_dtype, unit_roundoff, with_safety
+from dpfast.ops.matmul import BLOCK_UNITS, product_reach
+from dpfast.reference.rounding import compute_dtype, of_slip, unit_roundoff, with_safety
 
 
 def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,13 +63,18 @@ def one_position_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_groups ‖a‖²·‖g‖²`` for ``A [B, g, 1, d]``, ``G [B, g, 1, p]``."""
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     fits = A.shape[1] == 1 and A.dtype in narrow and G.dtype in narrow
-    if not fits or not is_native("squared_norms", G.device):
-        return reference.one_position_squared_norm(A, G)
-    a, g = torch.ops.dpfast.squared_norms([A.contiguous(), G.contiguous()])
-    # Each sum is rounded, and what its squares lose below the smallest float32 is multiplied by the other one.
-    (a, slack_a), (g, slack_g) = certified(a, A), certified(g, G)
-    product = a * g
-    return with_safety(product, (a + slack_a) * (g + slack_g) - product, G.dtype)
+    if fits and is_native("squared_norms", G.device):
+        a, g = torch.ops.dpfast.squared_norms([A.contiguous(), G.contiguous()])
+        # Each sum is rounded, and what one side loses to underflow is multiplied by the other one.
+        (a, slack_a), (g, slack_g) = certified(a, A), certified(g, G)
+        product = a * g
+        slack = (a + slack_a) * (g + slack_g) - product
+        squared, bound = with_safety(product, slack, G.dtype, squares=A.shape[-1] * G.shape[-1])
+    else:
+        squared, bound = reference.one_position_squared_norm(A, G)
+    if is_triton("clipped_weight_gradient", A, G):  # which makes the sum, and may round both sides of it
+        bound = bound + of_slip(squared, product_reach(1, A, G) * squared.sqrt())
+    return squared, bound
 
 
 def sum_positions(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from opacus.accountants import IAccountant
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
@@ -21,6 +23,8 @@ from dpfast.optim.adaptive import AdaptiveClipping
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 from dpfast.ranks import Ranks, first_element, like, local
+
+StepHook = Callable[[DPOptimizer], None]
 
 
 class FusedDPOptimizer(DPOptimizer):
@@ -42,7 +46,7 @@ class FusedDPOptimizer(DPOptimizer):
         book: where backward passes are summed up.
         expected_batch_size: divisor under ``loss_reduction="mean"``.
         loss_reduction: ``"mean"`` or ``"sum"``.
-        generator: where the noise's key is drawn from; torch's global generator if None.
+        generator: what the noise's key is made of; the operating system's if None.
         secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.NoiseStream`.
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
@@ -88,7 +92,8 @@ class FusedDPOptimizer(DPOptimizer):
         self.book = book
         self._stepped = False  # and not cleared since
         self._bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
-        self.accounting: Callable[[DPOptimizer], None] | None = None  # a step hook that needs no gradients
+        self.accounting: StepHook | None = None  # called once a step, whatever other hooks there are
+        self._called: list[StepHook] = []  # in this step
         book.ranks = self.ranks
         super().__init__(
             optimizer,
@@ -210,14 +215,12 @@ class FusedDPOptimizer(DPOptimizer):
     def _pre_step(self) -> bool:
         if not self._begin_step():
             return False
-        if self.step_hook is self.accounting:  # before anything is released: it may refuse
-            self._call_hook()
+        self._account()
         try:
             self.add_noise()
             self.scale_grad()
             self.ascending.filter()
-            if self.step_hook is not self.accounting:
-                self._call_hook()
+            self._call_hooks()
         finally:
             self._end_logical_batch()
         return True
@@ -229,7 +232,7 @@ class FusedDPOptimizer(DPOptimizer):
                 closure()
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
-        for_hook = self.step_hook is not self.accounting and self.low_precision == "nearest"
+        for_hook = bool(self._hooks) and self.low_precision == "nearest"
         if for_hook or self.ascending.filters or why_not_fused(self.original_optimizer) is not None:
             check_low_precision(self.low_precision, self.original_optimizer)
             if not self._pre_step():
@@ -240,7 +243,8 @@ class FusedDPOptimizer(DPOptimizer):
             self.ascending.after_update()
             return loss
         if self._begin_step():
-            self._call_hook()  # before anything is released: it may refuse
+            self._account()
+            self._call_hooks()
             self.ascending.before_update()
             try:
                 sums, noise = self._take_sums()
@@ -267,19 +271,32 @@ class FusedDPOptimizer(DPOptimizer):
                 "you must call optimizer.zero_grad() on each step"
             )
         self._refuse_unknown_parameters()
+        self.book.start_physical_batch()
+        nothing = not (self.book.waits_for_step or (self.book.batches.tried and self.book.used))
         self.book.end_physical_batch()
         if self.book.evaluated and not self.book.accumulated:
             raise ValueError(
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
+        if nothing and not self.book.batches.empty and any(p.requires_grad for p in self._all_parameters()):
+            raise ValueError(
+                "step: no backward pass of the private model has ended since the last step, and there is nothing to "
+                "release but noise. Call loss.backward() first, of an output of the model that make_private has "
+                "returned, with its hooks in place. For a batch without samples, which is a step too, take it from "
+                "the loader that make_private has returned, or call optimizer.expect_no_samples()"
+            )
+        self.book.batches.tried = True  # what refuses from here on may be put right, and the step called again
         check_noise_multiplier(self.noise_multiplier)  # what can refuse does so before anything is used up
         if self.adaptive is not None:
             self.adaptive.of_sums(self.noise_multiplier)
         self.noise.check()
         self._look_for_bypass()
-        self._is_last_step_skipped = self._check_skip_next_step()
+        self._is_last_step_skipped = self._check_skip_next_step(pop_next=False)
         if self._is_last_step_skipped:
+            self.book.batches.stepped()
+            if self.book.batches.of is not None and self.book.batches.of.dropped:
+                self.book.drop()
             return False
         self._agree()
         return True
@@ -344,12 +361,72 @@ class FusedDPOptimizer(DPOptimizer):
         book.sensitivity, book.accumulated = max(sensitivities), int(max(accumulated))
         book.unclipped = sum(unclipped)
 
-    def _call_hook(self) -> None:
-        if self.step_hook:
-            self.step_hook(self)
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Whether the next ``step`` only ends a physical batch, which is not the last of its logical batch."""
+        self.book.batches.signal(last=not do_skip)
+
+    def _check_skip_next_step(self, pop_next: bool = True) -> bool:
+        batches = self.book.batches
+        piece = batches.stepped() if pop_next else batches.piece
+        return piece is not None and (not piece.last or piece.batch.dropped)
+
+    def expect_no_samples(self) -> None:
+        """The next step is of a batch without samples: noise alone, and no backward comes before it."""
+        self.book.batches.empty = True
+
+    def attach_step_hook(self, fn: StepHook | None) -> None:
+        """Have ``fn(optimizer)`` called once a step too, with noisy gradients, before the update.
+
+        Steps are accounted for whatever is attached. Only a hook of the engine's own accountant (its
+        ``get_optimizer_hook_fn``, with a sample rate of one's own) takes the place of the one that ``make_private``
+        attached. ``step_hook = None`` takes off all others.
+        """
+        if fn is None:
+            self.step_hook = None
+        elif self.accounting is not None and _accountant(fn) not in (None, _accountant(self.accounting)):
+            self._hooks.append(fn)  # of an accountant beside the engine's
+        elif _accountant(fn) is not None:
+            self.accounting = fn
+        elif fn != self.accounting and fn not in self._hooks:
+            self._hooks.append(fn)
+
+    @property
+    def step_hook(self) -> StepHook | None:
+        """All hooks of a step in one, accounting first; each is called once a step, wherever it is called from."""
+        hooks = [hook for hook in (self.accounting, *self._hooks) if hook is not None]
+
+        def every(optimizer: Any) -> None:
+            for hook in hooks:
+                optimizer._call_once(hook)
+
+        return every if hooks else None
+
+    @step_hook.setter
+    def step_hook(self, fn: StepHook | None) -> None:
+        self._hooks: list[StepHook] = [] if fn is None else [fn]
+
+    def _account(self) -> None:
+        """Before anything is released: it may refuse."""
+        self._called = []
+        if self.accounting is not None:
+            self._call_once(self.accounting)
+
+    def _call_hooks(self) -> None:
+        try:
+            for hook in self._hooks:
+                self._call_once(hook)
+        finally:
+            self._called = []
+
+    def _call_once(self, hook: StepHook) -> None:
+        if hook not in self._called:
+            self._called.append(hook)
+            hook(self)
 
     def _end_logical_batch(self) -> None:
         self.book.start_logical_batch()
+        self.book.batches.stepped()
+        self.book.batches.start_step()
         self._stepped = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,11 +438,13 @@ class FusedDPOptimizer(DPOptimizer):
                 self.original_optimizer.state[p][MASTER] = master.detach().clone().to(p.device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients; the sums of earlier physical batches of an unfinished logical batch stay."""
+        """Clear gradients; the sums of earlier physical batches of an unfinished logical batch stay.
+
+        A physical batch whose backward came, and no step since, is dropped, and its logical batch with it.
+        """
+        self.book.drop_physical_batch()
         if not self._is_last_step_skipped:
-            for p in self._all_parameters():
-                p.summed_grad = None
-            self.book.start_logical_batch()
+            self.book.drop()
             self._stepped, self._bypassed = False, 0
         self.original_optimizer.zero_grad(set_to_none)
 
@@ -374,13 +453,37 @@ class FusedDPOptimizer(DPOptimizer):
 
         A sample of both would be counted twice in one step.
         """
-        self._step_skip_queue.clear()
+        self.book.batches.forget()
         self._is_last_step_skipped = False
         self.zero_grad()
+
+    def leave_loop(self) -> None:
+        """:meth:`abandon`, but gradients stay that a step has left, and a whole batch that waits for its step."""
+        waiting = self.book.batches.piece
+        if waiting is not None and waiting.last and not waiting.batch.dropped and self.book.waits_for_step:
+            return
+        self.book.batches.forget()
+        if self.book.used:
+            self.book.drop()
+        self._is_last_step_skipped = False
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: of a copy torch keeps the state alone, which would step without clipping, noise or accounting."""
+        raise TypeError(
+            "a private optimizer cannot be copied or pickled: keep its state_dict(), and give a copy of the model and "
+            "a new optimizer to make_private"
+        )
 
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+
+
+def _accountant(hook: StepHook) -> Any:
+    """The accountant that ``hook`` is of, if its ``get_optimizer_hook_fn`` has made it."""
+    if getattr(hook, "__qualname__", None) != f"{IAccountant.get_optimizer_hook_fn.__qualname__}.<locals>.hook_fn":
+        return None
+    return inspect.getclosurevars(hook).nonlocals["self"]
 
 
 def check_noise_multiplier(value: Any) -> None:

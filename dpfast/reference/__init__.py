@@ -26,11 +26,13 @@ from dpfast.reference.matmul import (
     grad_samples,
     one_position_squared_norm,
 )
+from dpfast.reference.precision import alike_for_every_batch
 from dpfast.reference.reductions import channel_sums, normalised_sums, squared_norm, sum_positions, weighted_sum
 from dpfast.reference.rounding import compute_dtype
 
 __all__ = [
     "Geometry",
+    "alike_for_every_batch",
     "channel_sums",
     "clipped_weight_gradient",
     "compute_dtype",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast.reference.matmul import ghost_squared_norm, grad_samples, one_position_squared_norm
+from dpfast.reference.precision import in_full_precision
 from dpfast.reference.rounding import compute_dtype
 
 # Patches are unfolded for so many bytes' worth of samples at a time: near the cache, and no more memory than that.
@@ -45,6 +46,7 @@ def convolution_sizes(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry) 
     return geometry.groups, math.prod(unfolded_rows.shape[2:]), weight[0].numel(), len(weight) // geometry.groups
 
 
+@in_full_precision
 def convolution_weight_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The ordinary weight gradient, summed over all rows."""
     dtype = compute_dtype(G.dtype)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from dpfast.reference.precision import in_full_precision
 from dpfast.reference.reductions import row_squares
-from dpfast.reference.rounding import compute_dtype, drift, product_units, unit_roundoff, with_safety
+from dpfast.reference.rounding import compute_dtype, drift, unit_roundoff, with_safety
 
 
 def embedding_squared_norm(ids: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,7 @@ def embedding_grad_samples(ids: Tensor, G: Tensor, rows: int) -> Tensor:
     return out.scatter_add_(1, ids.unsqueeze(-1).expand(G.shape), G.to(dtype))
 
 
+@in_full_precision
 def embedding_cross_term(ids: Tensor, E: Tensor, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``⟨embedding part, G_iᵀ A_i⟩ = Σ_{t,s} (a_s·e_t) G[s, id_t]`` for a head tied to the embedding.
 
@@ -51,8 +53,7 @@ def embedding_cross_term(ids: Tensor, E: Tensor, A: Tensor, G: Tensor) -> tuple[
     # Not from |a_s·e_t|, which may have cancelled.
     lengths_a, lengths_e = (torch.linalg.vector_norm(side, dim=2).double() for side in (A, E))
     reach = torch.einsum("bs,bt,bst->b", lengths_a, lengths_e, gathered.abs_().double())
-    units = drift(A.shape[-1]) + (product_units(A.device) if dtype == torch.float32 else 0.0)
-    return terms.sum(1).double(), units * unit_roundoff(dtype) * reach
+    return terms.sum(1).double(), drift(A.shape[-1]) * unit_roundoff(dtype) * reach
 
 
 def embedding_times_grad_samples(ids: Tensor, E: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

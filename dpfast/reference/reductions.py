@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpfast.reference.precision import in_full_precision
 from dpfast.reference.rounding import compute_dtype, with_safety
 
 # Long rows are summed in pieces of this length, the pieces in float64: what is lost is a few units.
@@ -26,11 +27,17 @@ def row_squares(rows: Tensor) -> Tensor:
     return pieces.square().sum(1) + rest.square()
 
 
+@in_full_precision
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
-    """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples)."""
+    """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples); added up in pieces, and these in float64."""
     dtype = compute_dtype(samples.dtype)
-    rows = _rows(samples.to(dtype))
-    return (factors.to(dtype) @ rows).view(samples.shape[1:])
+    rows, factors = _rows(samples.to(dtype)), factors.to(dtype)
+    whole = len(rows) - len(rows) % PIECE
+    total = factors[whole:] @ rows[whole:]
+    if whole:
+        pieces = factors[:whole].view(-1, 1, PIECE) @ rows[:whole].unflatten(0, (-1, PIECE))
+        total = (total + pieces.sum((0, 1), dtype=torch.float64)).to(dtype)
+    return total.view(samples.shape[1:])
 
 
 def squared_norms(samples: Sequence[Tensor]) -> Tensor:
@@ -68,6 +75,7 @@ def normalised_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[T
     return weight, _squares(weight), *sum_positions(G)
 
 
+@in_full_precision
 def channel_sums(G: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """``Σ_t g_t · (x_t - mean) · rstd`` and ``Σ_t g_t``: ``[R, C]``, of ``G`` and ``x`` ``[R, C, T]``.
 

@@ -1,14 +1,14 @@
 """How far a floating-point result may be from the truth."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 # Units of rounding added to every squared norm: the final reduction, the factor's own rounding, the scaling of
-# the backprops and the accumulation into the clipped sum, each at most one or two units.
-SAFETY_UNITS = 8.0
+# the backprops and the accumulation into the clipped sum, each at most one or two units; and four for underflow.
+SAFETY_UNITS = 12.0
+LEAST_WEIGHT = 2.0**-64  # of what is left of a sample: what clipping would multiply by less is left out
 LONGEST_BLOCK = 512  # terms that matrix products add up in one go, at most
 
 
@@ -32,23 +32,20 @@ def drift(n: int) -> float:
     return math.sqrt(n) + min(n, LONGEST_BLOCK) / 4 + n / 8 + 8
 
 
-def product_units(device: torch.device, convolution: bool = False) -> float:
-    """Units of float32 that a product may be off before it is added, where the user has allowed tf32 or bfloat16 in it.
-
-    cuDNN's convolutions have tf32 allowed from the start.
-    """
-    library: Any = torch.backends.mkldnn
-    if device.type == "cuda":
-        library = torch.backends.cudnn if convolution else torch.backends.cuda
-    part = library.conv if convolution else library.matmul
-    asked = (part.fp32_precision, getattr(torch.backends, "fp32_precision", "none"))
-    precision = next((precision for precision in asked if precision != "none"), "ieee")
-    return {"tf32": 2.0**15, "bf16": 2.0**18}.get(precision, 0.0)
-
-
 def smallest(dtype: torch.dtype) -> float:
     """The most that a product may lose to underflow, where subnormal numbers are flushed to zero too."""
     return torch.finfo(compute_dtype(dtype)).tiny
+
+
+def underflow(dtype: torch.dtype) -> float:
+    """What a squared norm is raised by for every number that may underflow when the clipped sum is made.
+
+    A backprop, or a term of a product, loses up to :func:`smallest` once it is multiplied by a sample's weight; seen
+    from the gradient before, n of them lose ``s = smallest · √n / LEAST_WEIGHT`` in norm. That is covered, as
+    ``(norm + s)² ≤ (1 + ε) norm² + (1 + 1/ε) s²``: ε is four of :data:`SAFETY_UNITS`, and ``s² / ε`` is n times this,
+    with a factor of 4 to spare for several such losses together.
+    """
+    return 2.0**26 * smallest(dtype)
 
 
 def of_slip(squared: Tensor, slip: Tensor) -> Tensor:
@@ -63,10 +60,10 @@ def with_safety(
     negative.
     """
     squared = squared.double().clamp_min(0)
-    slack, underflow = squared * (SAFETY_UNITS * unit_roundoff(dtype) + relative), squares * smallest(dtype)
+    slack, lost = squared * (SAFETY_UNITS * unit_roundoff(dtype) + relative), squares * underflow(dtype)
     if isinstance(bound, Tensor):  # as few ops as can be: there is one of these for every parameter
-        return squared, slack + bound + underflow if squares else slack + bound
-    return squared, slack + (bound + underflow)
+        return squared, slack + bound + lost if squares else slack + bound
+    return squared, slack + (bound + lost)
 
 
 def rounded_up(value: float) -> float:

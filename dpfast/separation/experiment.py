@@ -169,7 +169,7 @@ class Experiment:
         """The gradient of the ``k``-th output."""
         if output.dim() == 0:
             whole = self.shapes.setdefault(-1, torch.Size([self.batch]))[0]
-            part = 1.0 if keep is None or self.recorder.loss_reduction == "sum" else len(keep) / whole
+            part = 1.0 if keep is None or not self.recorder.loss_is_mean else len(keep) / whole
             return torch.full_like(output, part)
         d = self.batch_dim
         has_batch = output.dim() > d and output.shape[d] == (self.batch if keep is None else len(keep))

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from dpfast.separation.labels import Label, Labels, Lost
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
-
 Axes = dict[tuple[int, int], int | None]  # by an input's place and number of dimensions: where its samples lie
 
 

@@ -384,7 +384,14 @@ def embedding(op: Op) -> Label:
 @rule("embedding_dense_backward")
 def embedding_backward(op: Op) -> Label:
     label = together(op, [op["grad_output"], op["indices"]])
-    return op.met(summed=True) if isinstance(label, Rows) else label
+    if not isinstance(label, Rows):
+        return label
+    ids, rows = op.a["indices"], op.a["num_weights"]
+    if label.dim is not None and rows and rows % op.labels.batch == 0:  # a table of each sample's own, as vmap has it
+        owners = torch.from_numpy(label.owners.each).view([-1 if d == label.dim else 1 for d in range(ids.dim())])
+        if bool((ids.cpu() // (rows // op.labels.batch) == owners).all()):
+            return op.labels.in_order(0, rows)
+    return op.met(summed=True)
 
 
 ATTENTION = (

@@ -28,10 +28,11 @@ def test_finds_the_temperature(too_sure):
 
 def test_repeats_with_the_seed(too_sure):
     runs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        runs.append(fit_temperature(*too_sure, noise_multiplier=1.0, target_delta=1e-4, epochs=2).temperature)
-    assert runs[0] == runs[1] != runs[2]
+    for seed in (0, 0, 1, None, None):
+        torch.manual_seed(3)  # the batches
+        kw = {} if seed is None else {"noise_generator": torch.Generator().manual_seed(seed)}
+        runs.append(fit_temperature(*too_sure, noise_multiplier=1.0, target_delta=1e-4, epochs=2, **kw).temperature)
+    assert runs[0] == runs[1] and len({*runs}) == 4
 
 
 def test_without_noise_nothing_is_promised(too_sure):

@@ -109,7 +109,7 @@ def test_a_lora_result_loads(tmp_path):
     assert trained and all(p.requires_grad for p in trained.values())
     loaded = dict(AutoPeftModelForCausalLM.from_pretrained(str(found.output)).named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in found.model.named_parameters())
-    held = torch.load(checkpoint.newest(found.output / "checkpoints"), weights_only=False)
+    held = torch.load(checkpoint.newest(found.output / "checkpoints"), weights_only=True)
     assert set(held["module_state_dict"]) == {f"_module.{name}" for name in trained}  # not the frozen base
 
 
@@ -153,12 +153,14 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path, monkeypatch
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert list(before) == ["step-00000003.pt"]
 
-    def full(self, *, path, **kwargs):
-        path.write_bytes(b"half of it")
+    assert (folder / "step-00000003.pt").stat().st_mode & 0o777 == 0o600
+
+    def full(state, file, **kwargs):
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr("dpfast.engine.PrivacyEngine.save_checkpoint", full)
+        broken.setattr(torch, "save", full)
         with pytest.raises(FinetuneError, match=r"step 6 cannot be written .*No space left.*step-00000003.pt is whole"):
             finetune(config(tmp_path, resume=True))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -177,7 +179,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
         with pytest.raises(FinetuneError, match=message):
             finetune(config(tmp_path, **{"max_steps": 3, "resume": True, **changes}))
     (path,) = (tmp_path / "out" / "checkpoints").iterdir()
-    held = torch.load(path, weights_only=False)
+    held = torch.load(path, weights_only=True)
     held["noise_state_dict"]["key"] = (1, *held["noise_state_dict"]["key"][1:])
     torch.save(held, path)
     with pytest.raises(FinetuneError, match="another noise key than its seed gives"):
@@ -187,6 +189,35 @@ def test_only_the_same_run_is_resumed(tmp_path):
         finetune(config(tmp_path, max_steps=3, resume=True))
     with pytest.raises(FinetuneError, match="holds a run already"):
         finetune(config(tmp_path, max_steps=3))
+
+
+def test_a_run_with_other_dropout_has_other_noise(tmp_path, monkeypatch):
+    """Cut into other physical batches; and it goes on from its own checkpoints, once and again."""
+    keys = []
+    whole = Job.take_step
+
+    def take_step(self, batch):
+        loss = whole(self, batch)
+        keys.append(self.optimizer.noise.key)
+        return loss
+
+    monkeypatch.setattr(Job, "take_step", take_step)
+    for step, size in ((2, 3), (4, 2), (6, 2), (8, 3)):
+        with monkeypatch.context() as stopped:
+            stopped.setattr("dpfast.integrations.finetune.loop.Job.evaluate", killed_after(step))
+            with pytest.raises(Killed):
+                finetune(config(tmp_path, max_steps=9, save_every=1, physical_batch_size=size, resume=step > 2))
+    assert len(keys) == 8 and keys[0] == keys[1]
+    assert keys[2] == keys[3] == keys[4] == keys[5], "resumed as it was"
+    assert keys[6] == keys[7] and len({*keys}) == 3
+
+
+def killed_after(step):
+    def evaluate(self):
+        if self.step == step:
+            raise Killed
+
+    return evaluate
 
 
 def test_a_refused_resume_leaves_the_base_as_it_was(tmp_path):

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import PrivacyEngine
 from dpfast.integrations.distributed import load_checkpoint, save_checkpoint
+from dpfast.physical_batches import BatchMemoryManager
 from dpfast.ranks import first_element
-from dpfast.sampling import BatchMemoryManager, PoissonBatches
+from dpfast.sampling import PoissonBatches
 
 STEPS, N, PER_EPOCH, SEED, V, T = 6, 24, 8, 21, 11, 5
 
@@ -314,13 +315,22 @@ def test_ranks_run_equally_many_physical_batches(ranks):
 def save_half_way(rank: int, folder: Path) -> None:
     engine, model, optimizer, loader = private(rank, 3, "adamw")
     train(model, optimizer, loader.batch_sampler, steps=3)
+    extra = {"step": 3, "noise": optimizer.noise.state_dict()}
     for _ in range(2):  # the second replaces the first
-        save_checkpoint(folder, engine=engine, module=model, optimizer=optimizer, extra={"step": 3})
+        save_checkpoint(folder, engine=engine, module=model, optimizer=optimizer, extra=extra)
 
 
 def go_on(rank: int, world_size: int, folder: Path) -> list:
     engine, model, optimizer, loader = private(rank, world_size, "adamw", noise_multiplier=0.7)
+    extra = load_checkpoint(folder, engine=engine, module=model, optimizer=optimizer)
+    optimizer.expect_no_samples()
+    optimizer.step()
+    renewed = optimizer.noise.key  # on all ranks the same, or they would have refused the step
+    optimizer.zero_grad()
+    engine, model, optimizer, loader = private(rank, world_size, "adamw", noise_multiplier=0.7)
     loader.batch_sampler.step = load_checkpoint(folder, engine=engine, module=model, optimizer=optimizer)["step"]
+    optimizer.noise.load_state_dict(extra["noise"])  # the batches that follow are those of the run
+    assert renewed not in (None, optimizer.noise.key)
     found = train(model, optimizer, loader.batch_sampler, steps=STEPS - 3)
     return [*found, engine.accountant.history]
 

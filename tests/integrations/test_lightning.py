@@ -123,40 +123,40 @@ def test_steps_are_counted_once_and_empty_batches_are_steps(tmp_path):
     assert 0 < privacy.get_epsilon(1e-5) < float("inf")
 
 
+@pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("at, workers", [(2, 0), (4, 0), (2, 1)])
-def test_a_resumed_run_is_bit_equal(tmp_path, at, workers):
-    """Within an epoch (of four steps) and at the end of one; with dropout, Adam, a schedule and noise."""
+def test_a_resumed_run_has_all_its_steps_and_new_noise(tmp_path, at, workers, seed):
+    """Within an epoch (of four steps) and at the end of one; with dropout, Adam, a schedule and noise; twice."""
     whole = Net("Adam", dropout=0.3)
-    first = callback_of(
-        whole, noise_multiplier=1.0, max_physical_batch_size=2, seed=None, loader={"num_workers": workers}
-    )
+    settings = dict(noise_multiplier=1.0, max_physical_batch_size=2, seed=seed, loader={"num_workers": workers})
+    first = callback_of(whole, **settings)
     keep = L.pytorch.callbacks.ModelCheckpoint(
         dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
     )
     fit(whole, tmp_path, max_steps=7, callbacks=[keep], enable_checkpointing=True)
-    other = Net("Adam", dropout=0.3)
-    second = callback_of(
-        other, noise_multiplier=1.0, max_physical_batch_size=2, seed=None, loader={"num_workers": workers}
-    )
-    torch.manual_seed(99)
-    fit(other, tmp_path, max_steps=7, ckpt_path=str(tmp_path / f"step={at}.ckpt"))
-    a, b = weights(whole), weights(other)
-    assert all(torch.equal(a[n], b[n]) for n in a)
-    assert second.engine.accountant.history == first.engine.accountant.history == [(1.0, 1 / 4, 7)]
+    path, keys = tmp_path / f"step={at}.ckpt", {first.optimizer.noise.key}
+    for _ in range(2):
+        other = Net("Adam", dropout=0.3)
+        second = callback_of(other, **settings)
+        fit(other, tmp_path, max_steps=7, ckpt_path=str(path))
+        assert second.engine.accountant.history == first.engine.accountant.history == [(1.0, 1 / 4, 7)]
+        assert second._batches.step >= 7 and len(other.seen) >= 7 - at
+        keys.add(second.optimizer.noise.key)
+    assert len(keys) == 3 and None not in keys
+    held = torch.load(path, weights_only=True)["callbacks"]
+    (state,) = [state for state in held.values() if "accountant" in state]
+    assert set(state) == {"accountant", "plan", "sampled"}, "a key, a seed"
 
 
-def test_a_run_that_goes_on_otherwise_takes_a_new_noise_key(tmp_path):
-    """The same noise on the sums of both would lay their difference bare."""
-    keys = []
-    for norm in (C, C, C / 2):
+def test_a_seed_repeats_noise_and_batches(tmp_path):
+    ends = []
+    for seed in (3, 3, 3 + (1 << 32), None):
         net = Net()
-        callback = callback_of(net, noise_multiplier=1.0, max_grad_norm=norm, seed=None)
-        path = str(tmp_path / "last.ckpt")
-        trainer = fit(net, tmp_path, max_steps=3 if keys else 2, ckpt_path=path if keys else None)
-        if not keys:
-            trainer.save_checkpoint(path)
-        keys.append(callback.optimizer.noise.key)
-    assert keys[0] == keys[1] != keys[2]
+        callback_of(net, noise_multiplier=1.0, seed=seed)
+        fit(net, tmp_path, max_steps=3)
+        ends.append(weights(net))
+    assert distance(ends[0], ends[1]) == 0
+    assert all(distance(ends[0], end) > 0 for end in ends[2:])
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -223,10 +223,25 @@ def test_other_optimizers_loaders_and_losses_are_refused(tmp_path):
 def test_bfloat16_mixed(tmp_path, size):
     rows, net = [1, 4, 5, 8, 13], Net()
     start, want = weights(net), by_hand(copy.deepcopy(net), rows)
-    callback_of(net, rows=rows, max_physical_batch_size=size)
+    step = net.training_step
+    net.training_step = lambda batch, batch_idx: step(batch, batch_idx)["loss"] * len(batch[0])
+    callback_of(net, rows=rows, max_physical_batch_size=size, loss_reduction="sum")
     fit(net, tmp_path, precision="bf16-mixed")
     assert net.dtypes == {torch.bfloat16}
     assert 0 < distance(weights(net), want) < 0.05 * distance(want, start)
+
+
+def test_a_mean_in_16_bits_is_refused_at_fit(tmp_path):
+    """But not where a physical batch is one sample."""
+    for precision in ("bf16-mixed", "bf16-true"):
+        net = Net()
+        callback_of(net)
+        with pytest.raises(ValueError, match=r"precision='bf16.*loss_reduction='sum'"):
+            fit(net, tmp_path, precision=precision)
+        assert net.seen == []
+    callback_of(net, rows=[1, 4], max_physical_batch_size=1)
+    fit(net, tmp_path, precision="bf16-mixed")
+    assert net.seen == [1, 1]
 
 
 def test_a_second_fit_goes_on_and_the_module_stays_the_users_own(tmp_path):

@@ -109,13 +109,14 @@ Compile = Callable[[nn.Module], nn.Module]
 class Pair:
     """A private model compiled and its twin that is not, given the same batches."""
 
-    def __init__(self, model: nn.Module, compile: Compile, before: bool = False):
+    def __init__(self, model: nn.Module, compile: Compile, before: bool = False, loss_reduction: str = "mean"):
         twin = copy.deepcopy(model)
-        self.plain = FusedModule(twin, clipping=Clipping.flat(BOUND))
+        options = dict(clipping=Clipping.flat(BOUND), loss_reduction=loss_reduction)
+        self.plain = FusedModule(twin, **options)
         if before:
-            self.private = self.called = FusedModule(compile(model), clipping=Clipping.flat(BOUND))
+            self.private = self.called = FusedModule(compile(model), **options)
         else:
-            self.private = FusedModule(model, clipping=Clipping.flat(BOUND))
+            self.private = FusedModule(model, **options)
             self.called = compile(self.private)
 
     def both(self, do: Callable[[nn.Module], object]) -> None:
@@ -318,12 +319,24 @@ def test_steps_and_evaluations_in_between(counter):
     assert counter.frame_count <= 6  # two for training, the others for evaluation
 
 
+def summed(batch: int) -> Callable[[Tensor], None]:
+    """The backward of a mean over so many samples, made a sum."""
+    return lambda mean: (mean * batch).backward()
+
+
 def test_autocast(counter):
     """A compiled graph runs without the autocasting that it was traced under."""
-    pair = Pair(Small(), compiling(counter))
+    pair = Pair(Small(), compiling(counter), loss_reduction="sum")
     for batch in rows_of(4, 5):
         with torch.autocast("cpu", torch.bfloat16):
-            pair.check(batch, tolerance=0.02)
+            pair.check(batch, tolerance=0.02, backward=summed(len(batch)))
+    pair = Pair(Small(), compiling(counter))
+    for model in (pair.called, pair.plain):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ValueError, match="gradients of bfloat16"),
+        ):
+            loss_of(model(batch)).backward()
 
 
 def test_bare_parameters_and_modules_that_run_by_sample(counter):
@@ -398,6 +411,8 @@ def test_private_again(counter):
 
 
 def test_backward_twice(counter):
+    """Its samples would count twice."""
+
     def twice(loss: Tensor) -> None:
         loss.backward(retain_graph=True)
         loss.backward()
@@ -406,11 +421,8 @@ def test_backward_twice(counter):
         pair = Pair(Small(), compiling(counter))
         (batch,) = rows_of(4)
         pair.check(batch)
-        (one, *sums), (other, *doubled) = (
-            pair._sums(pair.private, pair.called, batch, backward) for backward in (Tensor.backward, twice)
-        )
-    torch.testing.assert_close(other, one)
-    torch.testing.assert_close(doubled, [2 * x for x in sums])
+        with pytest.raises(ValueError, match="a second backward pass over samples"):
+            pair._sums(pair.private, pair.called, batch, twice)
 
 
 def test_other_gradients_are_not_recorded(counter):

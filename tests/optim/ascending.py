@@ -84,6 +84,7 @@ class Private:
             self.optimizer.step()
         if not physical:
             self.optimizer.zero_grad()
+            self.optimizer.expect_no_samples()
             self.optimizer.step()
 
     def values(self) -> list[Tensor]:

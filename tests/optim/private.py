@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -44,9 +43,7 @@ class Run:
         if not kw.pop("unseeded", False):
             kw["noise_generator"] = torch.Generator().manual_seed(seed)
         options = dict(optimizer=optimizer, noise_multiplier=1.0, max_grad_norm=0.5, data_loader=loader_of(B))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "loss_reduction='mean' with 16-bit")
-            self.wrapped, self.optimizer, _ = make_private(model, **(options | kw))
+        self.wrapped, self.optimizer, _ = make_private(model, **(options | kw))
         self.reduction = kw.get("loss_reduction", "mean")
 
     def backward(self, data: tuple[Tensor, Tensor]) -> None:
@@ -55,7 +52,9 @@ class Run:
     def step(self, data: tuple[Tensor, Tensor] | None = None) -> list[Tensor | None]:
         """One step, of an empty batch if none is given; the gradients that it leaves."""
         self.optimizer.zero_grad()
-        if data is not None:
+        if data is None:
+            self.optimizer.expect_no_samples()
+        else:
             self.backward(data)
         self.optimizer.step()
         return self.grads()

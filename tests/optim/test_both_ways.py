@@ -23,6 +23,8 @@ def test_pre_step_alone(data, name):
     want = whole.step(data)
     if data is not None:
         run.backward(data)
+    else:
+        run.optimizer.expect_no_samples()
     assert run.optimizer.pre_step() is True
     assert same(run.grads(), want) and same(run.values(), start)
     run.optimizer.original_optimizer.step()

@@ -12,9 +12,9 @@ from torch.optim import SGD, RMSprop
 
 from dpfast import ops
 from dpfast.optim.update import MASTER
-from tests.helpers import engine_of, loader_of, make_private
+from tests.helpers import engine_of, make_private
 from tests.ops.noisy import BF16, F16, F32, F64, require, same
-from tests.optim.private import OPTIMIZERS, B, Plain, Run, batch, each_optimizer, net, python
+from tests.optim.private import OPTIMIZERS, Plain, Run, batch, each_optimizer, net, python
 
 WAYS = ("nearest", "stochastic", "master")
 each_way = pytest.mark.parametrize("way", WAYS)
@@ -233,12 +233,6 @@ def test_pre_step_rounds_to_the_gradients_dtype():
     run.optimizer.pre_step()
     assert same(run.grads(), twin.step(data))
     assert all(g.dtype == BF16 for g in run.grads())
-
-
-def test_the_mean_with_16_bits_warns():
-    """At ``make_private``: dividing by the batch size rounds every sample's gradient."""
-    with pytest.warns(UserWarning, match="loss_reduction='sum'"):
-        make_private(net().to(BF16), data_loader=loader_of(B))
 
 
 def test_compute_dtype_of_sums():

@@ -59,11 +59,11 @@ def test_float16_gradients_that_would_vanish_are_kept():
     """Each sample's gradient is about 1e-8 of the loss's: in float16 it is nothing without a scale."""
     found = {}
     for name, scale, autocast in (("exact", 1.0, False), ("lost", 1.0, True), ("scaled", 2.0**14, True)):
-        model, optimizer, x, y = private()
+        model, optimizer, x, y = private(loss_reduction="sum")
         optimizer.max_grad_norm = 1e-6
         scaler = GradScaler(optimizer, scale, device="cpu")
         with torch.autocast("cpu", torch.float16, enabled=autocast):
-            loss = F.cross_entropy(model(x).float(), y) * 1e-6
+            loss = F.cross_entropy(model(x).float(), y, reduction="sum") * 1.7e-7
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         found[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -73,14 +73,14 @@ def test_float16_gradients_that_would_vanish_are_kept():
 
 
 def test_a_sample_that_overflows_contributes_zeros_and_no_step_is_left_out():
-    model, optimizer, x, y = private()
-    scaler = GradScaler(optimizer, 2.0**16, device="cpu")
+    model, optimizer, x, y = private(loss_reduction="sum")
+    scaler = GradScaler(optimizer, 2.0**13, device="cpu")
     weights = torch.ones(B)
     weights[0] = 1e6
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.warns(RuntimeWarning, match="1 of 6 samples"), torch.autocast("cpu", torch.float16):
         losses = F.cross_entropy(model(x).float(), y, reduction="none")
-        scaler.scale((losses * weights).mean()).backward()
+        scaler.scale((losses * weights).sum()).backward()
     scaler.step(optimizer)
     grad = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert grad.isfinite().all() and grad.norm() > 0
@@ -140,9 +140,9 @@ def test_a_backward_inside_of_autocast_is_clipped_in_float32(dtype):
     """The sum of what autocast would make of the norms and of the sum is off by 1e-3 and more."""
     found = []
     for inside in (True, False):
-        model, _optimizer, x, y = private()
+        model, _optimizer, x, y = private(loss_reduction="sum")
         with torch.autocast("cpu", dtype):
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x), y, reduction="sum")
             if inside:
                 loss.backward()
         if not inside:

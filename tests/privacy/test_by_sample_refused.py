@@ -38,7 +38,6 @@ class SoftmaxOverBatch(WithHead):
     "model", [Centred, lambda: nn.Sequential(BatchNormByHand(), nn.Linear(D, 3)), SoftmaxOverBatch],
     ids=["centred", "batch norm by hand", "softmax over the batch"],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:loss_reduction='mean' with 16-bit parameters")
 def test_a_forward_that_mixes_the_batch(model, dtype):
     """Refused in every dtype: there are no per-sample gradients."""
     x, y = torch.randn(B, D).to(dtype), torch.randn(B).to(dtype)

@@ -251,6 +251,7 @@ class TestAdaptive:
         following, make = optimizer.noise.next, optimizer.noise.beside
         optimizer.noise.next = lambda *a: seen.append(a[0]) or following(*a)
         optimizer.noise.beside = lambda *a: seen.append(a[1]) or make(*a)
+        optimizer.expect_no_samples()
         optimizer.step()
         assert seen == [pytest.approx((1.5**-2 - 4.0**-2) ** -0.5), 4.0]
         assert 1 / seen[0] ** 2 + 1 / seen[1] ** 2 == pytest.approx(1 / 1.5**2)

@@ -138,9 +138,9 @@ def test_make_private_with_epsilon(accountant, criterion):
     sigma = get_noise_multiplier(
         target_epsilon=5.0, target_delta=1e-3, sample_rate=0.1, epochs=3, accountant=accountant
     )
-    assert out[1].noise_multiplier == pytest.approx(sigma)
+    assert out[1].noise_multiplier == pytest.approx(sigma, rel=2e-3)  # both spend 4.99 to 5
     if criterion is None:
-        assert train(engine, out, epochs=3).get_epsilon(1e-3) <= 5.0
+        assert 4.98 <= train(engine, out, epochs=3).get_epsilon(1e-3) <= 5.0
 
 
 @pytest.mark.parametrize("form", ["path", "buffer"])
@@ -164,14 +164,13 @@ def test_checkpoint(form, tmp_path):
     )
     if form == "buffer":
         target.seek(0)
-    assert set(torch.load(target, weights_only=False)) == {
+    assert set(torch.load(target, weights_only=True)) == {
         "mine",
         "module_state_dict",
         "privacy_accountant_state_dict",
         "optimizer_state_dict",
         "noise_scheduler_state_dict",
         "grad_clip_scheduler_state_dict",
-        "noise_state_dict",
         "plan_state_dict",
     }
     if form == "buffer":

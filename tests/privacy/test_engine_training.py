@@ -202,8 +202,8 @@ def test_training_in_low_precision_moves_the_weights():
     """bfloat16 parameters: float32 sums, and a finite step."""
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).to(torch.bfloat16)
     x, y = torch.randn(6, 4, dtype=torch.bfloat16), torch.randn(6, 2, dtype=torch.bfloat16)
-    wrapped, optimizer, _ = make_private(model, size=6, lr=0.5, noise_multiplier=1.0)
-    mse(wrapped(x), y).backward()
+    wrapped, optimizer, _ = make_private(model, size=6, lr=0.5, noise_multiplier=1.0, loss_reduction="sum")
+    sse(wrapped(x), y).backward()
     assert {p.summed_grad.dtype for p in model.parameters()} == {torch.float32}
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()

@@ -1,4 +1,4 @@
-"""``save_checkpoint`` and ``load_checkpoint``: a run goes on bit for bit; in the secure mode no key is ever kept."""
+"""``save_checkpoint`` and ``load_checkpoint``: a run goes on, all but its noise, whose key is new and never kept."""
 
 import copy
 import io
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, AdamW, RMSprop
 
-from dpfast.engine import NOISE_STATE
+from dpfast.checkpoints import NOISE_STATE
 from tests.helpers import engine_of, loader_of, make_private
 from tests.ops.noisy import BF16, F16, F32, F64, require, same
 
@@ -56,6 +56,7 @@ class Run:
     def noise(self):
         """Gradients of an empty batch."""
         self.optimizer.zero_grad()
+        self.optimizer.expect_no_samples()
         self.optimizer.step()
         return [p.grad.clone() for p in self.model.parameters()]
 
@@ -85,27 +86,26 @@ KINDS = [
 
 @pytest.mark.parametrize("form", ["path", "buffer"])
 @pytest.mark.parametrize(("name", "dtype", "low_precision"), KINDS, ids=lambda k: str(k).removeprefix("torch."))
-def test_a_resumed_run_is_the_uninterrupted_one(name, dtype, low_precision, form, tmp_path):
-    """To the bit, over two interruptions, whatever was drawn in between."""
+def test_a_resumed_run_is_the_uninterrupted_one_but_for_its_noise(name, dtype, low_precision, form, tmp_path):
+    """To the bit, over two interruptions, where the test brings the noise back as it brings the batches back."""
     if low_precision != "nearest":
         require("noisy_sgd_")
     kw, data = dict(name=name, dtype=dtype, low_precision=low_precision), batches(6)
-    whole = Run(**kw)
-    start, state = copy.deepcopy(whole.model.state_dict()), torch.get_rng_state()
+    whole = Run(**kw, noise_generator=torch.Generator().manual_seed(8))
+    start = copy.deepcopy(whole.model.state_dict())
     whole.train(data)
-    part = Run(**kw)
+    part = Run(**kw, noise_generator=torch.Generator().manual_seed(8))
     part.model.load_state_dict(start)
-    torch.set_rng_state(state)
     for k in (0, 2):
         part.train(data[k : k + 2])
-        kept = part.save(tmp_path / f"{k}.pt" if form == "path" else None)
+        kept, noise = part.save(tmp_path / f"{k}.pt" if form == "path" else None), part.optimizer.noise.state_dict()
         part.train(batches(1))  # after the checkpoint was made
-        torch.manual_seed(k)
         part = Run(**kw, noise_generator=torch.Generator().manual_seed(99) if k else None)
         if k:
             part.noise()  # has a key and a step of its own
         rest = part.load(kept)
-        assert NOISE_STATE not in rest
+        assert NOISE_STATE not in rest and part.optimizer.noise.key is None
+        part.optimizer.noise.load_state_dict(noise)
     part.train(data[4:])
     assert_same_runs(part, whole)
     assert part.optimizer.noise.step == 6
@@ -136,26 +136,27 @@ def test_the_state_is_its_own():
     assert torch.load(buffer, weights_only=True) == state
 
 
-def test_secure_checkpoints_hold_no_key():
-    """Words of the key are nowhere in the file; a resumed run has its step, and noise that is fresh each time."""
-    run = Run(secure=True)
+@pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
+def test_checkpoints_hold_no_key(secure):
+    """Words of the key are nowhere in the file; a resumed run has noise that is fresh each time."""
+    run = Run(secure=secure)
     keys = []
     real = run.optimizer.noise.next
     run.optimizer.noise.next = lambda *args: keys.append(real(*args)) or keys[-1]
     run.train(batches(3))
     kept = run.save()
     assert len(keys) == 3
-    found = list(numbers_in(torch.load(kept, weights_only=False)[NOISE_STATE]))
-    words = {word for noise in keys for word in noise.key}
-    assert len(words) == 24 and not words & set(found)
+    found = list(numbers_in(torch.load(kept, weights_only=True)))
+    words = {word for noise in keys for word in noise.key if word}
+    assert len(words) == (24 if secure else 2) and not words & set(found)
     draws = []
     for _ in range(2):
         kept.seek(0)
-        other = Run(secure=True)
+        other = Run(secure=secure)
         other.load(kept)
         assert same(other.values(), run.values())
         assert other.engine.accountant.history == run.engine.accountant.history
-        assert other.optimizer.noise.step == 3 and other.optimizer.noise.key is None
+        assert other.optimizer.noise.key is None
         draws.append(other.noise())
     draws.append(run.noise())
     for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -165,64 +166,90 @@ def test_secure_checkpoints_hold_no_key():
 def numbers_in(item):
     if isinstance(item, dict):
         item = item.values()
+    if isinstance(item, torch.Tensor):
+        return
     if isinstance(item, int):
         yield item
-    elif isinstance(item, (list, tuple)) or type(item).__name__ == "dict_values":
+    elif isinstance(item, (list, tuple)) or type(item).__name__ in ("dict_values", "odict_values"):
         for part in item:
             yield from numbers_in(part)
 
 
 @pytest.mark.parametrize("to_secure", [True, False])
 def test_a_checkpoint_of_the_other_mode(to_secure):
-    """Everything but the key is taken over: a secure run never uses a kept key, a fast one draws its own."""
+    """Everything is taken over."""
     old = Run(secure=not to_secure).train(batches(2))
     kept, new = old.save(), Run(secure=to_secure)
     new.load(kept)
-    assert new.optimizer.noise.key is None and new.optimizer.noise.step == 2
     assert new.optimizer.noise.secure == to_secure
     assert same(new.values(), old.values())
     assert not any(same(g, h) for g, h in zip(new.noise(), old.noise(), strict=True))
     assert (new.optimizer.noise.state_dict().get("key") is None) == to_secure
 
 
-def test_checkpoints_without_noise_state():
-    """Of Opacus and of this library before it had one: all else comes back, the noise goes on as it is."""
+def test_a_checkpoint_of_an_earlier_version():
+    """It has the noise's key, which is neither used nor given to the caller."""
+    old = Run().train(batches(2))
+    held = torch.load(old.save(), weights_only=True) | {NOISE_STATE: old.optimizer.noise.state_dict()}
+    kept, new = io.BytesIO(), Run()
+    torch.save(held, kept)
+    kept.seek(0)
+    assert NOISE_STATE not in new.load(kept)
+    new.noise()
+    assert new.optimizer.noise.key not in (None, old.optimizer.noise.key)
+
+
+def test_checkpoints_of_opacus():
+    """Of Opacus: all that it has comes back."""
     run = Run().train(batches(2))
     theirs = io.BytesIO()
     opacus.PrivacyEngine.save_checkpoint(run.engine, path=theirs, module=run.wrapped, optimizer=run.optimizer)
     theirs.seek(0)
-    assert NOISE_STATE not in torch.load(theirs, weights_only=False)
-    theirs.seek(0)
     other = Run().train(batches(1))
-    before = other.optimizer.noise.state_dict()
+    before = other.optimizer.noise.key
     other.load(theirs)
     assert same(other.values(), run.values())
-    assert other.optimizer.noise.state_dict() == before
     assert other.engine.accountant.history == run.engine.accountant.history
     other.train(batches(1))
+    assert other.optimizer.noise.key != before
 
 
 def test_checkpoints_without_an_optimizer():
-    """As in Opacus: there is no noise to keep."""
-    run = Run().train(batches(1))
-    buffer = io.BytesIO()
+    """As in Opacus: model and accountant come back, and what is missing is said."""
+    run, other, buffer = Run().train(batches(1)), Run(), io.BytesIO()
     run.engine.save_checkpoint(path=buffer, module=run.wrapped)
     buffer.seek(0)
-    assert NOISE_STATE not in torch.load(buffer, weights_only=False)
+    with pytest.warns(UserWarning, match="optimizer_state_dict has 0 items but optimizer is provided"):
+        other.load(buffer)
+    assert same(other.values(), run.values())
 
 
 def test_going_back_twice_never_repeats_noise():
-    """The second return knows what was used before the first one."""
-    run = Run().train(batches(2))
+    """Neither does an engine beside it that goes on from the same file, whatever generator it was given."""
+    run = Run(noise_generator=torch.Generator().manual_seed(3)).train(batches(2))
     kept = run.save()
     seen = [run.noise()]
-    for _ in range(3):
+    for _ in range(2):
         kept.seek(0)
-        with pytest.warns(UserWarning, match="a new key is drawn"):
+        with pytest.warns(UserWarning, match="steps more than the checkpoint"):
             run.load(kept)
+        seen.append(run.noise())
         kept.seek(0)
+        other = Run(noise_generator=torch.Generator().manual_seed(3))
+        other.load(kept)
+        seen.append(other.noise())
+    for k, one in enumerate(seen):
+        assert not any(same(one, other) for other in seen[:k])
+
+
+def test_a_stream_that_is_brought_back_twice():
+    """Who restores a state answers for the batches, but not in a stream that has gone on from there."""
+    run = Run().train(batches(1))
+    state = run.optimizer.noise.state_dict()
+    seen = [run.noise()]
+    for _ in range(2):
         with pytest.warns(UserWarning, match="a new key is drawn"):
-            run.load(kept)
+            run.optimizer.noise.load_state_dict(state)
         seen.append(run.noise())
     for k, one in enumerate(seen):
         assert not any(same(one, other) for other in seen[:k])

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from dpfast.engine import NOISE_STATE
+from dpfast.checkpoints import ACCOUNTANT, PLAN
 from dpfast.noise import NoiseStream
 from tests.ops.noisy import same
 from tests.privacy.test_noise_checkpoint import Run, batches
@@ -60,19 +60,34 @@ def test_a_good_state_is_taken(secure):
         assert (stream.next(1.0, 1.0, 5, 1.0).key == GOOD["key"]) != secure
 
 
-@pytest.mark.parametrize("bad", ["empty", "a short key", "a negative step"])
+BROKEN = {
+    "no accountant": (ACCOUNTANT, None, "has no privacy_accountant_state_dict"),
+    "another accountant": (ACCOUNTANT, {"mechanism": "prv", "history": []}, "accountant='prv'"),
+    "no history": (ACCOUNTANT, {"mechanism": "rdp"}, "a history and a mechanism"),
+    "steps in words": (ACCOUNTANT, {"mechanism": "rdp", "history": [(1.0, 0.1, "5")]}, "'5'"),
+    "steps taken back": (ACCOUNTANT, {"mechanism": "rdp", "history": [(1.0, 0.1, -5)]}, "-5"),
+    "no noise at all": (ACCOUNTANT, {"mechanism": "rdp", "history": [(float("nan"), 0.1, 5)]}, "nan"),
+    "half an entry": (ACCOUNTANT, {"mechanism": "rdp", "history": [(1.0, 5)]}, "is no"),
+    "no plan": (PLAN, [1], "plan"),
+    "no model": ("module_state_dict", None, "has no module_state_dict"),
+}
+
+
+@pytest.mark.parametrize("bad", BROKEN)
 def test_a_malformed_checkpoint_changes_nothing(bad):
     """Not the model, the optimizer, the accountant nor the noise."""
-    run = Run("adamw").train(batches(1))
-    checkpoint = torch.load(run.save(), weights_only=False)
-    checkpoint[NOISE_STATE] = MALFORMED[bad]
+    name, value, words = BROKEN[bad]
+    checkpoint = torch.load(Run("adamw").train(batches(1)).save(), weights_only=True)
+    checkpoint[name] = value
+    if value is None:
+        del checkpoint[name]
     broken = io.BytesIO()
     torch.save(checkpoint, broken)
     broken.seek(0)
     other = Run("adamw").train(batches(2))
     before = pickle.dumps(other.optimizer.state_dict()), other.values(), copy.deepcopy(other.engine.accountant.history)
     noise = other.optimizer.noise.state_dict()
-    with pytest.raises(ValueError, match="noise state"):
+    with pytest.raises(ValueError, match=words):
         other.load(broken)
     assert other.optimizer.noise.state_dict() == noise
     assert same(other.values(), before[1])

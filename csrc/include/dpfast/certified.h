@@ -12,6 +12,9 @@ namespace dpfast::DPFAST_ISA {
 constexpr double EXACT = 0x1p-900;
 // Larger factors, of functions that have no largest one, could overflow in float32 when a batch size multiplies them.
 constexpr double LARGEST_FACTOR = 0x1p100;
+// As dpfast/reference/rounding.py has them: units of rounding that every squared norm is raised by, and how many times
+// the smallest normal number for each element that may underflow when the clipped sum is made.
+constexpr double SAFETY_UNITS = 12, UNDERFLOW = 0x1p26;
 
 // The next double above (below) a finite x ≥ 0 (x > 0), if `move`.
 DPFAST_FN double up(double x, bool move) { return bits_as<double>(bits_as<uint64_t>(x) + uint64_t(move)); }

@@ -105,6 +105,7 @@ def _run(make: Callable[[int], Data], norm: float, seed: int, epochs: int) -> Ru
         target_delta=DELTA,
         epochs=epochs,
         batch_size=BATCH,
+        noise_generator=torch.Generator().manual_seed(seed),
     )
     logits = trained.logits(data.test)
     before, after = (_judge(z, data, resamples=300) for z in (logits, logits / fit.temperature))

@@ -177,7 +177,7 @@ def train(
     **private: Any,
 ) -> Trained:
     """DP-SGD on Poisson batches with a cross-entropy loss; further arguments go to ``make_private``."""
-    torch.manual_seed(seed)  # batches and noise: the same for two methods with the same seed
+    torch.manual_seed(seed)  # batches, and below noise: the same for two methods with the same seed
     loader = DataLoader(data, batch_size=batch_size)
     engine = PrivacyEngine(accountant="rdp")
     module, optimizer, batches = engine.make_private(
@@ -186,6 +186,7 @@ def train(
         data_loader=loader,
         noise_multiplier=noise_for(epsilon, 1 / len(loader), epochs),
         max_grad_norm=max_grad_norm,
+        noise_generator=torch.Generator().manual_seed(seed),
         **private,
     )
     watched = []

@@ -5,18 +5,18 @@ They hold the noise's key, the seed of the batches and a hash of the data: they 
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpfast.engine import PLAN, PrivacyEngine
+from dpfast.checkpoints import NOISE_STATE, PLAN, read
+from dpfast.engine import PrivacyEngine
 from dpfast.integrations.finetune.config import FinetuneError, option
+from dpfast.noise import check_state
 
 FOLDER = "checkpoints"
 KEEP = 2
@@ -40,39 +40,20 @@ def step_of(path: Path) -> int:
     return int(path.name[5:13])
 
 
-def replacing(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file whole or not at all: under another name, to the disk, then renamed over ``path``."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if hasattr(os, "O_DIRECTORY"):  # the renaming too has to reach the disk
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def save(folder: Path, step: int, suffix: str, engine: PrivacyEngine, module: Any, optimizer: Any, run: Any) -> Path:
     """Save in Opacus' layout, with ``run`` beside; the newest :data:`KEEP` stay.
 
     Where only a part of the model trains, only that part is saved.
     """
     path = folder / name_of(step, suffix)
-    held = {RUN: {**run, "step": step}, PLAN: module.book.planner.state_dict()}
-
-    def write(part: Path) -> None:
-        engine.save_checkpoint(path=part, module=saved_part(module), optimizer=optimizer, checkpoint_dict=held)
-
+    held = {
+        RUN: {**run, "step": step},
+        PLAN: module.book.planner.state_dict(),
+        NOISE_STATE: optimizer.noise.state_dict(),  # batches and dropout are functions of the seed and the step
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replacing(path, write)
+        engine.save_checkpoint(path=path, module=saved_part(module), optimizer=optimizer, checkpoint_dict=held)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         last = newest(folder, suffix)
         kept = f"; {last.name} is whole" if last is not None else ""
@@ -86,8 +67,7 @@ def save(folder: Path, step: int, suffix: str, engine: PrivacyEngine, module: An
 def peek(path: Path) -> dict[str, Any]:
     """Our entry of a checkpoint, without reading weights."""
     try:
-        held = torch.load(path, map_location="meta", weights_only=False)
-        run = held[RUN]
+        run = read(path, map_location="meta")[RUN]
         return {"step": run["step"], "seed": run["seed"], **run}
     except Exception as error:
         raise FinetuneError(
@@ -121,15 +101,17 @@ def load(path: Path, engine: PrivacyEngine, module: Any, optimizer: Any, device:
     Args:
         key: the noise's key that this run's seed gives; None in secure mode.
     """
-    held = torch.load(path, map_location="meta", weights_only=False)
-    if key is not None and tuple(held.get("noise_state_dict", {}).get("key") or ()) != tuple(key):
+    noise = read(path, map_location="meta").get(NOISE_STATE, {})
+    if key is not None and tuple(noise.get("key") or ()) != tuple(key):
         raise FinetuneError(f"{path} has another noise key than its seed gives: start anew, with another --output")
     try:
+        check_state(noise)
         rest = engine.load_checkpoint(
             path=path, module=saved_part(module), optimizer=optimizer, torch_load_kwargs={"map_location": device}
         )
     except (RuntimeError, ValueError, KeyError) as error:
         raise FinetuneError(f"{path} does not fit this run ({str(error).partition(chr(10))[0]}): start anew") from error
+    optimizer.noise.load_state_dict(noise)
     if PLAN in rest:
         module.book.planner.load_state_dict(rest[PLAN])
 
@@ -156,13 +138,3 @@ class TrainedPart:
 def saved_part(module: nn.Module) -> Any:
     """What a checkpoint holds of the model: all of it, or only what trains."""
     return module if all(p.requires_grad for p in module.parameters()) else TrainedPart(module)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the parameters' names, shapes and dtypes, and of the values of those that stay frozen."""
-    found = hashlib.sha256()
-    for name, p in model.named_parameters():
-        found.update(repr((name, tuple(p.shape), str(p.dtype), p.requires_grad)).encode())
-        if not p.requires_grad:
-            found.update(repr(torch.hash_tensor(p.detach()).view(torch.int64).item()).encode())
-    return found.hexdigest()

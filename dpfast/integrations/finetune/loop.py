@@ -15,6 +15,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dpfast.accounting import quietly
 from dpfast.analysis.collation import check_collation
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.finetune import checkpoint, fit, privacy
@@ -25,6 +26,9 @@ from dpfast.integrations.pieces import backward_in_pieces, pieces
 from dpfast.layers.refusals import LayoutError
 from dpfast.losses import causal_lm_loss, sequence_classification_loss
 from dpfast.sampling import PoissonBatches
+
+# In a checkpoint: what the run's sums depend on that no option decides, and whether the key is no longer the seed's.
+REPLAY, RENEWED = "replay", "renewed"
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Job:
                 clipping_fn=config.clipping_fn,
                 noise_generator=None if config.secure else privacy.noise_generator(self.seed),
                 low_precision=config.low_precision if config.pure_bf16 else "nearest",
+                expected_batch_size=self.plan.expected_batch_size,
             )
         except UnsupportedModuleError as error:
             reasons = "; ".join(line for line in str(error).splitlines() if line.strip())
@@ -181,19 +186,35 @@ class Job:
     # ---------------------------------------------------------------- the loop
 
     def resume(self) -> None:
-        """Go on from the checkpoint."""
+        """Go on from the checkpoint: with its noise too, if dropout will be what it would have been."""
         if self.resume_from is None:
             return
-        key = None if self.config.secure else privacy.noise_key(self.seed)
+        held = checkpoint.peek(self.resume_from)
+        known = not (self.config.secure or held.get(RENEWED))
+        key = privacy.noise_key(self.seed) if known else None
         checkpoint.load(self.resume_from, self.engine, self.private, self.optimizer, self.place.device, key)
+        other = held.get(REPLAY) != self.replay()
+        if other:
+            self.optimizer.noise.renew()  # the same noise on other sums would lay their difference bare
+        self.state[RENEWED] = other or bool(held.get(RENEWED))
         self.batches.step = self.step
+
+    def replay(self) -> dict[str, Any]:
+        """What else dropout depends on, beside seed, step and rank."""
+        return {
+            "physical_batch_size": self.size,
+            "ranks": self.place.world_size,
+            "device": self.place.device.type,
+            "compile": self.config.compile,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
+            "torch": str(torch.__version__),
+        }
 
     def epsilon(self) -> float:
         """Spent so far."""
         if self.plan.noise_multiplier == 0:
             return math.inf
-        with privacy.quiet_accounting():
-            return float(self.engine.get_epsilon(self.plan.delta))
+        return quietly(self.engine.get_epsilon, self.plan.delta)
 
     def train(self) -> None:
         """All steps that are left, with a progress bar, logs, checkpoints and evaluations on rank 0."""
@@ -242,7 +263,7 @@ class Job:
     def save(self) -> None:
         """A checkpoint, before anything of this step is shown: what is shown is never taken back and done anew."""
         if self.place.rank == 0 or self.config.fsdp:
-            run = {**self.state, "physical_batch_size": self.size}
+            run = {**self.state, "physical_batch_size": self.size, REPLAY: self.replay()}
             checkpoint.save(self.folder, self.step, self.suffix, self.engine, self.private, self.optimizer, run)
 
     @torch.no_grad()

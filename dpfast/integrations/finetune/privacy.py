@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import secrets
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from opacus.accountants import create_accountant
-from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier
 
+from dpfast.accounting import noise_multiplier_for
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.noise import NoiseStream
 from dpfast.sampling import twister
 
 # What a seed is used for: independent streams of one seed.
 BATCHES, NOISE, WEIGHTS, HELD_OUT, DROPOUT = range(5)
-TOLERANCE = 0.01  # of epsilon, when the noise is searched for
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run spends: its steps, and the noise of each."""
+    """What a run spends: its steps, and the noise of each.
+
+    Attributes:
+        expected_batch_size: what the noisy sum is divided by; as it was asked for, whatever the number of samples.
+    """
 
     samples: int
     steps_per_epoch: int
     steps: int
     noise_multiplier: float
     delta: float
-
-    @property
-    def expected_batch_size(self) -> int:
-        """What the noisy sum is divided by."""
-        return self.samples // self.steps_per_epoch
+    expected_batch_size: int
 
 
 def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None = None) -> Plan:
@@ -56,39 +51,16 @@ def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None
         noise_multiplier = config.noise_multiplier
     if noise_multiplier is None:
         noise_multiplier = _noise_for(config.target_epsilon or 8.0, delta, 1 / per_epoch, steps, config.accountant)
-    return Plan(samples, per_epoch, steps, noise_multiplier, delta)
+    return Plan(samples, per_epoch, steps, noise_multiplier, delta, config.batch_size)
 
 
 def _noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str) -> float:
-    def spent(noise_multiplier: float) -> float:
-        counter = create_accountant(mechanism=accountant)
-        counter.history = [(noise_multiplier, sample_rate, steps)]
-        return float(counter.get_epsilon(delta=delta))
-
-    with quiet_accounting():
-        least = spent(MAX_SIGMA)  # asked first: the search takes long to find out that there is nothing
-        if epsilon <= least:
-            raise FinetuneError(
-                f"--target-epsilon {epsilon:g} cannot be met over {steps} steps: the {accountant} accountant sees no "
-                f"less than {least:.2g}; give {2 * least:.1g} or more"
-            )
-        return get_noise_multiplier(
-            target_epsilon=epsilon,
-            target_delta=delta,
-            sample_rate=sample_rate,
-            steps=steps,
-            accountant=accountant,
-            epsilon_tolerance=min(TOLERANCE, (epsilon - least) / 10),
+    try:
+        return noise_multiplier_for(
+            target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
         )
-
-
-@contextmanager
-def quiet_accounting() -> Iterator[None]:
-    """Without the accountants' warnings about grids of theirs that nobody can set here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha")
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="opacus")
-        yield
+    except ValueError as error:
+        raise FinetuneError(f"--target-epsilon {epsilon:g}: {error}") from error
 
 
 def draw_seed() -> int:
@@ -107,7 +79,7 @@ def number(seed: int, *purpose: int, bits: int = 128) -> int:
 
 
 def noise_generator(seed: int) -> torch.Generator:
-    """The generator that the noise's key is drawn from; all bits of the seed count (``manual_seed`` takes 32)."""
+    """The generator that the noise's key is made of; all 128 bits of the seed count."""
     return twister(words(seed, NOISE, count=624))
 
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from dpfast.integrations.finetune import checkpoint, model, privacy, result
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import Collate, Rows, Samples, class_names, read_rows, tokenised
-from dpfast.integrations.finetune.loop import Job
+from dpfast.integrations.finetune.loop import RENEWED, Job
 from dpfast.integrations.finetune.processes import Place, take_place
+from dpfast.integrations.replayed import fingerprint
 from dpfast.ranks import RankLostError
 
 # Of these the model that comes out depends: a resumed run must have the same.
@@ -30,7 +31,8 @@ def finetune(config: FinetuneConfig) -> result.FinetuneResult:
     Guarantee: (ε, δ) under adding or removing one row of the training data, as :mod:`dpfast` gives it: a row is a
     sample (never several rows in one, nor one in several), its loss is its own, batches are Poisson samples, and every
     step is accounted before its noisy gradient is used. A resumed run is bit-equal to one that was not interrupted
-    (but for the noise of ``secure``).
+    (but for the noise of ``secure``); with another physical batch size, number of ranks, device or torch, under which
+    dropout is another one, its noise takes a new key.
 
     Example:
         >>> from dpfast.integrations.finetune import FinetuneConfig, finetune
@@ -90,7 +92,7 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
         "version": 1,
         "seed": seed,
         "settings": settings,
-        "model": checkpoint.fingerprint(net),
+        "model": fingerprint(net),
         "data": data.digest(),
         "noise_multiplier": plan.noise_multiplier,
     }
@@ -178,6 +180,8 @@ def _announce(say: Any, job: Job, made: bool) -> None:
     say(f"privacy   noise multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps, delta {plan.delta:g}")
     if job.step:
         say(f"resumed   after step {job.step}")
+        if job.state[RENEWED]:
+            say("          with a new noise key, as the batches are run otherwise than before")
     if plan.noise_multiplier == 0:
         say("NOT PRIVATE: the noise multiplier is 0")
 

@@ -1,0 +1,80 @@
+"""Gradients of 16 bits on their way from the loss to the parameters, which a mean over the batch does not survive.
+
+A mean divides every backprop by B. In float32 multiplying by B takes that back, to some units of the last digit; a
+backprop of 16 bits has been rounded by up to 2⁻⁹ (bfloat16) or 2⁻¹² (float16) in between, each B another way. So one
+sample more or less turns the clipped gradients of all others a little: by B of such errors together, 9 times the norm
+they are clipped to for 4096 samples alike. Scaling by B before the rounding would not do: the quotient has been rounded
+in float32, and the product may fall to the other side of a 16-bit number's limit. A sum has no divisor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfast.layers.recorder import Recorder
+from dpfast.trees import tensors
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Watch:
+    """A forward hook of the whole model: the recorder is told if a backward goes through 16 bits anywhere.
+
+    Layers tell of their own backprops; between them, and where those with parameters compute in float32 (adapters of a
+    frozen 16-bit model, float32 heads), this looks at the graph: only down to the first 16-bit operators, and, where
+    nothing has 16 bits at all, once. What the loss does to the model's output is not seen.
+    """
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+        self.looked = False
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.recorder.narrowed = None
+        if not (self.recorder.loss_is_mean and torch.is_grad_enabled()):
+            return
+        given = [x for x in tensors(output) if x.requires_grad]
+        if given and (not self.looked or self._possible(given)):
+            self.looked = True
+            self._mark(given)
+
+    def _possible(self, outputs: list[torch.Tensor]) -> bool:
+        held = (*self.recorder.names, *outputs)
+        return torch.is_autocast_enabled(outputs[0].device.type) or any([x.dtype in NARROW for x in held])
+
+    def _mark(self, outputs: list[torch.Tensor]) -> None:
+        nodes: list[Any] = [x.grad_fn for x in outputs]
+        seen = set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            narrow = next((meta.dtype for meta in node._input_metadata if meta.dtype in NARROW), None)
+            if narrow is None:
+                nodes += [below for below, _ in node.next_functions]
+            else:
+                node.register_prehook(partial(_tell, self.recorder, f"{node.name()} of the model", narrow))
+
+
+def _tell(recorder: Recorder, where: str, dtype: torch.dtype, gradients: Any) -> None:
+    if any(gradient is not None for gradient in gradients):
+        recorder.narrowed = recorder.narrowed or (where, dtype)
+
+
+def refusal(where: str, dtype: torch.dtype, batch: int) -> str:
+    """Why, and what to do instead."""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"loss_reduction='mean' with gradients of {name} (at {where}): the mean has divided them by {batch}, which in "
+        f"16 bits rounds every sample's gradient, differently for each batch size, so that one sample would move the "
+        f"clipped sum by more than max_grad_norm. Give make_private loss_reduction='sum', let the loss add up the "
+        f"samples (reduction='sum') and divide the learning rate by the batch size; or pass criterion= to make_private "
+        f"and call the one that it returns, which needs no divisor and keeps the mean"
+    )

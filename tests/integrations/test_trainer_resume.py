@@ -1,0 +1,212 @@
+"""A resumed run of ``DPTrainer`` is the same to the bit, or its noise has another key: never the same on other sums."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+pytest.importorskip("transformers")
+
+from dpfast.integrations.replayed import Replayed, Rows, digest_of, seeded, whole
+from dpfast.integrations.trainer import PRIVACY_NAME, DPTrainer
+from tests.integrations.test_trainer import DROPOUT, collate, gpt2, lora, texts, trainer_of, weights
+
+PRIVACY = {"noise_multiplier": 1.0, "seed": None}
+RUN = dict(max_steps=2, save_strategy="steps", save_steps=1, optim="adamw_torch", privacy=PRIVACY)
+
+
+class Transformed(Dataset):
+    """Samples in which tokens change at random, by each of the generators that people use."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, k):
+        ids = self.samples[k]["input_ids"].clone()
+        ids[torch.randint(len(ids), ())] = 1 + random.randrange(20)
+        ids[np.random.randint(len(ids))] = 3
+        return {"input_ids": ids}
+
+
+def masked(samples):
+    """A collator that draws too."""
+    batch = collate(samples)
+    batch["labels"] = batch["labels"].masked_fill(torch.rand(batch["labels"].shape) < 0.2, -100)
+    return batch
+
+
+def trained(folder, model=None, resume=False, **kw):
+    """Two steps, or the second of them."""
+    trainer = trainer_of(folder, gpt2(**DROPOUT) if model is None else model, **(RUN | kw))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resume else None)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """The folder of a run, and its key."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, trained(folder).optimizer.noise.key
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_transforms_are_drawn_again(tmp_path, workers):
+    """In the main process or in a worker; also where the file with the generators' states is lost."""
+    kw = dict(data=Transformed(texts(16)), data_collator=masked, dataloader_num_workers=workers)
+    first = trained(tmp_path, **kw)
+    (tmp_path / "checkpoint-1" / "rng_state.pth").unlink()
+    torch.manual_seed(77)
+    random.seed(77)
+    again = trained(tmp_path, resume=True, **kw)
+    assert again.optimizer.noise.key == first.optimizer.noise.key
+    assert again.optimizer.noise.step == first.optimizer.noise.step == 2
+    a, b = weights(first.model), weights(again.model)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Opaque(Dataset):
+    """Samples that nothing is known of."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, k):
+        return {"input_ids": texts(16)[k]["input_ids"], "what": object()}
+
+
+def other_collate(samples):
+    return collate(samples)
+
+
+def other_loss(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.flatten(1).square().mean(1)
+
+
+CHANGES = {
+    "a sample": (dict(data=[{"input_ids": torch.tensor([5, 6, 7])}, *texts(16)[1:]]), "train_dataset"),
+    "a token": (dict(data=[{"input_ids": x["input_ids"].clamp(max=21)} for x in texts(16)]), "train_dataset"),
+    "the order": (dict(data=texts(16)[::-1]), "train_dataset"),
+    "the collator": (dict(data_collator=other_collate), "data_collator"),
+    "the loss": (dict(compute_loss_func=other_loss), "compute_loss_func"),
+    "the device": (dict(), "device"),
+    "the ranks": (dict(), "world_size"),
+    "dropout": (dict(model=lambda: gpt2(**{**DROPOUT, "resid_pdrop": 0.1})), "model"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_with_other_sums_has_other_noise(before, change, monkeypatch):
+    """Every change that another sum may come of."""
+    if not CHANGES[change][0]:  # a machine that is not here
+        whole, name = DPTrainer._settings, CHANGES[change][1]
+        monkeypatch.setattr(DPTrainer, "_settings", lambda self: {**whole(self), name: "'another'"})
+    (folder, key), (changed, name) = before, CHANGES[change]
+    model = changed["model"]() if "model" in changed else None
+    with pytest.warns(UserWarning, match=f"{name}.*changed; the noise takes a new key"):
+        again = trained(folder, model, True, save_strategy="no", **{k: v for k, v in changed.items() if k != "model"})
+    assert again.steps_accounted() == 2
+    assert again.optimizer.noise.key not in (None, key)
+
+
+def test_without_a_change_it_has_the_same(before):
+    folder, key = before
+    again = trained(folder, resume=True, save_strategy="no")
+    assert again.optimizer.noise.key == key
+    assert {"device", "world_size", "torch", "torch_compile", "model", "parameters"} <= set(again._settings())
+
+
+def test_a_seed_does_not_bring_the_key_back_either(tmp_path):
+    """Other data under the same seed of experiments."""
+    kw = dict(privacy={**PRIVACY, "seed": 3})
+    first = trained(tmp_path, **kw)
+    with pytest.warns(UserWarning, match="train_dataset changed"):
+        again = trained(tmp_path, resume=True, data=texts(16, seed=2), **kw)
+    assert again.optimizer.noise.key != first.optimizer.noise.key
+
+
+def test_other_frozen_weights(tmp_path):
+    """Adapters alone are in the checkpoint, and the gradient depends on what they stand on."""
+    first, model = trained(tmp_path, lora()), lora()
+    with torch.no_grad():
+        next(p for p in model.parameters() if not p.requires_grad).mul_(2)
+    with pytest.warns(UserWarning, match="parameters changed; the noise takes a new key"):
+        again = trained(tmp_path, model, resume=True)
+    assert again.optimizer.noise.key != first.optimizer.noise.key
+
+
+class Own(Transformed):
+    """Draws from a generator of its own, which nobody can seed."""
+
+    def __getitem__(self, k):
+        ids = self.samples[k]["input_ids"].clone()
+        ids[0] = 1 + np.random.default_rng().integers(20)
+        return {"input_ids": ids}
+
+
+def own_collate(samples, generator=np.random.default_rng(1)):  # noqa: B008
+    batch = collate(samples)
+    kept = torch.from_numpy(generator.random(batch["labels"].shape)) < 0.8
+    return batch | {"labels": batch["labels"].where(kept, -100)}
+
+
+UNTOLD = {
+    "opaque": lambda: dict(data=Opaque()),
+    "own generator": lambda: dict(data=Own(texts(16))),
+    "own collator": lambda: dict(data_collator=own_collate),
+}
+
+
+@pytest.mark.parametrize("kind", UNTOLD)
+def test_data_that_cannot_be_told_from_others(tmp_path, kind):
+    first = trained(tmp_path, **UNTOLD[kind]())
+    with pytest.warns(UserWarning, match="train_dataset changed; the noise takes a new key"):
+        again = trained(tmp_path, resume=True, **UNTOLD[kind]())
+    assert again.optimizer.noise.key != first.optimizer.noise.key
+
+
+def test_what_is_secret_is_its_owners(before):
+    assert (before[0] / "checkpoint-1" / PRIVACY_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_what_tells_data_apart():
+    numbers = [{"x": torch.ones(2), "y": 1}, {"x": torch.zeros(2), "y": 2}]
+    assert digest_of(numbers) == digest_of(tuple(numbers)) is not None
+    assert digest_of(Transformed(texts(3))) == digest_of(Transformed(texts(3))) != digest_of(Transformed(texts(4)))
+    others = [
+        [{"x": torch.ones(2), "y": 2}, numbers[1]],
+        [{"x": torch.ones(2, dtype=torch.float64), "y": 1}, numbers[1]],
+        [{"x": torch.ones(1, 2), "y": 1}, numbers[1]],
+        [{"z": torch.ones(2), "y": 1}, numbers[1]],
+        [{"x": np.ones(2), "y": 1}, numbers[1]],
+        [{"x": [1.0, 1.0], "y": 1}, numbers[1]],
+        [{"x": "1", "y": 1}, numbers[1]],
+        [{"x": torch.ones(2, dtype=torch.bfloat16), "y": None}, numbers[1]],
+        numbers[:1],
+    ]
+    assert len({digest_of(data) for data in [numbers, *others]}) == 10
+    assert digest_of([object()]) is None and digest_of(torch.utils.data.Subset(Opaque(), [1, 2])) is None
+    large = type("Large", (Dataset,), {"__len__": lambda self: 1 << 20, "__getitem__": lambda self, k: k})
+    assert digest_of(large()) is None
+
+
+def test_batches_are_a_function_of_seed_step_and_rank():
+    """And the generators are as they were."""
+    made = {
+        place: Replayed(Transformed(texts(8)), collate, place[0], place[1]).__getitems__(Rows([1, 2], place[2]))
+        for place in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))
+    }
+    assert len({str(batch["input_ids"].tolist()) for batch in made.values()}) == 4
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    again = Replayed(Transformed(texts(8)), collate, 1, 0).__getitems__(Rows([1, 2], 0))
+    assert torch.equal(again["input_ids"], made[1, 0, 0]["input_ids"])
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+    with pytest.raises(KeyError), seeded(1):
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert whole(again) is again
