@@ -62,6 +62,7 @@ class ModelForward(Forward):
         self._kinds: set[Any] = set()  # of inputs that were checked
         self._untested: set[int] = set()  # inputs that were the same for all samples whenever there was a check
         self._agreed = False  # the ranks of a sharded model have made the first check
+        self._state_seen = False  # what a forward of one sample leaves in the model was looked at
         self._schedule = Schedule()
         self.public_state: tuple[str, ...] = ()
         self.verdict: Verdict | None = None  # of the last check
@@ -175,6 +176,11 @@ class ModelForward(Forward):
         recorder = self.recorder
         recorder.new_layouts = set()
         self._forget_what_no_longer_holds(args, kwargs)
+        if recorder.batch_size == 1 and recorder.verifies and not self._state_seen:
+            self._state_seen = True
+            with self._uncompiled():
+                if left := self._check(args, kwargs).state():
+                    raise LayoutError(left)
         picks = False
         try:
             why = ""

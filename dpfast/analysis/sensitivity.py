@@ -16,7 +16,7 @@ from dpfast.clipping import Clipping, check_threshold
 from dpfast.criterion import PerSampleCriterion, PerSampleLoss
 from dpfast.explain import call, pristine_copy
 from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.refusals import LayoutError
+from dpfast.layers.refusals import LayoutError, listed
 from dpfast.model_forward import normalises_over_batch
 from dpfast.separation import Draws, Followed, observed, own_random_numbers
 from dpfast.trees import map_tensors, tensors
@@ -224,7 +224,8 @@ class _Runner:
             self.proof += f"\nmodel and loss: not followed ({error})"
             return
         self.met = follow.why()
-        gaps = f"no proof beyond {', '.join(sorted(follow.lost))}" if follow.lost else "proved to keep samples apart"
+        lost = {*follow.lost, *(f"a value that Python reads in {read.module}" for read in follow.reads)}
+        gaps = f"no proof beyond {listed(sorted(lost))}" if lost else "proved to keep samples apart"
         self.proof += f"\nmodel and loss: {self.met or gaps}"
 
     def _run(self, batch: Any, seed: int, draws: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,12 @@ class Check:
                 verdict.mixed = self._replaced_forward(follow, outputs)
         return verdict
 
+    def state(self) -> str:
+        """Why a forward may not leave what it leaves in the model, at any size of the batch."""
+        with torch.random.fork_rng():
+            why = self._forward()[0].why()
+        return why if isinstance(why, Left) else ""
+
     def _settle(self, follow: Followed, verdict: Verdict, outputs: list[Tensor] | None = None) -> None:
         """What the proof says; with what a forward finds that an earlier one has left, and with what Python decides."""
         verdict.mixed = follow.why()
@@ -183,9 +189,9 @@ class Check:
 
     def _try_samples(self, reads: list[Any], outputs: list[Tensor], verdict: Verdict) -> None:
         """Python must not decide for one sample by the values of others."""
-        shown = listed(sorted({f"a value that Python reads of the samples in {read.module}" for read in reads}))
+        gaps = sorted({f"a value that Python reads of the samples in {read.module}" for read in reads})
         if any(not read.answered for read in reads):
-            verdict.gaps.append(shown)
+            verdict.gaps += gaps
             return
         for high in (False, True):
             try:
@@ -193,13 +199,13 @@ class Check:
             except Exception:  # whatever the model says to it
                 if all(read.kind is bool for read in reads):
                     continue  # it asks whether to raise
-                verdict.gaps.append(shown)
+                verdict.gaps += gaps
                 return
             if same(outputs, other):
                 continue
             mine = all(isinstance(read.label, Rows) and read.label.dim is None for read in reads)
             if mine or any(read.kind is int for read in reads):
-                verdict.gaps.append(shown)  # its own sample's, or sizes: told by replacing others
+                verdict.gaps += gaps  # its own sample's, or sizes: told by replacing others
             else:
                 verdict.mixed = (
                     f"gradients of several samples meet in what the model returns: Python decides by "

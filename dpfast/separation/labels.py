@@ -124,6 +124,8 @@ class Labels:
         """``size`` rows along ``dim``, those of a sample beside each other, the samples in order; None if it cannot."""
         if size == 0 or size % self.batch:
             return None
+        if self.batch == 1:
+            return Rows(None, self.owners([0]))
         if size not in self._in_order:
             self._in_order[size] = self.owners(np.repeat(np.arange(self.batch), size // self.batch))
         return Rows(dim, self._in_order[size])

@@ -93,6 +93,14 @@ def test_refused_by_name(keep, name, cls):
     assert all(torch.equal(v, before[k]) for k, v in private.model.state_dict().items())
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["max_physical_batch_size=1", "a batch of one"])
+@pytest.mark.parametrize(("keep", "name"), [(queue, "queue"), (ema, "ema"), (initialised_from_data, "b.bias")])
+def test_refused_at_a_physical_batch_of_one_too(keep, name, alone):
+    private = Private(Keeping(keep).double(), TIGHT, **({"max_physical_batch_size": 1} if alone else {}))
+    with pytest.raises(RuntimeError, match=rf"{name}\b.*released without noise"):
+        private.backward((torch.randn(1, D, dtype=F64),), torch.randn(1, D, dtype=F64), mse)
+
+
 @pytest.mark.parametrize(("keep", "name"), [(queue, "queue"), (ema, "ema"), (counted, "steps")])
 def test_declared_public(keep, name):
     private = Private(Keeping(keep).double(), TIGHT, public_state=[name])
