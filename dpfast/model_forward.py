@@ -23,7 +23,7 @@ from dpfast.layers.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsErr
 from dpfast.layers.rows import PickedRows
 from dpfast.layers.shift import Shift, inside_checkpoint
 from dpfast.layers.tap import batch_token
-from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, try_backward, unvarying, without_autocast
+from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, unvarying, without_autocast
 from dpfast.separation.schedule import Schedule
 from dpfast.separation.texts import Left
 from dpfast.trees import map_tensors, packed_sequences, tensors
@@ -368,7 +368,7 @@ class ModelForward(Forward):
             )
         try:
             with self._uncompiled():
-                try_backward(self._run, args, kwargs, recorder, self.batch_dim, self.module)
+                self.verdict = self._check(args, kwargs).by_sample()
         except BypassError as error:
             self.runs_by_sample = False
             if not lend(self.module, self.inner, self.by_sample, error.parameters):

@@ -6,7 +6,7 @@ tensors; ``trial`` tries an operator that has no rule; ``followed`` asks the pro
 ``passes`` and ``state`` keep all of that from leaving a trace, and ``schedule`` says when it is repeated.
 """
 
-from dpfast.separation.check import Check, Verdict, try_backward
+from dpfast.separation.check import Check, Verdict
 from dpfast.separation.draws import Draws
 from dpfast.separation.followed import Followed
 from dpfast.separation.inputs import kind, noisy, unvarying
@@ -25,7 +25,6 @@ __all__ = [
     "observed",
     "own_random_numbers",
     "same",
-    "try_backward",
     "unvarying",
     "without_autocast",
 ]

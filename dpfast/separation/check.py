@@ -48,6 +48,7 @@ class Verdict:
     tried: list[str] = field(default_factory=list)
     untried: list[str] = field(default_factory=list)
     picks: bool = False  # layers get rows that the samples' values pick
+    by_sample: bool = False  # each sample runs by itself, under vmap
 
     @property
     def proved(self) -> bool:
@@ -58,7 +59,9 @@ class Verdict:
         if self.mixed:
             return f"samples are not kept apart: {self.mixed}"
         lines = ["samples are kept apart: proved from the operators that ran"]
-        if self.gaps:
+        if self.by_sample:
+            lines = ["samples are kept apart: each runs by itself, under torch.func.vmap"]
+        elif self.gaps:
             lines = [
                 f"samples are kept apart as far as replacing them shows; no proof beyond {listed(sorted(self.gaps))}"
             ]
@@ -136,6 +139,12 @@ class Check:
             if verdict.gaps and not verdict.mixed:
                 verdict.mixed = self._replaced_forward(follow, outputs)
         return verdict
+
+    def by_sample(self) -> Verdict:
+        """Of a model that runs one sample at a time: a forward and backward, which raises what a real one would."""
+        follow = Followed(self.recorder, self.module, self.batch_dim, public=self.public)
+        self.experiment.sketches(self.inputs, self.seed, follow=follow)
+        return Verdict(gaps=sorted({*follow.lost, *follow.met}), tried=sorted(follow.tried), by_sample=True)
 
     def state(self) -> str:
         """Why a forward may not leave what it leaves in the model, at any size of the batch."""
@@ -228,13 +237,6 @@ class Check:
                 if not same(mine[:1], mine[1:]):
                     return "what the model returns for some samples depends on others"
         return ""
-
-
-def try_backward(
-    run: Callable[..., Any], args: Any, kwargs: Any, recorder: Recorder, batch_dim: int, module: Any
-) -> None:
-    """A forward and backward that leave no trace: raises what a real one would."""
-    Experiment(run, (args, kwargs), recorder, batch_dim, module).sketches((args, kwargs), 0)
 
 
 def _off_zero(recorder: Recorder) -> Shift:

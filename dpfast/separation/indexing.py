@@ -203,6 +203,7 @@ def scatter(op: Op) -> Label:
 
 @rule("nonzero argwhere")
 def nonzero(op: Op) -> Label:
+    assert op.out[0] is not None
     return of_coordinates(op.labels, op["self"], op.out[0])
 
 
@@ -234,6 +235,7 @@ def pack(op: Op) -> list[Label]:
     label, first = op["input"], 0 if op.a["batch_first"] else 1
     if not isinstance(label, Rows) or label.dim != first:
         return [together(op, [label, op.lost()]), None]
+    assert op.out[1] is not None
     sizes = array(op.out[1]).tolist()
     return [op.labels.rows(0, np.concatenate([label.owners.each[:size] for size in sizes]), by_data=True), None]
 

@@ -109,8 +109,8 @@ class Proof(TorchDispatchMode):
             return self._read(op, out)
         given = op.given()
         theirs = {x.untyped_storage()._cdata for x in given}
-        outputs = [out] if isinstance(out, Tensor) else [x for x in _flat(out) if isinstance(x, Tensor)]
-        made = [x for x in outputs if x.untyped_storage()._cdata not in theirs]
+        outputs = [x if isinstance(x, Tensor) else None for x in _flat(out)]
+        made = [x for x in outputs if x is not None and x.untyped_storage()._cdata not in theirs]
         written = [op.a[name] for name in plan.written if op.a.get(name) is not None]
         if not made and not written:
             return out  # views
@@ -126,7 +126,9 @@ class Proof(TorchDispatchMode):
         found = label if isinstance(label, list) else [label] * max(len(op.out), len(made), len(written))
         targets = outputs if made else written
         for x, its in zip(targets, found, strict=False):
-            for each in [x] if isinstance(x, Tensor) else x:
+            for each in [x] if x is None or isinstance(x, Tensor) else x:
+                if each is None:
+                    continue
                 if each.untyped_storage()._cdata in self.unlabelled:
                     continue
                 if each.untyped_storage()._cdata in theirs:

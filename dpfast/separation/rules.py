@@ -29,7 +29,7 @@ class Op:
                 self.a[argument.name] = args[k]
             else:
                 self.a[argument.name] = kwargs.get(argument.name, argument.default_value)
-        self.out: list[Tensor] = []
+        self.out: list[Tensor | None] = []  # as the operator returns them; None where one was not asked for
 
     def __getitem__(self, name: str) -> Label:
         """The label of a tensor argument."""
@@ -120,7 +120,7 @@ LINEAR = {"add", "sub", "rsub", "neg", "clone", "_to_copy", "copy", "lift_fresh_
 
 def pointwise(op: Op) -> Label:
     given = op.given()
-    ndim = op.out[0].dim() if op.out else max((x.dim() for x in given), default=0)
+    ndim = op.out[0].dim() if op.out and op.out[0] is not None else max((x.dim() for x in given), default=0)
     found = [broadcast(op, x, ndim) for x in given]
     name = op.name.removesuffix("_")
     linear = name in LINEAR
@@ -305,7 +305,7 @@ def each_first(op: Op) -> list[Label]:
     label = first(op)
     if not isinstance(label, Rows) or label.dim is None:
         return [label for _ in op.out]
-    return [label if x.dim() and x.shape[0] == len(label.owners) else None for x in op.out]
+    return [label if x is not None and x.dim() and x.shape[0] == len(label.owners) else None for x in op.out]
 
 
 rule(
@@ -328,14 +328,35 @@ rule(
 
 @rule("convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution")
 def convolution(op: Op) -> Label:
-    return together(op, [first(op, ("input", "self")), op["weight"], op["bias"]])
+    x = "input" if "input" in op.a else "self"
+    label = op[x]
+    if isinstance(label, Rows) and label.dim == 1:
+        label = _of_groups(op, label)
+    else:
+        label = first(op, (x,))
+    return together(op, [label, op["weight"], op["bias"]])
+
+
+def _of_groups(op: Op, label: Rows) -> Label:
+    """Samples side by side in the channels, as vmap has them: apart if no group has channels of two."""
+    groups, channels = op.a["groups"], op.a["weight"].shape[0]
+    each = label.owners.each.reshape(groups, -1)
+    if (each != each[:, :1]).any():
+        return op.met()
+    return op.labels.rows(1, each[:, 0].repeat(channels // groups), label.by_data)
 
 
 @rule("convolution_backward")
 def convolution_backward(op: Op) -> list[Label]:
+    """Of the input, the weight and the bias."""
+    grad, x = op["grad_output"], op["input"]
+    if isinstance(grad, Rows) and isinstance(x, Rows) and grad.dim == x.dim == 1:
+        label = together(op, [grad, _of_groups(op, x), op["weight"]])
+        weights = replace(label, dim=0) if isinstance(label, Rows) else label
+        return [x if isinstance(label, Rows) else label, weights, weights]
     label = together(op, [first(op, ("grad_output", "input")), op["weight"]])
     over = op.met(summed=True) if isinstance(label, Rows) else label
-    return [label, over, over][: len(op.out)] if op.a["output_mask"][0] else [over for _ in op.out]
+    return [label, over, over]
 
 
 @rule("native_layer_norm _fused_rms_norm native_layer_norm_backward _fused_rms_norm_backward")
@@ -346,7 +367,7 @@ def layer_norm(op: Op) -> list[Label]:
         label = op.met()
     over = op.met(summed=True) if isinstance(label, Rows) else label
     weights = "output_mask" in op.a
-    return [over if weights and out.shape != x.shape else label for out in op.out]
+    return [over if weights and out is not None and out.shape != x.shape else label for out in op.out]
 
 
 @rule("native_group_norm native_group_norm_backward")
@@ -371,7 +392,7 @@ def batch_norm(op: Op) -> list[Label]:
     if isinstance(label, Rows) and label.dim != 1 and label.dim is not None:
         channels = op.met()
         label = op.met() if trained else label
-    return [label if out.dim() == x.dim() else channels for out in op.out]
+    return [label if out is not None and out.dim() == x.dim() else channels for out in op.out]
 
 
 @rule("embedding")
@@ -409,7 +430,7 @@ def attention(op: Op) -> list[Label]:
     if any(isinstance(label, Rows) and label.dim not in (0, 1, None) for label in found):
         return [op.met() for _ in op.out]
     label = together(op, found)
-    return [label if x.dim() >= 3 else None for x in op.out]
+    return [label if x is not None and x.dim() >= 3 else None for x in op.out]
 
 
 @rule("cat stack")

@@ -30,6 +30,7 @@ BY_SAMPLE = {"t5", "mixtral"}  # under vmap: a bias that all samples share, and 
 def test_every_architecture(name):
     private = assert_private(model(name), batch(name))
     assert private.wrapped.runs_by_sample == (name in BY_SAMPLE)
+    assert private.wrapped.separation.proved
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "bert, masked", "bart", "opt"])
@@ -56,7 +57,8 @@ def test_padding_and_position_ids(name, pad):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_attention_kernels(name, attention):
-    assert_private(model(name, attn_implementation=attention), batch(name))
+    private = assert_private(model(name, attn_implementation=attention), batch(name))
+    assert private.wrapped.separation.proved
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
