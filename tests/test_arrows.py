@@ -1,6 +1,6 @@
 """Dependencies point one way, and nothing native or heavy is loaded at import.
 
-    integrations, engine → grad_sample, optim → bookkeeping → layers → ops, planner → reference
+    integrations, engine → grad_sample, optim → bookkeeping → separation → layers → ops, planner → reference
 
 ``reference`` imports torch alone. A module without a place in the chain may be used by any, but no arrow may run
 back through it.
@@ -21,6 +21,7 @@ LEVELS = [
     {"reference", "native"},
     {"ops", "planner"},
     {"layers"},
+    {"separation"},
     {"bookkeeping"},
     {"grad_sample", "optim"},
     {"engine", "integrations"},

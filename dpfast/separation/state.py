@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,11 +33,10 @@ class Kept(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for k, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[k] if k < len(args) else kwargs.get(argument.name)
-                for x in given if isinstance(given, (list, tuple)) else [given]:
-                    self._keep(x)
+        for k, name in _written(func):
+            given = args[k] if k < len(args) else kwargs.get(name)
+            for x in given if isinstance(given, (list, tuple)) else [given]:
+                self._keep(x)
         return func(*args, **kwargs)
 
     def _keep(self, x: Any) -> None:
@@ -72,6 +72,13 @@ class Kept(TorchDispatchMode):
             if not torch.equal(x, copy):  # a copy would invalidate what a graph has saved of it
                 x.copy_(copy)
         self._copies = {}
+
+
+@cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Which of an operator's arguments it writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return [(k, x.name) for k, x in arguments if x.alias_info is not None and x.alias_info.is_write]
 
 
 def _storage(x: Tensor) -> int:
