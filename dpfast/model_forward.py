@@ -176,7 +176,7 @@ class ModelForward(Forward):
         recorder = self.recorder
         recorder.new_layouts = set()
         self._forget_what_no_longer_holds(args, kwargs)
-        if recorder.batch_size == 1 and recorder.verifies and not self._state_seen:
+        if recorder.batch_size == 1 and recorder.verifies and not self._state_seen and not passes.transforms():
             self._state_seen = True
             with self._uncompiled():
                 if left := self._check(args, kwargs).state():

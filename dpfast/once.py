@@ -56,6 +56,8 @@ class ForwardPass:
         self.given: list[Given] = []
         self.dims: list[int] = []
         for x in tensors((args, kwargs)):
+            while torch._C._functorch.is_functorch_wrapped_tensor(x):  # torch.func.grad around the model
+                x = torch._C._functorch.get_unwrapped(x)
             dim = batch_dim if x.dim() > max(batch_dim, 1) else 0
             plain = type(x) in (Tensor, Parameter) and x.layout == torch.strided and not x.is_inference()
             if plain and batch and x.dim() and x.shape[dim] == batch and x.numel() and (x.stride(dim) or batch == 1):

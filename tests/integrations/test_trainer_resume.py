@@ -84,7 +84,7 @@ def other_collate(samples):
 
 
 def other_loss(outputs, labels, num_items_in_batch=None):
-    return outputs.logits.flatten(1).square().mean(1)
+    return outputs.logits[:, 0].square().mean(1)  # the first position knows of no padding
 
 
 CHANGES = {

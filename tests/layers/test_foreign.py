@@ -305,6 +305,7 @@ def test_a_check_after_the_forward_leaves_buffers_alone():
     model, x = Positions(), torch.randn(4, 5, D)
     wrapped, _, _ = make_private(model)
     wrapped(x).sum().backward()
+    wrapped.zero_grad()
     model.on = True
     wrapped(x).sum().backward()
     assert wrapped.per_sample_gradient_norms.shape == (4,)

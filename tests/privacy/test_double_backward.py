@@ -394,12 +394,12 @@ def test_a_penalty_under_autocast():
     model, x, y = specimen("positions")
     model, x, y = model.float(), x.float(), y.float()
     twin = copy.deepcopy(model)
-    wrapped, _, _ = make_private(model, max_grad_norm=1e3)
+    wrapped, _, _ = make_private(model, max_grad_norm=1e3, loss_reduction="sum")
     for one in (wrapped, twin):
         with torch.autocast("cpu", torch.bfloat16):
             out = with_gradient(one, x)
-        wgan_gp([part.float() for part in out], y).backward()
-    got = torch.cat([s.flatten() / B for s in sums_of(model).values()])
+        (B * wgan_gp([part.float() for part in out], y)).backward()
+    got = torch.cat([s.flatten() for s in sums_of(model).values()])
     want = torch.cat([p.grad.flatten() for p in twin.parameters()])
     assert (got - want).norm() < 0.05 * want.norm()
 

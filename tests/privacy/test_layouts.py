@@ -296,4 +296,4 @@ class OffTheMean(nn.Module):
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_outputs_that_samples_meet_in_linearly(scale):
-    refuse(OffTheMean(scale).double(), (torch.randn(B, T, D, dtype=F64),), classes(), cross_entropy, "meet in l")
+    refuse(OffTheMean(scale).double(), (torch.randn(B, T, D, dtype=F64),), classes(), cross_entropy, "meet in 'l'")

@@ -47,6 +47,7 @@ class Job:
     resume_from: Path | None = None
     step: int = 0
     size: int = 1
+    compared: bool = False  # rows collated alone and together
     figures: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
     def __post_init__(self) -> None:
@@ -152,12 +153,13 @@ class Job:
 
     def _check_collation(self) -> None:
         """A sample's gradient must not depend on what it is padded with; shards would have to be gathered for that."""
-        if self.config.fsdp:
+        if self.compared or self.config.fsdp:
             return
         try:
             check_collation(self.private, self.loss_of, self.data, self.collate)
-        except (ValueError, LayoutError) as error:
+        except ValueError as error:
             raise FinetuneError(f"--model cannot be trained privately: {str(error).splitlines()[0]}") from error
+        self.compared = True
 
     def take_step(self, batch: dict[str, Tensor]) -> float:
         """One private step on a logical batch, an empty one too; the summed loss."""
@@ -167,6 +169,7 @@ class Job:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
+            self._check_collation()
             loss = backward_in_pieces(self.optimizer, batch, self.size, self.loss_of)
             self.optimizer.step()
         except LayoutError as error:
@@ -221,7 +224,6 @@ class Job:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self._check_collation()
         first, config = self.place.rank == 0, self.config
         logs = SummaryWriter(str(Path(config.output) / "logs"), purge_step=self.step + 1) if first else None
         shown: dict[str, str] = {}
