@@ -19,7 +19,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpfast.separation import rules, trial
+from dpfast.separation import networks, rules, trial
 from dpfast.separation.indexing import RULES  # with those of rules.py
 from dpfast.separation.labels import Drawn, Label, Labels, Rows, Unwritten
 from dpfast.separation.rules import Op, Rule, together
@@ -200,7 +200,7 @@ def _plan(func: Any) -> _Plan:
         if found is None and torch.Tag.pointwise in func.tags:
             found = rules.pointwise
     elif namespace == "dpfast":
-        found = rules.each_first
+        found = networks.each_first
     random = torch.Tag.nondeterministic_seeded in func.tags
     in_place = name.endswith("_") and bool(written)
     factory = not in_place and namespace == "aten" and (name.startswith(FACTORIES) or name.endswith("_like"))
