@@ -29,6 +29,7 @@ from dpfast.separation.texts import Left
 from dpfast.trees import map_tensors, packed_sequences, tensors
 
 logger = logging.getLogger(__name__)
+MOST_KINDS = 32  # of calls that are checked: an argument that counts steps makes no more
 
 
 class ModelForward(Forward):
@@ -181,12 +182,12 @@ class ModelForward(Forward):
             with self._uncompiled():
                 if left := self._check(args, kwargs).state():
                     raise LayoutError(left)
-        picks = False
+        picks, due = False, self._is_checked and running_backward() == OUTSIDE and self._schedule.due()
         try:
             why = ""
             if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
                 why = self._why_mixed(args, kwargs)
-            elif self._is_checked and running_backward() == OUTSIDE and self._schedule.due():
+            elif due:
                 why = self._why_mixed_now(args, kwargs)
             if not why:
                 out = self._run(args, kwargs)
@@ -222,7 +223,7 @@ class ModelForward(Forward):
         if not recorder.verified or not self._is_checked:
             return
         tested = not self._untested or self._untested <= self._unvarying(args, kwargs, self._untested)
-        if not tested or self._kind(args, kwargs) not in self._kinds:
+        if not tested or (len(self._kinds) < MOST_KINDS and self._kind(args, kwargs) not in self._kinds):
             recorder.verified, self._untested = set(), set()
 
     @property
@@ -276,7 +277,7 @@ class ModelForward(Forward):
                 return self.by_sample(self.plain, *args, **kwargs)
         if self._compiler is None or self.runs_by_sample or self.recorder.follows_rows:
             batch = self.recorder.batch_size
-            with PickedRows(batch) if self.recorder.follows_rows and batch else nullcontext():
+            with PickedRows(batch, self.module) if self.recorder.follows_rows and batch else nullcontext():
                 return (self.inner or self.plain)(*args, **kwargs)
         from dpfast import compiling
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 OWNERS = "dpfast_owners"  # attribute of a tensor of picked rows: the sample of each, [n]
 
@@ -43,9 +43,10 @@ def places(owners: Tensor, batch: int) -> tuple[Tensor, int]:
 class PickedRows(TorchFunctionMode):
     """Notes whose rows are picked by an index or a mask, and what is computed from them row by row."""
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, module: nn.Module):
         super().__init__()
         self.batch = batch
+        self.held = {x.untyped_storage()._cdata for x in (*module.parameters(), *module.buffers()) if _strided(x)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,6 +72,8 @@ class PickedRows(TorchFunctionMode):
             return None
         if not isinstance(index, Tensor) or not index.dim() or not isinstance(x, Tensor):
             return None
+        if not _strided(x) or x.untyped_storage()._cdata in self.held:
+            return None  # a table, whose rows are nobody's
         if x.shape[0] == 0 or (x.shape[0] % self.batch and owners_of(x) is None):
             return None
         with torch._C.DisableTorchFunction():
@@ -82,6 +85,10 @@ class PickedRows(TorchFunctionMode):
                 shape = [-1, *[1] * (index.dim() - 1)]
                 return everyone.view(shape).expand(index.shape)[index]
             return everyone[index] if index.dim() == 1 else None
+
+
+def _strided(x: Tensor) -> bool:
+    return x.layout is torch.strided and not is_traceable_wrapper_subclass(x)
 
 
 def _of_all(args: Any) -> Tensor | None:

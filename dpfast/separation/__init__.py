@@ -1,9 +1,9 @@
 """Does every layer keep the samples of a batch apart? Proved from the operators, and tried; never assumed.
 
-``check`` is the whole of it. ``proof`` follows operators by ``rules``, ``networks`` and ``indexing``, which give ``labels`` to
-tensors; ``trial`` tries an operator that has no rule; ``followed`` asks the proof about a private model, and
-``answers`` has it take other branches. ``experiment`` replaces samples and leaves them out, with the same ``draws``.
-``passes`` and ``state`` keep all of that from leaving a trace, and ``schedule`` says when it is repeated.
+``check`` is the whole of it. ``proof`` follows operators by ``rules``, ``networks`` and ``indexing``, which give
+``labels`` to tensors; ``trial`` tries an operator that has no rule; ``followed`` asks the proof about a private model,
+and ``answers`` has it take other branches. ``experiment`` replaces samples and leaves them out, with the same
+``draws``. ``passes`` and ``state`` keep all of that from leaving a trace, and ``schedule`` says when it is repeated.
 """
 
 from dpfast.separation.check import Check, Verdict

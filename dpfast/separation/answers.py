@@ -29,19 +29,20 @@ def of_chance(high: bool) -> Answer:
     return answer
 
 
-def of_samples(high: bool) -> Answer:
-    """Another value of what depends on samples."""
+def of_samples(nth: int) -> list[Answer]:
+    """Other answers to the ``nth`` question about samples, each for a pass of its own."""
 
-    def answer(label: Label, value: Any) -> Any:
-        if label is None or isinstance(label, Drawn):
-            return value
-        if isinstance(value, bool):
-            return not value
-        if isinstance(value, int):
-            return value + 1 if high else max(0, value - 1)
-        return 1e3 * (abs(value) + 1) * (1 if high else -1)
+    def one(other: Callable[[Any], Any]) -> Answer:
+        asked = iter(range(1 << 30))
 
-    return answer
+        def answer(label: Label, value: Any) -> Any:
+            if label is None or isinstance(label, Drawn) or next(asked) != nth:
+                return value
+            return not value if isinstance(value, bool) else type(value)(other(value))
+
+        return answer
+
+    return [one(lambda value: 1e3 * (abs(value) + 1)), one(lambda value: 0 if value else -1e3)]
 
 
 @contextmanager

@@ -27,9 +27,12 @@ from dpfast.separation.followed import Followed
 from dpfast.separation.inputs import replaced
 from dpfast.separation.labels import Drawn, Rows
 from dpfast.separation.passes import own_random_numbers, own_saved_tensors, same
+from dpfast.separation.proof import Read
 from dpfast.separation.state import kept
 from dpfast.separation.texts import Left
 from dpfast.trees import map_tensors, tensors
+
+MOST_ANSWERS = 8  # questions of Python about samples that are answered otherwise, each by itself
 
 
 @dataclass
@@ -68,6 +71,11 @@ class Verdict:
         if self.tried:
             lines.append(f"operators without a rule, tried alone on random numbers: {', '.join(self.tried)}")
         return "\n".join([*lines, *(f"not tried: {what}" for what in self.untried)])
+
+
+def _gap(read: Read) -> str:
+    what = "how many rows samples' values pick" if read.shape else "a value that Python reads of the samples"
+    return f"{what} in {read.module}"
 
 
 class Check:
@@ -118,15 +126,17 @@ class Check:
         if verdict.mixed:
             return verdict
         one, other = torch.arange(batch).split((batch + 1) // 2)
-        verdict.mixed = experiment.replaced(other, before, left, self.seed, may_order=verdict.proved)
+        left_torch = follow is not None and any(not read.answered and not read.shape for read in follow.reads)
+        followed = follow is not None and not follow.lost and not left_torch  # each row, wherever it went
+        verdict.mixed = experiment.replaced(other, before, left, self.seed, may_order=followed)
         if not verdict.mixed and not sharded:
             verdict.mixed, untried = experiment.halves(before, draws, self.seed)
             verdict.untried += [f"whether gradients depend on the batch's size ({untried})"] if untried else []
         if verdict.gaps and not verdict.mixed:
             left = {}
             before = experiment.sketches(self.inputs, self.seed + 1, left=left)
-            verdict.mixed = experiment.replaced(one, before, left, self.seed + 1)
-        if verdict.proved:
+            verdict.mixed = experiment.replaced(one, before, left, self.seed + 1, may_order=followed)
+        if followed and not verdict.mixed:
             recorder.verified |= {layout for layout in recorder.new_layouts if layout[0] in reached}
         return verdict
 
@@ -155,11 +165,14 @@ class Check:
     def _settle(self, follow: Followed, verdict: Verdict, outputs: list[Tensor] | None = None) -> None:
         """What the proof says; with what a forward finds that an earlier one has left, and with what Python decides."""
         verdict.mixed = follow.why()
-        verdict.gaps, verdict.tried, verdict.picks = sorted(follow.lost), sorted(follow.tried), follow.picks
+        verdict.gaps, verdict.tried, verdict.picks = sorted(follow.lost), sorted(follow.tried), bool(follow.picked)
         if not verdict.mixed and (earlier := follow.left()):
             verdict.mixed = self._forward(earlier=earlier)[0].why()
         if not verdict.mixed and (follow.drew or any(isinstance(read.label, Drawn) for read in follow.reads)):
             self._try_chance(verdict)
+        after = follow.reads[follow.forward_reads :] if follow.forward_reads >= 0 else []
+        after = [read for read in after if not read.shape]
+        verdict.gaps += sorted({f"{_gap(read)}, in the backward" for read in after})
         reads = [read for read in follow.reads if not isinstance(read.label, Drawn)]
         if not verdict.mixed and reads:
             if outputs is None:
@@ -196,31 +209,35 @@ class Check:
                 verdict.mixed = why if isinstance(why, Left) else f"{why}, where random numbers decide so"
                 return
 
-    def _try_samples(self, reads: list[Any], outputs: list[Tensor], verdict: Verdict) -> None:
-        """Python must not decide for one sample by the values of others."""
-        gaps = sorted({f"a value that Python reads of the samples in {read.module}" for read in reads})
-        if any(not read.answered for read in reads):
-            verdict.gaps += gaps
-            return
-        for high in (False, True):
-            try:
-                other = self._forward(answer=answers.of_samples(high))[1]
-            except Exception:  # whatever the model says to it
-                if all(read.kind is bool for read in reads):
-                    continue  # it asks whether to raise
-                verdict.gaps += gaps
-                return
-            if same(outputs, other):
-                continue
-            mine = all(isinstance(read.label, Rows) and read.label.dim is None for read in reads)
-            if mine or any(read.kind is int for read in reads):
-                verdict.gaps += gaps  # its own sample's, or sizes: told by replacing others
-            else:
+    def _try_samples(self, reads: list[Read], outputs: list[Tensor], verdict: Verdict) -> None:
+        """Python must not decide for one sample by the values of others: each of them is answered otherwise."""
+        verdict.gaps += sorted({_gap(read) for read in reads if not read.answered})
+        answered = [read for read in reads if read.answered]
+        for k, read in enumerate(answered[:MOST_ANSWERS]):
+            effect = self._effect(k, outputs, read)
+            mine = isinstance(read.label, Rows) and read.label.dim is None
+            if effect and (effect == "raised" or mine or read.kind is int):
+                verdict.gaps.append(_gap(read))  # its own sample's, or sizes: told by replacing others
+            elif effect:
                 verdict.mixed = (
-                    f"gradients of several samples meet in what the model returns: Python decides by "
-                    f"{listed(sorted({str(read.label) for read in reads}))} what is done with all samples"
+                    f"gradients of several samples meet in what the model returns: Python decides by {read.label} what "
+                    f"is done with all samples"
                 )
-            return
+                return
+        verdict.gaps += sorted({_gap(read) for read in answered[MOST_ANSWERS:]} - set(verdict.gaps))
+
+    def _effect(self, nth: int, outputs: list[Tensor], read: Read) -> str:
+        """What another answer to the ``nth`` question about samples does to the outputs; nothing if they stay."""
+        for other in answers.of_samples(nth):
+            try:
+                found = self._forward(answer=other)[1]
+            except Exception:  # whatever the model says to it
+                if read.kind is not bool:
+                    return "raised"
+                continue  # it asks whether to raise
+            if not same(outputs, found):
+                return "changed"
+        return ""
 
     def _replaced_forward(self, follow: Followed, outputs: list[Tensor]) -> str:
         """Half of the samples replaced, the outputs of the others must stay."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dpfast.layers.forms import Form
 from dpfast.layers.recorder import Recorder
 from dpfast.layers.refusals import listed
 from dpfast.separation.inputs import label_inputs
-from dpfast.separation.labels import Drawn, Label, Lost, Met, Rows, Unwritten
+from dpfast.separation.labels import PICKED, Drawn, Label, Lost, Met, Rows, Unwritten
 from dpfast.separation.proof import Proof
 from dpfast.separation.state import attributes
 from dpfast.separation.texts import left
@@ -25,13 +29,13 @@ SIDES = ("samples", "ids", "A", "G", "x")  # of forms: what they hold of samples
 class Followed(Proof):
     """Follows a pass of ``module``; ``earlier`` are tensors that an earlier forward has left, by name.
 
-    What is written to ``public`` parameters and buffers counts as nobody's.
+    What ``public`` parameters and buffers hold when the forward ends is released as it is.
 
     Attributes:
         met: by where samples meet, the layers in whose gradients they do.
         lost: what cannot be followed, and where.
         reached: parameters and buffers that samples are in when the forward ends.
-        picks: layers got rows that the samples' values pick or order.
+        picked: layers that got rows that the samples' values pick.
         drew: Python's or numpy's random numbers were drawn.
     """
 
@@ -49,14 +53,15 @@ class Followed(Proof):
         assert recorder.batch_size is not None
         super().__init__(module, recorder.batch_size, answer, base)
         self.public = public
-        held = [*module.named_parameters(), *module.named_buffers()]
-        self.unlabelled = {x.untyped_storage()._cdata for name, x in held if public(name)}
         self.root, self.batch_dim, self.earlier = module, batch_dim, earlier or {}
         self.axes = recorder.input_axes
         self.met: dict[str, set[str]] = {}
         self.lost: set[str] = set()
+        self.forward_reads = -1  # how many values Python had read when the forward ended
         self.reached: dict[str, Label] = {}
-        self.drew = self.picks = False
+        self.drew = False
+        self.picked: set[str] = set()
+        self._between: Any = None
         self.returned = base or "what the model returns"
 
     @contextmanager
@@ -64,7 +69,10 @@ class Followed(Proof):
         before = _outside_of_torch()
         with super().following():
             yield self
-        self.drew = before != _outside_of_torch()
+        after = _outside_of_torch()
+        self.drew = before != after
+        if self._between not in (None, after):
+            self.lost.add("Python's or numpy's random numbers in a backward")
 
     def label(self, batch: Any) -> None:
         """Say whose the tensors of a batch are."""
@@ -73,6 +81,8 @@ class Followed(Proof):
     def starts(self, args: Any, kwargs: Any) -> None:
         """The pass begins, with these inputs."""
         label_inputs(self.labels, (args, kwargs), self.batch_dim, self.axes)
+        for x in _others((args, kwargs)):
+            self.lost.add(f"an argument of the model that is no tensor, of type {type(x).__name__}")
         for name, tensors in self.earlier.items():
             for x in tensors:
                 self.labels[x] = Met("what an earlier forward has left", name)
@@ -88,7 +98,9 @@ class Followed(Proof):
         """The forward ends; gradients of what it returns are the samples' as the outputs are."""
         held = [*self.root.named_parameters(), *self.root.named_buffers()]
         labels = {name: self.labels[x] for name, x in held if not self.public(name)}
-        self.reached = {name: label for name, label in labels.items() if isinstance(label, Rows | Met)}
+        self.reached = {name: label for name, label in labels.items() if isinstance(label, Rows | Met | Lost)}
+        self.forward_reads = len(self.reads)
+        self._between = _outside_of_torch()
         for x, cotangent in zip(outputs, cotangents, strict=True):
             label = self.labels[x]
             if isinstance(label, Met) and label.summed:
@@ -101,8 +113,9 @@ class Followed(Proof):
             self.met.setdefault(str(label), set()).add(where)
         elif isinstance(label, Lost | Unwritten):
             self.lost.add(str(label) if isinstance(label, Lost) else "memory that no operator has written to")
+        elif isinstance(label, Rows) and label.by_data == PICKED and where != self.returned:
+            self.picked.add(where)
         elif isinstance(label, Rows) and label.by_data:
-            self.picks = True
             self.lost.add(f"rows of {where} that are picked or ordered by the samples' values")
         elif isinstance(label, Rows) and expected is not None and label != expected:
             self.lost.add(f"rows of {where} that are not the samples' in their order")
@@ -111,20 +124,41 @@ class Followed(Proof):
         """What samples leave behind, or why they are not kept apart; empty if nothing shows it."""
         if self.reached:
             first = next(iter(self.reached.values()))
-            return left(self.reached, first if isinstance(first, Met) else None)
+            return left(self.reached, None if isinstance(first, Rows) else first)
         for where, layers in self.met.items():
             names = listed(sorted(layers - {self.returned} or layers))
             return f"gradients of several samples meet in {names}: {where} does that"
+        if self.picked:
+            return (
+                f"the samples' values pick the rows that {listed(sorted(self.picked))} get, and another batch has other "
+                f"rows there"
+            )
+        decided = [r for r in self.reads[self.forward_reads :] if r.kind is not int and not isinstance(r.label, Drawn)]
+        if self.forward_reads >= 0 and decided:
+            return f"gradients of several samples meet in a backward, in which Python decides by {decided[0].label}"
         return ""
 
     def left(self) -> dict[str, list[Tensor]]:
         """Tensors of samples that modules hold as plain attributes, for the next forward perhaps."""
         free = (type(None), Drawn, Unwritten)
-        found = {
-            name: [x for x in held if not isinstance(self.labels[x], free)]
-            for name, held in attributes(self.root).items()
-        }
-        return {name: held for name, held in found.items() if held}
+        held = attributes(self.root)
+        return {name: its for name, its in held.items() if any(not isinstance(self.labels[x], free) for x in its)}
+
+
+PLAIN = (str, bytes, bool, int, float, complex, torch.dtype, torch.device, torch.Size, PackedSequence, Enum)
+
+
+def _others(tree: Any) -> list[Any]:
+    """What is neither a tensor, nor a container of them, nor a plain value: it may hold tensors that nobody follows."""
+    if tree is None or isinstance(tree, (Tensor, *PLAIN)):
+        return []
+    if isinstance(tree, Mapping):
+        return [x for value in tree.values() for x in _others(value)]
+    if isinstance(tree, (list, tuple)):
+        return [x for value in tree for x in _others(value)]
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [x for value in vars(tree).values() for x in _others(value)]
+    return [tree]
 
 
 def _outside_of_torch() -> Any:

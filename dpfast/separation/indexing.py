@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.separation.labels import Label, Labels, Lost, Met, Rows, Unwritten
+from dpfast.separation.labels import ORDERED, PICKED, Label, Labels, Lost, Met, Rows, Unwritten
 from dpfast.separation.rules import RULES, Op, rule, shifted, together
 
 __all__ = ["RULES"]
@@ -26,7 +26,7 @@ def of_coordinates(labels: Labels, label: Label, where: Tensor) -> Label:
     """Whose the rows of ``where [n, dims]`` are, coordinates in a tensor with this label."""
     if not isinstance(label, Rows) or label.dim is None:
         return label
-    return labels.rows(0, label.owners.each[array(where[:, label.dim])], by_data=True) if len(where) else None
+    return labels.rows(0, label.owners.each[array(where[:, label.dim])], PICKED) if len(where) else None
 
 
 def unmasked(op: Op, indices: Sequence[Any]) -> list[Index]:
@@ -70,7 +70,7 @@ def picked(op: Op, ndim: int, label: Label, indices: list[Index]) -> Label:
     if isinstance(label, Rows) and label.dim in places:
         by, own = next((index, own) for dim, index, own in indices if dim == label.dim)
         each = np.broadcast_to(label.owners.each[array(by)], shape)
-        by_data = label.by_data or isinstance(own, Rows | Met | Lost)
+        by_data = max(label.by_data, level(own))
         label = shifted(of_elements(op, each, by_data), at)
     elif isinstance(label, Rows) and label.dim is not None:
         label = replace(label, dim=out(label.dim))
@@ -81,7 +81,7 @@ def orders_all(index: Tensor, label: Rows) -> bool:
     return index.dim() == 1 and np.array_equal(np.sort(array(index)), np.arange(len(label.owners)))
 
 
-def of_elements(op: Op, each: np.ndarray, by_data: bool) -> Label:
+def of_elements(op: Op, each: np.ndarray, by_data: int) -> Label:
     """The label of a tensor whose elements are of these samples."""
     if not each.size:
         return None
@@ -127,7 +127,7 @@ def _rowwise(op: Op, x: Tensor, indices: list[Index], values: Label) -> Label:
     chosen = isinstance(own, Met | Lost) and not np.array_equal(np.sort(at), np.arange(len(each)))
     if chosen or not np.array_equal(each[at], values.owners.each):
         return None
-    return op.labels.rows(dim, each, values.by_data or isinstance(own, Rows | Met | Lost))
+    return op.labels.rows(dim, each, max(values.by_data, level(own)))
 
 
 @rule("index _unsafe_index")
@@ -159,11 +159,14 @@ def index_add(op: Op) -> Label:
 
 @rule("index_fill index_fill_")
 def index_fill(op: Op) -> Label:
-    return together(op, [op["self"], op["index"], op["value"]])
+    x = op.a["self"]
+    at = [(op.a["dim"] % max(1, x.dim()), op.a["index"], op["index"])]
+    return placed(op, x, op["self"], at, op["value"])
 
 
-def by_data(op: Op) -> bool:
-    return isinstance(op["index"], Rows | Met | Lost)
+def level(own: Label) -> int:
+    """How far what an index picks follows from the samples' values, if this is the label of the index."""
+    return PICKED if isinstance(own, Rows) else ORDERED if isinstance(own, Met | Lost) else 0
 
 
 @rule("gather take_along_dim")
@@ -173,7 +176,7 @@ def gather(op: Op) -> Label:
     if not isinstance(label, Rows) or label.dim is None:
         return together(op, [label, op["index"]])
     if label.dim == dim:
-        return together(op, [of_elements(op, label.owners.each[array(index)], by_data(op)), op["index"]])
+        return together(op, [of_elements(op, label.owners.each[array(index)], level(op["index"])), op["index"]])
     if index.shape[label.dim] != x.shape[label.dim]:
         label = op.labels.rows(label.dim, label.owners.each[: index.shape[label.dim]], label.by_data)
     return together(op, [label, op["index"]])
@@ -188,13 +191,13 @@ def scatter(op: Op) -> Label:
     if isinstance(label, Unwritten):
         label = None
     if isinstance(label, Rows) and label.dim == dim:
-        there = together(op, [of_elements(op, label.owners.each[array(index)], False), own])
+        there = together(op, [of_elements(op, label.owners.each[array(index)], 0), own])
         return label if isinstance(there, Rows) else there
     if isinstance(own, Rows) and own.dim == dim:
         guess = op.labels.in_order(dim, x.shape[dim]) if label is None else None
         if guess is None:
             return op.lost()
-        there = together(op, [of_elements(op, guess.owners.each[array(index)], False), own])
+        there = together(op, [of_elements(op, guess.owners.each[array(index)], 0), own])
         return guess if isinstance(there, Rows) else there
     if isinstance(own, Rows) and own.dim is not None and index.shape[own.dim] != x.shape[own.dim]:
         return op.lost()
@@ -237,7 +240,7 @@ def pack(op: Op) -> list[Label]:
         return [together(op, [label, op.lost()]), None]
     assert op.out[1] is not None
     sizes = array(op.out[1]).tolist()
-    return [op.labels.rows(0, np.concatenate([label.owners.each[:size] for size in sizes]), by_data=True), None]
+    return [op.labels.rows(0, np.concatenate([label.owners.each[:size] for size in sizes]), ORDERED), None]
 
 
 @rule("_pack_padded_sequence_backward")
@@ -254,7 +257,7 @@ def unpacked(op: Op, label: Label) -> Label:
     if not isinstance(label, Rows) or label.dim is None:
         return together(op, [label, op.lost()] if isinstance(label, Rows) else [label])
     count = int(op.a["batch_sizes"][0])
-    return op.labels.rows(0 if op.a["batch_first"] else 1, label.owners.each[:count], by_data=True)
+    return op.labels.rows(0 if op.a["batch_first"] else 1, label.owners.each[:count], ORDERED)
 
 
 @rule("_unique2 unique_dim unique_consecutive bincount histc _histogramdd_bin_edges")

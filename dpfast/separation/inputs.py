@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,11 +71,18 @@ def unvarying(inputs: Any, batch: int, batch_dim: int, among: Container[int] | N
 
 def kind(args: Any, kwargs: Any, batch: int | None, batch_dim: int) -> Any:
     """What a check of one call shows of another: which inputs there are, their switches, and ignored targets (-100)."""
-    given = [*enumerate(args), *sorted(kwargs.items())]
-    switches = tuple([(k, x) for k, x in given if isinstance(x, (bool, str))])
-    return switches, tuple(
+    return _switches((args, dict(sorted(kwargs.items())))), tuple(
         [(x.dim(), x.is_floating_point(), _ignored(x, batch, batch_dim)) for x in tensors((args, kwargs))]
     )
+
+
+def _switches(tree: Any) -> Any:
+    """Names, numbers and switches among the inputs; floats by their being there."""
+    if isinstance(tree, Mapping):
+        return tuple([(str(key), _switches(value)) for key, value in tree.items()])
+    if isinstance(tree, (list, tuple)):
+        return tuple([_switches(value) for value in tree])
+    return tree if isinstance(tree, (bool, str, int)) or tree is None else type(tree).__name__
 
 
 def _ignored(x: Tensor, batch: int | None, batch_dim: int) -> str:

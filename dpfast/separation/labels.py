@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 NOBODY = -1  # the owner of a row that depends on no sample
+ORDERED, PICKED = 1, 2  # by the samples' values
 
 
 class Owners:
@@ -33,12 +35,13 @@ class Owners:
 class Rows:
     """Index i along ``dim`` is of sample ``owners.each[i]``; with ``dim`` None all is of one, ``owners.each[0]``.
 
-    ``by_data``: which rows there are, and in which order, follows from the samples' values: another batch has others.
+    ``by_data``: which rows there are (:data:`PICKED`), or at least in which order (:data:`ORDERED`), follows from the
+    samples' values: another batch has others.
     """
 
     dim: int | None
     owners: Owners
-    by_data: bool = False
+    by_data: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Met:
     summed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.op} in {self.module}"
+        return f"{self.op} in {self.module}" if self.module else self.op
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class _Periodic:
 
     period: int
     owners: Owners
-    by_data: bool
+    by_data: int
 
 
 class Labels:
@@ -111,7 +114,7 @@ class Labels:
         each = np.ascontiguousarray(each, dtype=np.int64)
         return self._owners.setdefault(each.tobytes(), Owners(each))
 
-    def rows(self, dim: int, each: Any, by_data: bool = False) -> Rows | None:
+    def rows(self, dim: int, each: Any, by_data: int = 0) -> Rows | None:
         """The label of a tensor whose index i along ``dim`` is of sample ``each[i]``."""
         each = np.asarray(each)
         if not len(each) or bool((each == NOBODY).all()):
@@ -133,15 +136,17 @@ class Labels:
     def merged(self, one: Rows, other: Rows) -> Rows | None:
         """The label of what is made of both place by place; None where that would be of two samples."""
         if one.dim == other.dim and one.owners is other.owners:
-            return one if one.by_data else other
+            return one if one.by_data >= other.by_data else other
         mine, theirs = one.owners.each, other.owners.each
         if one.dim != other.dim or len(mine) != len(theirs):
             return None
         if bool(((mine != theirs) & (mine != NOBODY) & (theirs != NOBODY)).any()):
             return None
-        return Rows(one.dim, self.owners(np.maximum(mine, theirs)), one.by_data or other.by_data)
+        return Rows(one.dim, self.owners(np.maximum(mine, theirs)), max(one.by_data, other.by_data))
 
     def __getitem__(self, x: Tensor) -> Label:
+        if x.layout is not torch.strided:
+            return None  # such as the edges of a graph that all samples share; what is made of samples is a gap
         found = self._of.get(x.untyped_storage()._cdata)
         if found is None or x.numel() == 0:
             return None
@@ -160,7 +165,7 @@ class Labels:
     def write(self, x: Tensor, label: Label, lost: Lost) -> None:
         """``x``, a view of some memory, has been written to; ``lost`` if memory then has no label of its kind."""
         storage = x.untyped_storage()
-        if x.numel() * x.element_size() == storage.nbytes():
+        if _covers(x, storage.nbytes()):
             self[x] = label
             return
         found = self._of.get(storage._cdata)
@@ -202,7 +207,7 @@ class Labels:
             if not bool(((each[places] == NOBODY) | (each[places] == new)).all()):
                 continue
             each[places] = new
-            by_data = label.by_data or (isinstance(before, _Periodic) and before.by_data)
+            by_data = max(label.by_data, before.by_data if isinstance(before, _Periodic) else 0)
             return _Periodic(*self._shortened(period, each), by_data)
         return None
 
@@ -241,6 +246,8 @@ class Labels:
         if where is None:
             return CUT
         dims, places = where
+        if memory.by_data == PICKED and len(np.unique(places % len(owners))) < len(owners):
+            return Met("a part of the rows that samples' values pick", "")
         each = owners[places % len(owners)]
         if not dims:
             return self.rows(0, each.reshape(1), memory.by_data)
@@ -249,6 +256,16 @@ class Labels:
             if not np.any((each != along) & (each != NOBODY)):
                 return self.rows(dim, along.reshape(-1), memory.by_data)
         return Lost("a view whose samples lie along several dimensions", "", dims)
+
+
+def _covers(x: Tensor, nbytes: int) -> bool:
+    """Whether ``x`` is all of its memory, each place once."""
+    dense = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != dense:
+            return False
+        dense *= size
+    return x.numel() * x.element_size() == nbytes
 
 
 def _rows_of_view(period: int, cycle: int, x: Tensor) -> tuple[tuple[int, ...], np.ndarray] | None:

@@ -21,11 +21,24 @@ def first(op: Op, names: Sequence[str] | None = None) -> Label:
     return label
 
 
+LEAST_DIMS = {
+    "pixel_shuffle": 4,
+    "pixel_unshuffle": 4,
+    "channel_shuffle": 3,
+    "im2col": 4,
+    "col2im": 3,
+    "multinomial": 2,
+}
+
+
 def each_first(op: Op) -> list[Label]:
     label = first(op)
+    if isinstance(label, Rows) and op.given()[0].dim() < LEAST_DIMS.get(op.name, 0):
+        label = op.met()  # it was called without a batch
     if not isinstance(label, Rows) or label.dim is None:
         return [label for _ in op.out]
-    return [label if x is not None and x.dim() and x.shape[0] == len(label.owners) else None for x in op.out]
+    fits = [x is not None and x.dim() > 0 and x.shape[0] == len(label.owners) for x in op.out]
+    return [label if fit else op.lost() for fit in fits]
 
 
 rule(
@@ -54,7 +67,7 @@ def convolution(op: Op) -> Label:
         label = _of_groups(op, label)
     else:
         label = first(op, (x,))
-    return together(op, [label, op["weight"], op["bias"]])
+    return together(op, [label, *scales(op)])
 
 
 def _of_groups(op: Op, label: Rows) -> Label:
@@ -79,10 +92,16 @@ def convolution_backward(op: Op) -> list[Label]:
     return [label, over, over]
 
 
+def scales(op: Op) -> list[Label]:
+    """Labels of weight and bias: they are for all samples, and may be none's."""
+    found = [op["weight"], op["bias"]]
+    return [op.lost() if isinstance(label, Rows) else label for label in found]
+
+
 @rule("native_layer_norm _fused_rms_norm native_layer_norm_backward _fused_rms_norm_backward")
 def layer_norm(op: Op) -> list[Label]:
     x = op.a["input"]
-    label = together(op, [op["grad_out"], op["input"]])
+    label = together(op, [op["grad_out"], op["input"], *scales(op)])
     if isinstance(label, Rows) and label.dim is not None and label.dim >= x.dim() - len(op.a["normalized_shape"]):
         label = op.met()
     over = op.met(summed=True) if isinstance(label, Rows) else label
@@ -92,7 +111,7 @@ def layer_norm(op: Op) -> list[Label]:
 
 @rule("native_group_norm native_group_norm_backward")
 def group_norm(op: Op) -> list[Label]:
-    label = first(op, ("grad_out", "input"))
+    label = together(op, [first(op, ("grad_out", "input")), *scales(op)])
     over = op.met(summed=True) if isinstance(label, Rows) else label
     return [label if k == 0 or "output_mask" not in op.a else over for k in range(len(op.out))]
 
@@ -106,12 +125,17 @@ def batch_norm(op: Op) -> list[Label]:
     """By statistics of each channel over everything else: samples that are channels (an instance norm) stay apart."""
     x = op.a.get("input")
     assert x is not None
-    label = together(op, [op.labels[y] for y in op.given() if y.dim() == x.dim()])
+    beside = [op.labels[y] for y in op.given() if y.dim() != x.dim()]
+    beside = [moved(other, lambda d: d + 1) for other in beside]  # of channels
+    label = together(op, [*(op.labels[y] for y in op.given() if y.dim() == x.dim()), *beside])
     trained = op.a.get("training", op.a.get("train", op.name != "_native_batch_norm_legit_no_training"))
     channels = moved(label, lambda d: d - 1)
     if isinstance(label, Rows) and label.dim != 1 and label.dim is not None:
         channels = op.met()
         label = op.met() if trained else label
+    for name in ("running_mean", "running_var") if trained else ():
+        if isinstance(op.a.get(name), Tensor):  # written to, which the operator does not say
+            op.labels.write(op.a[name], channels, op.lost())
     return [label if out is not None and out.dim() == x.dim() else channels for out in op.out]
 
 
@@ -146,7 +170,9 @@ ATTENTION = (
 @rule(" ".join(f"{name}_backward" for name in ATTENTION.split()))
 def attention(op: Op) -> list[Label]:
     """Over positions and features; each sample (dimension 0) and head (dimension 1) by itself."""
-    found = [op.labels[x] for x in op.given()]
+    masks = [op.a[name] for name in ("attn_mask", "attn_bias") if isinstance(op.a.get(name), Tensor)]
+    found = [op.labels[x] for x in op.given() if all(x is not mask for mask in masks)]
+    found += [broadcast(op, mask, 4) for mask in masks]
     if any(isinstance(label, Rows) and label.dim not in (0, 1, None) for label in found):
         return [op.met() for _ in op.out]
     label = together(op, found)
@@ -163,7 +189,9 @@ LOSSES = (
 @rule(LOSSES)
 def loss(op: Op) -> Label:
     label = pointwise_of(op, ("self", "target"))
-    return op.met(summed=True) if isinstance(label, Rows) and op.a["reduction"] != 0 else label
+    if not isinstance(label, Rows) or op.a["reduction"] == 0:
+        return label
+    return op.met(summed=op.a["reduction"] == 2 or not label.by_data)
 
 
 @rule(" ".join(f"{name.removesuffix('_forward')}_backward" for name in LOSSES.split()))
@@ -172,7 +200,7 @@ def loss_backward(op: Op) -> Label:
 
 
 def pointwise_of(op: Op, names: Sequence[str]) -> Label:
-    given = [op.a[name] for name in names]
+    given = [op.a[name] for name in (*names, "weight") if isinstance(op.a.get(name), Tensor)]
     ndim = max(x.dim() for x in given)
     return together(op, [broadcast(op, x, ndim) for x in given])
 
@@ -181,7 +209,8 @@ def pointwise_of(op: Op, names: Sequence[str]) -> Label:
 def nll_loss(op: Op) -> list[Label]:
     """The mean divides by how many targets count, and by their weights: by other samples' too, if that varies."""
     target = op.a["target"]
-    label = together(op, [op["target"], moved(op["self"], lambda d: d - (d > 1))])
+    weight = op.lost() if isinstance(op["weight"], Rows) else op["weight"]
+    label = together(op, [op["target"], moved(op["self"], lambda d: d - (d > 1)), weight])
     if not isinstance(label, Rows) or op.a["reduction"] == 0:
         return [label, None]
     if isinstance(self := op["self"], Rows) and self.dim == 1:
@@ -199,6 +228,8 @@ def nll_loss(op: Op) -> list[Label]:
     each = torch.zeros(op.labels.batch, dtype=torch.float64)
     each.index_add_(0, torch.from_numpy(label.owners.each), rows)
     alike = bool((each == each[0]).all())
+    # Class weights and a padding id among the classes: as many in each sample today, and others in another batch.
+    alike = alike and not label.by_data and op.a["weight"] is None and op.a["ignore_index"] < 0
     return [op.met(summed=alike), None if alike else op.met()]
 
 

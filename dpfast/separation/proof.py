@@ -21,12 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.separation import networks, rules, trial
 from dpfast.separation.indexing import RULES  # with those of rules.py
-from dpfast.separation.labels import Drawn, Label, Labels, Rows, Unwritten
+from dpfast.separation.labels import Drawn, Label, Labels, Lost, Met, Rows, Unwritten
 from dpfast.separation.rules import Op, Rule, together
 
 FACTORIES = ("new_", "rand", "normal", "zeros", "ones", "full", "arange", "empty", "scalar_tensor", "eye", "linspace")
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "allclose"}
-LEAVES = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # what takes values where no operator shows it
+# What takes values where no operator shows it:
+LEAVES = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__)
+MADE_OF = (torch.tensor, torch.as_tensor, torch.asarray)  # a list of tensors, among others
+# What has as many rows as the samples' values pick:
+PICKING = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "nonzero_static"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Read:
     kind: type
     module: str
     answered: bool = True
+    shape: bool = False  # a number of rows
 
 
 @dataclass
@@ -66,7 +71,6 @@ class Proof(TorchDispatchMode):
         self.labels = Labels(batch)
         self.reads: list[Read] = []
         self.tried: set[str] = set()
-        self.unlabelled: set[int] = set()  # memory that keeps no label
         self.answer = answer
         self._names = {module: name or f"the model ({type(root).__name__})" for name, module in root.named_modules()}
         self._inside = [base or self._names[root]]
@@ -109,7 +113,10 @@ class Proof(TorchDispatchMode):
             return self._read(op, out)
         given = op.given()
         theirs = {x.untyped_storage()._cdata for x in given}
-        outputs = [x if isinstance(x, Tensor) else None for x in _flat(out)]
+        outputs = [x if isinstance(x, Tensor) and x.layout is torch.strided else None for x in _flat(out)]
+        sparse = any(isinstance(x, Tensor) and x.layout is not torch.strided for x in _flat(out))
+        if sparse and any(isinstance(self.labels[x], Rows | Met | Lost) for x in given):
+            self.reads.append(Read(op.lost(), int, self.module, answered=False))
         made = [x for x in outputs if x is not None and x.untyped_storage()._cdata not in theirs]
         written = [op.a[name] for name in plan.written if op.a.get(name) is not None]
         if not made and not written:
@@ -121,6 +128,7 @@ class Proof(TorchDispatchMode):
             for x in written:
                 self.labels.write(x, None, op.lost())
             return out
+        self._picks(op)
         op.out = outputs if made else [x for x in written if isinstance(x, Tensor)]
         label = self._label(op, plan, func, args, kwargs)
         found = label if isinstance(label, list) else [label] * max(len(op.out), len(made), len(written))
@@ -129,20 +137,28 @@ class Proof(TorchDispatchMode):
             for each in [x] if x is None or isinstance(x, Tensor) else x:
                 if each is None:
                     continue
-                if each.untyped_storage()._cdata in self.unlabelled:
-                    continue
                 if each.untyped_storage()._cdata in theirs:
                     self.labels.write(each, its, op.lost())
                 else:
                     self.labels[each] = its
         return out
 
+    def _picks(self, op: Op) -> None:
+        """How many rows are picked is a number of the samples that Python sees in a shape."""
+        given = op.a.get("indices")
+        masks = [x for x in given if x is not None and x.dtype is torch.bool] if isinstance(given, list) else []
+        picking = [*(op.given() if op.name in PICKING else ()), *masks]
+        found = [label for x in picking if isinstance(label := self.labels[x], Rows | Met | Lost)]
+        if found:
+            self.reads.append(Read(found[0], int, self.module, answered=False, shape=True))
+
     def _label(self, op: Op, plan: _Plan, func: Any, args: Any, kwargs: Any) -> Any:
         found = [self.labels[x] for x in op.given()]
         if plan.factory:
             if plan.name.startswith(("empty", "new_empty")):
                 return Unwritten()
-            return Drawn() if plan.random else op["fill_value"]
+            given = {x for name, x in op.a.items() if isinstance(x, Tensor) and name not in ("self", "input")}
+            return together(op, [self.labels[x] for x in given]) or (Drawn() if plan.random else None)
         if plan.rule is not None:
             label = plan.rule(op)
             return Drawn() if label is None and plan.random else label
@@ -184,6 +200,10 @@ class _Leaving(TorchFunctionMode):
         self.proof = proof
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in MADE_OF and args and isinstance(args[0], (list, tuple)):
+            for x in args[0]:
+                if isinstance(x, Tensor):
+                    self.proof.leaves(x)
         if func in LEAVES and not torch._C._functorch.is_functorch_wrapped_tensor(args[0]):
             self.proof.leaves(args[0])
         return func(*args, **(kwargs or {}))

@@ -2,7 +2,8 @@
 
 A rule takes an :class:`Op` and returns the label of its outputs: one for all of them, or a list. The rules follow from
 what an operator computes, whatever the values: an operator that lets samples meet does so behind a mask that is zero
-today, too. Those of networks' own operators and of indexing stand in ``networks`` and ``indexing``. Operators without a rule are tried alone: see :mod:`dpfast.separation.trial`.
+today, too. Those of networks' own operators and of indexing stand in ``networks`` and ``indexing``. Operators without a
+rule are tried alone: see :mod:`dpfast.separation.trial`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpfast.separation.labels import Drawn, Label, Labels, Lost, Met, Rows, Unwritten
@@ -46,14 +48,14 @@ class Op:
         return Lost(self.shown, self.module)
 
     def given(self) -> list[Tensor]:
-        """All tensor arguments."""
+        """All tensor arguments, but for sparse ones: those are no sample's."""
         found: list[Tensor] = []
         for x in self.a.values():
             if isinstance(x, Tensor):
                 found.append(x)
             elif isinstance(x, (list, tuple)):
                 found += [y for y in x if isinstance(y, Tensor)]
-        return found
+        return [x for x in found if x.layout is torch.strided]
 
 
 Rule = Callable[[Op], Any]
@@ -130,7 +132,7 @@ def pointwise(op: Op) -> Label:
 
 
 rule(
-    "clone _to_copy tril triu native_dropout native_dropout_backward _fused_dropout rrelu_with_noise bernoulli "
+    "clone _to_copy tril triu native_dropout native_dropout_backward _fused_dropout rrelu_with_noise "
     "_unsafe_masked_index_ masked_fill masked_fill_ fill masked_scatter_backward_ hardtanh_backward "
     "quantize_per_tensor _assert_tensor_metadata dropout lift_fresh_copy binary_cross_entropy_with_logits_"
 )(pointwise)
@@ -145,6 +147,11 @@ def _copy(op: Op) -> Label:
 def draw(op: Op) -> Label:
     """In place of what was there; with probabilities that may be somebody's (``bernoulli_(p)``)."""
     return together(op, [op[name] for name in op.a if name != "self"]) or Drawn()
+
+
+@rule("bernoulli")
+def coins(op: Op) -> Label:
+    return Drawn() if op.a.get("p") is not None else together(op, [op["self"]]) or Drawn()
 
 
 @rule("fill_ zero_ zero fill.Tensor")
@@ -178,8 +185,8 @@ def reduce(op: Op) -> Label:
     if isinstance(label, Lost) and set(label.dims) & set(dims):
         return op.met(summed)
     if isinstance(label, Rows) and label.dim is not None:
-        if label.dim in dims:
-            return op.met(summed)
+        if label.dim in dims:  # a mean over rows that are picked divides by how many there are
+            return op.met(summed and not (op.name == "mean" and label.by_data))
         if not op.a.get("keepdim"):
             return moved(label, lambda d: d - sum(k < d for k in dims))
     return together(op, [label])
@@ -215,11 +222,14 @@ def along(op: Op) -> Label:
 def matrices(op: Op) -> Label:
     """Of the last two dimensions, for each index of the others."""
     found = []
-    for x in op.given():
+    given = op.given()
+    ndim = max(x.dim() for x in given)
+    for x in given:
         label = op.labels[x]
-        if isinstance(label, Rows) and label.dim is not None and label.dim >= x.dim() - 2:
+        vectors = x.dim() == ndim - 1 and x.shape[:-1] == given[0].shape[: x.dim() - 1]
+        if isinstance(label, Rows) and label.dim is not None and label.dim >= x.dim() - (1 if vectors else 2):
             return op.met()
-        found.append(label)
+        found.append(label if vectors else shifted(label, ndim - x.dim()))
     return together(op, found)
 
 

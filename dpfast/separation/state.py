@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +26,11 @@ class Kept(TorchDispatchMode):
     def __init__(self, module: nn.Module):
         super().__init__()
         named = [*module.named_parameters(), *module.named_buffers()]
-        self._held = {name: (x, x.detach()) for name, x in named if not is_traceable_wrapper_subclass(x)}
+        self._held = {
+            name: (x, x.detach())
+            for name, x in named
+            if not is_traceable_wrapper_subclass(x) and x.layout is torch.strided
+        }
         self._names: dict[int, list[str]] = {}
         for name, (_, x) in self._held.items():
             self._names.setdefault(_storage(x), []).append(name)
@@ -82,6 +88,8 @@ def _written(func: Any) -> list[tuple[int, str]]:
 
 
 def _storage(x: Tensor) -> int:
+    if x.layout is not torch.strided:
+        return 0
     return x.untyped_storage()._cdata
 
 
@@ -103,13 +111,19 @@ def attributes(module: nn.Module) -> dict[str, list[Tensor]]:
         for key, value in vars(child).items():
             if key in OWN:
                 continue
-            held = [value] if isinstance(value, Tensor) else _in_containers(value)
+            held = _in_containers(value)
             if held:
                 found[f"{prefix}.{key}" if prefix else key] = held
     return found
 
 
-def _in_containers(value: Any) -> list[Tensor]:
+def _in_containers(value: Any, depth: int = 3) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, SimpleNamespace):
+        value = vars(value)
     if isinstance(value, dict):
         value = list(value.values())
-    return [x for x in value if isinstance(x, Tensor)] if isinstance(value, (list, tuple)) else []
+    if depth == 0 or not isinstance(value, (list, tuple, deque, set)):
+        return []
+    return [x for each in value for x in _in_containers(each, depth - 1)]

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dpfast.separation.labels import Label, Labels, Rows
 
 
 def tried_alone(labels: Labels, rows: Rows, func: Any, args: Any, kwargs: Any) -> list[Label] | None:
     """Labels of the outputs, as a trial shows them; None if it shows nothing. All inputs of samples are ``rows``."""
-    if rows.dim is None:
-        return None
+    labelled = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and labels[x] is not None]
+    if rows.dim is None or not all(x.is_floating_point() for x in labelled):
+        return None  # integers cannot be drawn: they mean something
     draw = torch.Generator().manual_seed(0)
     given = tree_map(lambda x: _random(x, draw), (args, kwargs))
     try:
         whole = _outputs(func, *given)
         found: list[Label] = [_sized(labels, rows, x) for x in whole]
+        if any(label is None for label in found):
+            return None
         for part in _parts(labels.batch):
             stays = ~torch.isin(torch.from_numpy(rows.owners.each), part)
             others = tree_map(
