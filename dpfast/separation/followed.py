@@ -130,8 +130,8 @@ class Followed(Proof):
             return f"gradients of several samples meet in {names}: {where} does that"
         if self.picked:
             return (
-                f"the samples' values pick the rows that {listed(sorted(self.picked))} get, and another batch has other "
-                f"rows there"
+                f"the samples' values pick the rows that {listed(sorted(self.picked))} get, and another batch has "
+                f"others"
             )
         decided = [r for r in self.reads[self.forward_reads :] if r.kind is not int and not isinstance(r.label, Drawn)]
         if self.forward_reads >= 0 and decided:
