@@ -152,7 +152,32 @@ def written_in_place(m, h, x):
     return out + h
 
 
+def statistics_written(m, h, x):
+    mean, variance = torch.zeros(D).to(h), torch.ones(D).to(h)
+    F.batch_norm(h, mean, variance, training=True)
+    return h - 0 * mean
+
+
+def decided_in_the_backward(m, h, x):
+    h = h.clone()
+    h.register_hook(lambda g: g / g.norm() if g.abs().max() > 50 else g)
+    return h
+
+
+def a_part_of_picked_rows(m, h, x):
+    rows = (x[:, 0] > -9).nonzero().squeeze(1)[:3]
+    return h.index_add(0, rows, 1e-30 * h[rows])
+
+
 BEHIND_ZEROS = {
+    "a layer norm's weight": lambda m, h, x: F.layer_norm(h, (D,), weight=1 + 0 * h.mean(0)),
+    "a group norm's weight": lambda m, h, x: F.group_norm(h, 2, weight=1 + 0 * h.mean(0)),
+    "statistics that are given": lambda m, h, x: h + 0 * F.batch_norm(h, h.mean(0).detach(), h.var(0).detach()),
+    "statistics that are written": statistics_written,
+    "a draw around a mean": lambda m, h, x: h + 0 * torch.normal(h.mean(0).expand_as(h), 1.0),
+    "a range up to the largest": lambda m, h, x: h + 0 * torch.linspace(0, h.max(), D),
+    "decided in the backward": decided_in_the_backward,
+    "a part of picked rows": a_part_of_picked_rows,
     "roll": lambda m, h, x: h + torch.where(x[:, :1] > 99, torch.roll(h, 1, 0), torch.zeros_like(h)),
     "cumsum": lambda m, h, x: h + (x.abs().amax(1, keepdim=True) > 99).to(h).cumsum(0) * h,
     "topk": lambda m, h, x: h + 0 * h.topk(2, 0).values.sum(0),
