@@ -195,8 +195,8 @@ def scatter(op: Op) -> Label:
         return label if isinstance(there, Rows) else there
     if isinstance(own, Rows) and own.dim == dim:
         guess = op.labels.in_order(dim, x.shape[dim]) if label is None else None
-        if guess is None:
-            return op.lost()
+        if guess is None or guess.dim is None:
+            return guess or op.lost()
         there = together(op, [of_elements(op, guess.owners.each[array(index)], 0), own])
         return guess if isinstance(there, Rows) else there
     if isinstance(own, Rows) and own.dim is not None and index.shape[own.dim] != x.shape[own.dim]:

@@ -374,5 +374,7 @@ def put_back(op: Op) -> Label:
     everyone = op.labels.in_order(dim, sizes[dim])
     if everyone is None:
         return label if label.dim is None and grad.numel() else op.lost()
+    if everyone.dim is None:
+        return everyone  # of one sample, whatever its place
     fits = all(one in (-1, other) for one, other in zip(owners, everyone.owners.each.tolist(), strict=True))
     return everyone if fits else op.lost()
