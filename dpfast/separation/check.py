@@ -176,11 +176,10 @@ class Check:
         after = follow.reads[follow.forward_reads :] if follow.forward_reads >= 0 else []
         after = [read for read in after if not read.shape]
         verdict.gaps += sorted({f"{_gap(read)}, in the backward" for read in after})
-        reads = [read for read in follow.reads if not isinstance(read.label, Drawn)]
-        if not verdict.mixed and reads:
+        if not verdict.mixed and follow.reads_of_samples():
             if outputs is None:
                 follow, outputs = self._forward()
-            self._try_samples([read for read in follow.reads if not isinstance(read.label, Drawn)], outputs, verdict)
+            self._try_samples(follow.reads_of_samples(), outputs, verdict)
 
     def _forward(self, high: bool | None = None, inputs: Any = None, **kw: Any) -> tuple[Followed, list[Tensor]]:
         """A forward that a proof follows, and its outputs that train; ``high``: of random numbers not torch's."""

@@ -24,10 +24,6 @@ class Draws(TorchDispatchMode):
         self._noted: list[tuple[Any, list[Tensor], list[Any]]] = []  # operator, states, sizes of its arguments
         self._next = 0
 
-    def __bool__(self) -> bool:
-        """Whether any were noted."""
-        return bool(self._noted)
-
     def playing(self, keep: Tensor) -> Draws:
         """For a pass of the samples ``keep``."""
         self.keep, self._next = keep, 0

@@ -20,6 +20,7 @@ from dpfast.layers.recorder import Recorder
 from dpfast.layers.refusals import BypassError, listed
 from dpfast.separation import inputs as given
 from dpfast.separation.draws import Draws
+from dpfast.separation.followed import Followed
 from dpfast.separation.order import OrderWatch
 from dpfast.separation.passes import observed, own_random_numbers
 from dpfast.separation.state import kept
@@ -29,7 +30,6 @@ from dpfast.trees import map_tensors, tensors
 SAME = 1e-5  # relative: what a sample's rows may change by when only other samples do (rounding)
 
 Sketches = dict[str, list[Tensor]]  # by layer: of each form, [B, n] numbers that tell whether a sample's has changed
-Observer = Callable[[str, Form], None]
 
 
 class Experiment:
@@ -48,6 +48,7 @@ class Experiment:
         self.public = public
         self.scales: dict[int, Tensor] = {}  # of the outputs, on the unchanged batch
         self.shapes: dict[int, torch.Size] = {}
+        self.whole = 0  # samples of the unchanged batch
 
     @property
     def batch(self) -> int:
@@ -124,7 +125,7 @@ class Experiment:
         cotangents_of: Tensor | None = None,
         keep: Tensor | None = None,
         left: dict[str, Tensor] | None = None,
-        follow: Any = None,
+        follow: Followed | None = None,
         watch: OrderWatch | None = None,
     ) -> Sketches:
         """What a forward and backward records, by layer, in sketches.
@@ -155,6 +156,8 @@ class Experiment:
             with watch or nullcontext():
                 outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             with _disable_current_modes():  # these are nobody's random numbers
+                if keep is None:
+                    self.whole = self.batch
                 if left is not None:
                     left.update(keeping.written())
                 cotangents = [self._cotangent(k, x, cotangents_of, keep) for k, x in enumerate(outputs)]
@@ -168,8 +171,7 @@ class Experiment:
     def _cotangent(self, k: int, output: Tensor, cotangents_of: Tensor | None, keep: Tensor | None) -> Tensor:
         """The gradient of the ``k``-th output."""
         if output.dim() == 0:
-            whole = self.shapes.setdefault(-1, torch.Size([self.batch]))[0]
-            part = 1.0 if keep is None or not self.recorder.loss_is_mean else len(keep) / whole
+            part = 1.0 if keep is None or not self.recorder.loss_is_mean else len(keep) / self.whole
             return torch.full_like(output, part)
         d = self.batch_dim
         has_batch = output.dim() > d and output.shape[d] == (self.batch if keep is None else len(keep))

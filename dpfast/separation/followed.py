@@ -19,7 +19,7 @@ from dpfast.layers.recorder import Recorder
 from dpfast.layers.refusals import listed
 from dpfast.separation.inputs import label_inputs
 from dpfast.separation.labels import PICKED, Drawn, Label, Lost, Met, Rows, Unwritten
-from dpfast.separation.proof import Proof
+from dpfast.separation.proof import Proof, Read
 from dpfast.separation.state import attributes
 from dpfast.separation.texts import left
 
@@ -133,10 +133,14 @@ class Followed(Proof):
                 f"the samples' values pick the rows that {listed(sorted(self.picked))} get, and another batch has "
                 f"others"
             )
-        decided = [r for r in self.reads[self.forward_reads :] if r.kind is not int and not isinstance(r.label, Drawn)]
+        decided = [read for read in self.reads_of_samples(self.forward_reads) if read.kind is not int]
         if self.forward_reads >= 0 and decided:
             return f"gradients of several samples meet in a backward, in which Python decides by {decided[0].label}"
         return ""
+
+    def reads_of_samples(self, since: int = 0) -> list[Read]:
+        """What Python has read of the samples' values, but for the first ``since`` reads."""
+        return [read for read in self.reads[since:] if not isinstance(read.label, Drawn)]
 
     def left(self) -> dict[str, list[Tensor]]:
         """Tensors of samples that modules hold as plain attributes, for the next forward perhaps."""

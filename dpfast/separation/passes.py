@@ -14,14 +14,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.layers.recorder import Recorder
 from dpfast.planner import KeepSides
+from dpfast.separation.state import kept
 from dpfast.trees import map_tensors
 
 
 @contextmanager
 def aside(module: nn.Module) -> Iterator[None]:
     """Forwards within have no dropout and leave no trace: in buffers, random state, or a checkpoint around them."""
-    from dpfast.separation.state import kept
-
     dropping = (torch.nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
     dropped = [m for m in module.modules() if isinstance(m, dropping) and m.training]
     for m in dropped:

@@ -23,6 +23,7 @@ from dpfast.separation import networks, rules, trial
 from dpfast.separation.indexing import RULES  # with those of rules.py
 from dpfast.separation.labels import Drawn, Label, Labels, Lost, Met, Rows, Unwritten
 from dpfast.separation.rules import Op, Rule, together
+from dpfast.separation.state import written_arguments
 
 FACTORIES = ("new_", "rand", "normal", "zeros", "ones", "full", "arange", "empty", "scalar_tensor", "eye", "linspace")
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "allclose"}
@@ -113,8 +114,9 @@ class Proof(TorchDispatchMode):
             return self._read(op, out)
         given = op.given()
         theirs = {x.untyped_storage()._cdata for x in given}
-        outputs = [x if isinstance(x, Tensor) and x.layout is torch.strided else None for x in _flat(out)]
-        sparse = any(isinstance(x, Tensor) and x.layout is not torch.strided for x in _flat(out))
+        returned = [x if isinstance(x, Tensor) else None for x in _flat(out)]
+        outputs = [x if x is not None and x.layout is torch.strided else None for x in returned]
+        sparse = any(x is not y for x, y in zip(returned, outputs, strict=True))
         if sparse and any(isinstance(self.labels[x], Rows | Met | Lost) for x in given):
             self.reads.append(Read(op.lost(), int, self.module, answered=False))
         made = [x for x in outputs if x is not None and x.untyped_storage()._cdata not in theirs]
@@ -153,7 +155,6 @@ class Proof(TorchDispatchMode):
             self.reads.append(Read(found[0], int, self.module, answered=False, shape=True))
 
     def _label(self, op: Op, plan: _Plan, func: Any, args: Any, kwargs: Any) -> Any:
-        found = [self.labels[x] for x in op.given()]
         if plan.factory:
             if plan.name.startswith(("empty", "new_empty")):
                 return Unwritten()
@@ -162,7 +163,7 @@ class Proof(TorchDispatchMode):
         if plan.rule is not None:
             label = plan.rule(op)
             return Drawn() if label is None and plan.random else label
-        label = together(op, found)
+        label = together(op, [self.labels[x] for x in op.given()])
         if isinstance(label, Rows):
             shown = None if plan.written else self._tried(label, func, args, kwargs)
             if shown is not None:
@@ -213,7 +214,7 @@ def _plan(func: Any) -> _Plan:
     schema = func._schema
     namespace, _, name = schema.name.partition("::")
     shown = name if namespace == "aten" else schema.name
-    written = tuple(x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write)
+    written = tuple(argument for _, argument in written_arguments(func))
     found: Rule | None = None
     if namespace == "aten":
         found = RULES.get(name)

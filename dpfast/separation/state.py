@@ -39,7 +39,7 @@ class Kept(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for k, name in _written(func):
+        for k, name in written_arguments(func):
             given = args[k] if k < len(args) else kwargs.get(name)
             for x in given if isinstance(given, (list, tuple)) else [given]:
                 self._keep(x)
@@ -81,8 +81,8 @@ class Kept(TorchDispatchMode):
 
 
 @cache
-def _written(func: Any) -> list[tuple[int, str]]:
-    """Which of an operator's arguments it writes to."""
+def written_arguments(func: Any) -> list[tuple[int, str]]:
+    """Place and name of each argument that an operator writes to."""
     arguments = enumerate(func._schema.arguments)
     return [(k, x.name) for k, x in arguments if x.alias_info is not None and x.alias_info.is_write]
 

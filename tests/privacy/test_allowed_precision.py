@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpfast import native, ops, reference
+from dpfast import ops, reference
 from dpfast.reference.precision import full_precision
 from tests.helpers import SLACK, distance
 from tests.privacy.coarse import SETTINGS, Coarse, allowed, coarsely
@@ -66,16 +66,6 @@ MODELS = {
         None,
     ),
 }
-
-
-@pytest.fixture(scope="module", params=["1", "0"], ids=["compiled", "plain"])
-def library(request):
-    """With the compiled library, and with plain PyTorch alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPFAST_NATIVE", request.param)
-        native.reset()
-        yield
-    native.reset()
 
 
 def weigh(out, target):

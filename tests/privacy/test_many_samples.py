@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dpfast import native
 from dpfast.clipping import Clipping
 from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Instantiated
 from dpfast.ops import Geometry
@@ -19,15 +18,6 @@ FORMS = {
     "embedding": lambda make: EmbeddingRows(torch.tensor([[0, 1, 0]]).expand(make.batch, 3), make(3, 8), 3),
     "written out": lambda make: Instantiated(make(150)),
 }
-
-
-@pytest.fixture(scope="module", params=["1", "0"], ids=["compiled", "plain"])
-def library(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPFAST_NATIVE", request.param)
-        native.reset()
-        yield
-    native.reset()
 
 
 class Same:

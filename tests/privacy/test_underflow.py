@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast import native
 from dpfast.amp import GradScaler
 from dpfast.clipping import Clipping
 from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Instantiated
@@ -17,15 +16,6 @@ from tests.privacy.judging import Private
 
 SIDE, BACKPROP = 2.0**126, 1.01 * 2.0**-119  # the issue's own
 GEOMETRY = Geometry((1,), (0,), (1,), False, (0,), 1)
-
-
-@pytest.fixture(scope="module", params=["1", "0"], ids=["compiled", "plain"])
-def library(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPFAST_NATIVE", request.param)
-        native.reset()
-        yield
-    native.reset()
 
 
 @pytest.fixture(params=[False, True], ids=["subnormal", "flushed"])
