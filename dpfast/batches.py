@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dpfast.once import ForwardPass
+from torch import Tensor
 
-RECENT = 8  # batches whose sizes are remembered: a loop may read ahead
+from dpfast.once import ForwardPass, Samples
+from dpfast.trees import tensors
+
+RECENT = 8  # batches that are remembered: a loop may read ahead
 
 
 @dataclass(eq=False)
@@ -29,16 +32,6 @@ class Loop:
     left: bool = False  # in the middle of a logical batch
     skipped: bool = False  # a physical batch was neither used nor cleared: was it skipped, or is the loop read ahead?
     skipped_parts: bool = False  # and it was only a part of its logical batch
-
-
-class Samples(NamedTuple):
-    """Samples of a data set."""
-
-    dataset: int  # its id
-    indices: Sequence[Any]
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 class Piece(NamedTuple):
@@ -69,17 +62,18 @@ class Batches:
     loop: Loop | None = None
     fresh: list[Samples] = field(default_factory=list)  # given since the last forward
     given: list[Samples] = field(default_factory=list)  # and before forwards since the last step
+    taken: list[Samples] = field(default_factory=list)  # what the last forward was over
+    recent: deque[Samples] = field(default_factory=lambda: deque(maxlen=RECENT))
+    newest: list[Tensor] = field(default_factory=list)  # in which they were given last: their values tell rows apart
     used: list[ForwardPass] = field(default_factory=list)  # whose backward passes have ended since the last step
-    rows: int = 0  # that these had
     passes: int = 0  # how many these were
-    passing: dict[ForwardPass, list[Any]] = field(default_factory=dict)  # of the running pass, with nodes of its graph
+    unseen: bool = False  # and one was of a forward that nobody knows
     forwarded: bool = False  # a training forward ran since the last physical batch was given
     cleared: bool = False  # gradients were cleared since then
     tried: bool = False  # a step of it was refused half-way
     aside: bool = False  # whole batches were given since then, and not all that their loop has
     unclear: bool = False  # and then came a forward: over which of them?
     empty: bool = False  # the last batch had no samples
-    sizes: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     warned: set[str] = field(default_factory=set)
     signalled: LogicalBatch | None = None  # in whose middle ``signal_skip_step`` has left us
 
@@ -95,7 +89,7 @@ class Batches:
 
     def drop(self) -> None:
         """The sums were dropped; the batch that was given last may be used again."""
-        self.rows, self.passes, self.tried = 0, 0, False
+        self.passes, self.unseen, self.tried = 0, False, False
         self.given, self.used = self.given[-1:], []
 
     def forget(self) -> None:
@@ -107,19 +101,19 @@ class Batches:
 
     # ------------------------------------------------------------------ what loaders say
 
-    def give(self, samples: Samples) -> None:
-        """A loader gives a whole batch: to train on, or only to look at, as an evaluation does."""
+    def give(self, samples: Samples, batch: Any = None) -> None:
+        """A loader gives a whole ``batch``: to train on, or only to look at, as an evaluation does."""
         if self.loop is not None and self.loop.ended:
             self._leave()
         self.aside = self.loop is not None and bool(self.pieces)
-        self._note(samples)
+        self._note(samples, batch)
 
     def end_whole(self) -> None:
         """A loop over whole batches is at its end: it was an evaluation, if a physical batch waits."""
         self.aside = False
 
-    def give_piece(self, piece: Piece, backwards: int) -> None:
-        """A loop gives a physical batch; ``backwards`` is how many passes wait for a step.
+    def give_piece(self, piece: Piece, waits: bool, batch: Any = None) -> None:
+        """A loop gives a physical ``batch``; ``waits``: a backward pass has come, and no step after it.
 
         Raises:
             ValueError: it could not be told which physical batch a backward pass is of.
@@ -136,12 +130,11 @@ class Batches:
             self.pieces.clear()
             self.signalled, self.loop = None, loop
         elif held is not None:
-            self._pass_over(held, backwards)
+            self._pass_over(held, waits)
         loop.batch = piece.batch
-        self.pieces.append(piece)
         self.forwarded = self.cleared = self.aside = self.unclear = False
         assert piece.samples is not None
-        self._note(piece.samples)
+        self.pieces.append(piece._replace(samples=self._note(piece.samples, batch)))
 
     def end(self, loop: Loop, finished: bool) -> None:
         """The iterator of ``loop`` is at its end, or was closed."""
@@ -149,10 +142,10 @@ class Batches:
         if loop is self.loop and not finished and self.of is not None and self.of is loop.batch:
             self.of.dropped = True  # its other parts will not come
 
-    def _pass_over(self, held: Piece, backwards: int) -> None:
+    def _pass_over(self, held: Piece, waits: bool) -> None:
         loop = held.loop
         assert loop is not None
-        if backwards:
+        if waits:
             raise ValueError(
                 "a physical batch of BatchMemoryManager was asked for after a backward pass and before its "
                 "optimizer.step(): call step() for each of them, or optimizer.zero_grad() to drop one"
@@ -175,10 +168,13 @@ class Batches:
             if self.of is not None and self.of is loop.batch:
                 self.of.dropped = loop.left = True
 
-    def _note(self, samples: Samples) -> None:
+    def _note(self, samples: Samples, batch: Any) -> Samples:
+        self.newest = tensors(batch)
+        samples = samples.given_as(self.newest)
         self.fresh.append(samples)
-        self.sizes.append(len(samples))
+        self.recent.append(samples)
         self.empty = not samples
+        return samples
 
     # ------------------------------------------------------------------ what the optimizer says
 
@@ -246,52 +242,69 @@ class Batches:
 
     # ------------------------------------------------------------------ what forward and backward passes say
 
-    def forward(self, rows: int | None) -> list[Any]:
-        """A training forward over so many rows has run; the samples that no forward has run over since they were given.
+    def forward(self, forward: ForwardPass) -> None:
+        """A training forward has run: what it was over.
 
-        They are those of the physical batch, or what the loader has given last, as far as the rows reach; what it gave
-        before was only looked at.
+        That is the physical batch; else, unless its inputs lie in a batch of the loader, what the loader has given
+        since the last forward, or else what that was over.
         """
         held = self.piece
-        if held is not None and held.samples is not None:
-            taken = [] if self.forwarded else [held.samples]
+        physical = held.samples if held is not None else None
+        if physical is not None:
+            new, old = [] if self.forwarded else [physical], [physical]
         else:
-            taken = list[Samples]()
-            while self.fresh and (not taken or sum(map(len, taken)) < (rows or 0)):
-                taken.insert(0, self.fresh.pop())
+            new, old = [*self.fresh], self.taken
         self.fresh.clear()
-        self.given += taken
-        self.forwarded, self.empty = True, rows == 0
+        if forward.lies_in(self.recent if physical is None else old):
+            new = [samples for samples in forward.group if samples not in self.given]
+        elif new or old:
+            forward.taken_for(new or old, first=bool(new))
+        self.taken = [*forward.group] or self.taken
+        self.given += new
+        self.forwarded, self.empty = True, forward.batch == 0
         self.unclear |= self.aside
-        return [(dataset, index) for dataset, indices in taken for index in indices]
 
-    def use(self) -> None:
-        """The running backward pass is one of the step's.
+    def use(self, passing: Iterable[ForwardPass], reached: bool) -> None:
+        """A backward pass of the step ends, of the forwards ``passing``; ``reached``: it reached parameters.
 
         Raises:
-            ValueError: some sample was in another of them: it would count twice at the noise of once.
+            ValueError: some sample was in another of them, and would count twice at the noise of once; or samples of
+                several forwards would be clipped as if they were one.
         """
-        rows = max((forward.batch or 0 for forward in self.passing), default=0)
-        number, total = self.passes + 1, self.rows + rows
-        known = sum(map(len, self.given))
-        seen = [sample for forward in (*self.used, *self.passing) for sample in forward.samples]
-        unknown = not self.given and self.of is None  # what the loader has given: equal values are all that tells
-        twice = any(f.shares_samples(g, compare=unknown) for f in self.passing for g in self.used)
-        twice |= number > 1 and len(set(seen)) < len(seen)
-        twice |= bool(self.given) and number > len(self.given) and total > known
+        every = list(passing)
+        passing = [forward for forward in every if forward.batch != 0]
+        for forward in passing[1:]:
+            if forward.batch == passing[0].batch and not forward.same_rows(passing[0]):
+                raise ValueError(
+                    "one backward pass of two forwards, and nothing shows that both had the same samples in the same "
+                    "order: row k of each is clipped as one sample, so that a sample could count twice. Call "
+                    "backward() and step() for each, with BatchMemoryManager where they are parts of a batch; or call "
+                    "the model once, on what has both"
+                )
+        number = self.passes + 1
+        unseen = reached and not passing
+        twice = number > 1 and (unseen or self.unseen)
+        twice |= any(forward.shares_samples(other) for forward in passing for other in self.used)
         if twice:
             raise ValueError(
-                "a second backward pass over samples that were in one since the last step: each would count twice, at "
-                "the noise of once. Add up the losses and call backward() once, or call optimizer.step() or "
-                "optimizer.zero_grad() in between"
+                "a second backward pass over samples that were in one since the last step, or may have been: each "
+                "would count twice, at the noise of once. Add up the losses and call backward() once, or call "
+                "optimizer.step() or optimizer.zero_grad() in between. Parts of a batch are told apart by where they "
+                "lie in the tensors that the loader gave, or by their values; BatchMemoryManager makes such parts"
             )
-        self.used += self.passing
-        self.passes, self.rows = number, total
-        more = rows > known and rows not in self.sizes
-        if self.given and more and self.sizes[-1] and rows % self.sizes[-1] == 0:
+        for forward in every:
+            forward.let_go()
+        self.used += passing
+        self.passes, self.unseen = number, self.unseen or unseen
+        self._look_for_rows(max((forward.batch or 0 for forward in passing), default=0))
+
+    def _look_for_rows(self, rows: int) -> None:
+        sizes = [len(samples) for samples in self.recent]
+        more = rows > sum(map(len, self.given)) and rows not in sizes
+        if self.given and more and sizes[-1] and rows % sizes[-1] == 0:
             self.warn(
                 "rows",
-                f"the loader gave {self.sizes[-1]} samples and the model saw {rows} rows: each row is clipped as a "
-                f"sample of its own, so that a sample counts {rows // self.sizes[-1]} times. Divide max_grad_norm by "
-                f"that, or make the rows of a sample inside of the model",
+                f"the loader gave {sizes[-1]} samples and the model saw {rows} rows: each row is clipped as a sample "
+                f"of its own, so that a sample counts {rows // sizes[-1]} times. Divide max_grad_norm by that, or make "
+                f"the rows of a sample inside of the model",
             )

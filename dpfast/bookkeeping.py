@@ -86,7 +86,7 @@ class Book(Recorder):
     def open(self, batch: int | None = None) -> None:
         """As any recorder's; and no forward is known yet that the pass is of."""
         if self.opens():
-            self.batches.passing.clear()
+            self.passing.clear()
         super().open(batch)
 
     @property
@@ -114,14 +114,14 @@ class Book(Recorder):
         try:
             self._close()
         finally:
-            self.batches.passing.clear()
+            self.passing.clear()
 
     def _close(self) -> None:
         batch = self.batch_size
         taken = self.take()
         narrowed, self.narrowed = self.narrowed, None
-        passing = self.batches.passing.values()
-        if not taken and passing and not any(leaves_gradients(below) for below in passing):
+        below = self.passing.values()
+        if not taken and below and not any(map(leaves_gradients, below)):
             return  # torch.autograd.grad, which trains nothing
         uses = {p: forms for p, forms in taken.items() if self.tracked is None or p in self.tracked}
         if uses and narrowed and self.loss_is_mean and (size := self._common_batch(uses)) > 1:
@@ -136,7 +136,7 @@ class Book(Recorder):
         parameters = self.tracked if self.tracked is not None else self.names
         if self.batches.used and all(getattr(p, "summed_grad", None) is None for p in parameters):
             self.batches.drop()  # the sums were cleared by hand
-        self.batches.use()
+        self.batches.use(self.passing, reached=bool(taken))
         try:
             self._sum_up(uses, batch)
         except BaseException:

@@ -12,7 +12,7 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,13 +25,12 @@ from opacus.optimizers import DPOptimizer
 from dpfast.grad_sample import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
+from dpfast.runs import ACCOUNTANT, RUNS, by_run, joined
 
 # In a checkpoint, beside Opacus' entries:
 PLAN, THRESHOLDS, ASCENT = "plan_state_dict", "max_grad_norms", "ascent_state_dict"
 NOISE_STATE = "noise_state_dict"  # once it was in every checkpoint; fine-tuning, which restores its batches, has it
-ACCOUNTANT, OPTIMIZER = "privacy_accountant_state_dict", "optimizer_state_dict"
-
-History = Sequence[tuple[float, float, int]]
+OPTIMIZER = "optimizer_state_dict"
 
 # NumPy's numbers and arrays, which schedules and noise multipliers are made of.
 _NUMPY: list[Any] = [
@@ -105,9 +104,9 @@ def write(path: Any, save: Any) -> None:
         read(file.name, map_location="meta")  # "meta" reads no weights
 
 
-def contents(module: Any, optimizer: DPOptimizer | None) -> dict[str, Any]:
-    """What the fused mode adds to Opacus' entries."""
-    found: dict[str, Any] = {}
+def contents(module: Any, optimizer: DPOptimizer | None, accountant: IAccountant) -> dict[str, Any]:
+    """What is added to Opacus' entries."""
+    found: dict[str, Any] = {RUNS: by_run(accountant)}
     if isinstance(optimizer, FusedDPOptimizer):
         if optimizer.ascending.ascent is not None:
             found[ASCENT] = optimizer.ascending.state_dict()
@@ -131,12 +130,16 @@ def take_over(
 
     Raises:
         ValueError: an entry is malformed or of another kind of run; nothing is changed.
+        RuntimeError: the weights do not fit the model, which may have taken some; nothing else is changed.
     """
     fused = optimizer if isinstance(optimizer, FusedDPOptimizer) else None
     for name in ("module_state_dict", ACCOUNTANT):
         if name not in held:
             raise ValueError(f"the checkpoint has no {name}: it is none of a private engine")
-    history = history_after(accountant, held[ACCOUNTANT])
+    counted = joined(accountant, {**dict(held[ACCOUNTANT] or {}), RUNS: held.pop(RUNS, None)})
+    state = held.get(OPTIMIZER, {})
+    if optimizer is not None and len(state) > 0:
+        _check_groups(optimizer, state)
     if fused is not None:
         fused.ascending.check_state(held.get(ASCENT))
     if PLAN in held:
@@ -147,8 +150,8 @@ def take_over(
         raise ValueError(f"{THRESHOLDS}={thresholds!r}: a list of one finite positive number was expected")
 
     module.load_state_dict(held["module_state_dict"], **(module_load_dict_kwargs or {}))
-    accountant.history = history
-    state = held.pop(OPTIMIZER, {})
+    counted.take_over()
+    held.pop(OPTIMIZER, None)
     if optimizer is not None and len(state) > 0:
         optimizer.load_state_dict(state)
     elif (optimizer is not None) != (len(state) > 0):
@@ -159,8 +162,10 @@ def take_over(
         if scheduler is not None and len(state) > 0:
             scheduler.load_state_dict(state)
     held.pop(NOISE_STATE, None)  # a key that other batches have met, or will
+    for each in (fused, _optimizer_of(module)):
+        if each is not None:
+            each.noise.renew()
     if fused is not None:
-        fused.noise.renew()
         fused.ascending.load_state_dict(held.pop(ASCENT, None))
         if fused.adaptive is not None and THRESHOLDS in held:
             (fused.max_grad_norm,) = held.pop(THRESHOLDS)
@@ -169,69 +174,23 @@ def take_over(
     return held
 
 
-def history_after(accountant: IAccountant, state: Any) -> list[tuple[float, float, int]]:
-    """The accountant's history when a checkpoint's state has been loaded: every step that either of them has.
-
-    Steps with which both begin are the same ones. What was released after the checkpoint was written cannot be taken
-    back: a run that is rolled back has these steps, and those that it takes again.
-
-    Raises:
-        ValueError: ``state`` is malformed, or of another accountant.
-    """
-    if not isinstance(state, Mapping) or not {"history", "mechanism"} <= set(state):
-        raise ValueError(f"{ACCOUNTANT}: a mapping with a history and a mechanism was expected")
-    if state["mechanism"] != accountant.mechanism():
+def _check_groups(optimizer: DPOptimizer, state: Any) -> None:
+    """What torch refuses when it loads the state, before anything is loaded."""
+    mine = [len(group["params"]) for group in optimizer.param_groups]
+    given = state.get("param_groups") if isinstance(state, Mapping) else None
+    theirs = [len(group["params"]) for group in given] if isinstance(given, list) else given
+    if mine != theirs:
         raise ValueError(
-            f"{ACCOUNTANT}: it is of accountant={state['mechanism']!r}, and this engine has "
-            f"accountant={accountant.mechanism()!r}: make the engine with the other one"
+            f"{OPTIMIZER}: its groups have {theirs} parameters, and those of this optimizer {mine}: make the optimizer "
+            f"of the same parameters"
         )
-    held = []
-    for entry in state["history"]:
-        fits = isinstance(entry, tuple | list) and len(entry) == 3 and all(map(_is_number_or_zero, entry))
-        if not fits or entry[2] != int(entry[2]):
-            raise ValueError(f"{ACCOUNTANT}: {entry!r} is no (noise multiplier, sample rate, steps)")
-        held.append((float(entry[0]), float(entry[1]), int(entry[2])))
-    mine = [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in accountant.history]
-    both = _joined(mine, held)
-    if (lost := _steps(mine) - _steps(held)) > 0:
-        warnings.warn(
-            f"load_checkpoint: this engine has accounted for {lost} steps more than the checkpoint; they stay "
-            f"accounted for, as what they released cannot be taken back",
-            stacklevel=4,
-        )
-    if accountant.mechanism() == "gdp" and len(both) > 1:
-        raise ValueError(
-            f"{ACCOUNTANT}: with the steps of this engine there would be {len(both)} noise multipliers or sample "
-            f"rates, and accountant='gdp' takes one: use 'prv' or 'rdp', or a new engine"
-        )
-    return both
 
 
-def _joined(mine: History, held: History) -> list[tuple[float, float, int]]:
-    rest = [*held]
-    for sigma, rate, steps in mine:  # the steps at their beginning that both have
-        common = 0
-        if rest and rest[0][:2] == (sigma, rate):
-            common = min(steps, rest[0][2])
-            rest[0] = (sigma, rate, rest[0][2] - common)
-            rest = rest[not rest[0][2] :]
-        if common < steps:
-            break
-    both: list[tuple[float, float, int]] = []
-    for sigma, rate, steps in (*mine, *rest):
-        if both and both[-1][:2] == (sigma, rate):
-            steps += both.pop()[2]
-        both.append((sigma, rate, steps))
-    return both
-
-
-def _steps(history: History) -> int:
-    return sum(steps for *_, steps in history)
+def _optimizer_of(module: Any) -> FusedDPOptimizer | None:
+    """The private optimizer of ``module``, be it given or not: its noise must not go on either."""
+    known = module.book.optimizer if isinstance(module, FusedHooks) else None
+    return None if known is None else known()
 
 
 def _is_number(value: Any) -> bool:
-    return _is_number_or_zero(value) and value > 0
-
-
-def _is_number_or_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

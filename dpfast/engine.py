@@ -33,6 +33,7 @@ from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planner import Planner
 from dpfast.ranks import Ranks, apart
+from dpfast.runs import shared_by
 from dpfast.sampling import PoissonBatches, check_shares, system_generator
 
 FUSED = "fused"
@@ -269,6 +270,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
                 "divides by"
             )
+        shared_by(ranks, self.accountant)
         check_shares(data_loader, ranks, poisson_sampling, (public, drawn))
         private_loader = data_loader
         if drawn is not None:
@@ -398,7 +400,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ValueError: ``checkpoint_dict`` or a scheduler has an object that :meth:`load_checkpoint` would refuse: one
                 that is neither a tensor nor plain Python. What was at ``path`` stays.
         """
-        held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer)}
+        held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer, self.accountant)}
 
         def save(file: Any) -> None:
             opacus.PrivacyEngine.save_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import secrets
 import weakref
 from collections import deque
@@ -12,31 +13,33 @@ from typing import Any
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from dpfast.batches import Samples
 from dpfast.bookkeeping import Book
 from dpfast.empty_batch import CollateOrEmpty
-from dpfast.public import Public, check_fixed, drawn_from
+from dpfast.once import Samples
+from dpfast.public import Public, check_fixed, check_inside, drawn_from
 from dpfast.ranks import Ranks
 from dpfast.sampling import PoissonBatches
 
+logger = logging.getLogger(__name__)
 
-def distinct(batch: Any) -> list[Any]:
+
+def distinct(batch: Any, dataset: Any) -> list[Any]:
     """The indices of a batch, which samplers give as lists, arrays or tensors of numbers, or lists of tensors.
 
     Raises:
-        ValueError: one is there twice.
+        ValueError: one is there twice, or is none of a sample of ``dataset``.
     """
     if hasattr(batch, "tolist"):
         batch = batch.tolist()
-    indices = [index.item() if isinstance(index, Tensor) else index for index in batch]
+    indices = [index.item() if hasattr(index, "item") else index for index in batch]
     if len(set(indices)) < len(indices):
         raise ValueError(
             f"data_loader: its sampler has put a sample into a batch more than once ({indices}), where it would count "
             f"as often. Use one that draws without replacement, or poisson_sampling=True"
         )
+    check_inside(indices, dataset, "sampler")
     return indices
 
 
@@ -85,7 +88,7 @@ class WatchedLoader(DataLoader):
             if drawn:  # a loader class of the user's own may draw elsewhere: nothing is known of its samples
                 samples = Samples(id(self.dataset), drawn.popleft())
                 for book in self.watchers.books:
-                    book.batches.give(samples)
+                    book.batches.give(samples, batch)
             yield batch
         for book in self.watchers.books:
             book.batches.end_whole()
@@ -95,7 +98,7 @@ class _Noting(Sampler[list[Any]]):
     """The batches of ``batches``, refused if one has a sample twice, noted in the order in which they are drawn."""
 
     def __init__(self, batches: Any, loader: WatchedLoader):
-        self.batches = batches
+        self.batches, self.dataset = batches, loader.dataset
         # An iterator keeps this: a loader in a cycle with it would keep persistent workers until it is collected.
         self.loader = weakref.ref(loader)
 
@@ -106,7 +109,7 @@ class _Noting(Sampler[list[Any]]):
 
     def _draw(self, drawn: deque[list[Any]]) -> Iterator[list[Any]]:
         for batch in self.batches:
-            indices = distinct(batch)
+            indices = distinct(batch, self.dataset)
             drawn.append(indices)
             yield indices
 
@@ -126,6 +129,9 @@ def watched(loader: DataLoader, book: Book) -> DataLoader:
         return loader
     twin = copy.copy(loader)
     name = type(loader).__name__
+    if twin.num_workers and not getattr(twin, "in_order", True):
+        logger.warning("data_loader: in_order=False is not kept, as batches are known by the order they are drawn in")
+        twin.in_order = True
     twin.__class__ = type(name, (WatchedLoader, type(loader)), {"__module__": __name__})
     vars(twin).update(watchers=Watchers(), _iterator=None)
     return watched(twin, book)

@@ -68,7 +68,7 @@ class NoiseStream:
         self.key: tuple[int, ...] | None = None
         self._rounding_key: tuple[int, int] | None = None
         self._used: dict[tuple[int, ...], int] = {}  # of every key of this stream the first step that it has not used
-        self._process = _this_process()
+        self._process = this_process()
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: nothing that the noise is made of."""
@@ -104,7 +104,7 @@ class NoiseStream:
                 f"step: it is being recorded by {recorder}, which would replay the noise of this one step on other "
                 f"batches, and account for none of them: call optimizer.step() outside of it"
             )
-        if self._process != _this_process() or (self.key is not None and self.step < self._used.get(self.key, 0)):
+        if self._process != this_process() or (self.key is not None and self.step < self._used.get(self.key, 0)):
             self.renew()
         if self.step >= 1 << 32:
             raise OverflowError(f"noise step {self.step} does not fit in 32 bits: start a new run, with a new key")
@@ -186,7 +186,7 @@ class NoiseStream:
     def renew(self) -> None:
         """Have the next step draw a new key from the operating system: a generator would give the old one again."""
         self.generator = self.key = self._rounding_key = None
-        self.step, self._process = 0, _this_process()
+        self.step, self._process = 0, this_process()
 
 
 _forks = 0
@@ -200,7 +200,7 @@ def _count_fork() -> None:
 os.register_at_fork(after_in_child=_count_fork)
 
 
-def _this_process() -> tuple[int, int]:
+def this_process() -> tuple[int, int]:
     """Another one for every process; a number that the system has given out again is told apart by the forks."""
     return os.getpid(), _forks
 

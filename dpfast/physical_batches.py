@@ -11,9 +11,10 @@ import numpy as np
 import opacus.utils.batch_memory_manager
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from dpfast.batches import LogicalBatch, Loop, Piece, Samples
+from dpfast.batches import LogicalBatch, Loop, Piece
 from dpfast.bookkeeping import Book
 from dpfast.loaders import arguments_of, distinct
+from dpfast.once import Samples
 from dpfast.sampling import PoissonBatches, split
 
 
@@ -54,7 +55,7 @@ class PhysicalLoader(DataLoader):
         if loader.batch_sampler is None:
             raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
         self.book = book
-        parts = PhysicalBatches(loader.batch_sampler, size, id(loader.dataset), book)
+        parts = PhysicalBatches(loader.batch_sampler, size, loader.dataset, book)
         super().__init__(loader.dataset, batch_sampler=parts, **arguments_of(loader))
 
     @property
@@ -78,7 +79,7 @@ class PhysicalLoader(DataLoader):
                 except StopIteration:
                     finished = True
                     return
-                self.book.batches.give_piece(drawn.popleft(), self.book.waits_for_step)
+                self.book.batches.give_piece(drawn.popleft(), self.book.waits_for_step, batch)
                 yield batch
         finally:
             self.book.batches.end(loop, finished)
@@ -108,7 +109,7 @@ class _Noting(Sampler[list[Any]]):
 class PhysicalBatches(Sampler[list[Any]]):
     """The batches of ``batches`` in parts; the book hears of each when it is drawn from here, without a loader."""
 
-    def __init__(self, batches: Any, size: int, dataset: int, book: Book):
+    def __init__(self, batches: Any, size: int, dataset: Any, book: Book):
         self.batches, self.size, self.dataset, self.book = batches, size, dataset, book
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -127,7 +128,7 @@ class PhysicalBatches(Sampler[list[Any]]):
         for parts in self._logical_batches():
             batch = LogicalBatch()
             for k, part in enumerate(parts):
-                yield Piece(batch, k == 0, k == len(parts) - 1, Samples(self.dataset, part), loop)
+                yield Piece(batch, k == 0, k == len(parts) - 1, Samples(id(self.dataset), part), loop)
 
     def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
         if isinstance(self.batches, PoissonBatches):
@@ -136,7 +137,7 @@ class PhysicalBatches(Sampler[list[Any]]):
                 yield self.batches.physical_batches(step, self.size)
             return
         for batch in self.batches:
-            indices = distinct(batch)
+            indices = distinct(batch, self.dataset)
             yield split(indices, max(1, -(-len(indices) // self.size)))
 
     def __len__(self) -> int:

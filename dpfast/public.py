@@ -121,6 +121,7 @@ def check_fixed(loader: DataLoader) -> None:
     indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
     if isinstance(indices, (list, tuple)) and indices and not isinstance(indices[0], (list, tuple)):
         _check_once(list(indices), name)
+        check_inside(list(indices), loader.dataset, name)
 
 
 def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[Any]:
@@ -177,9 +178,21 @@ def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[
     if not indices:
         raise ValueError(f"data_loader has no batches: its {name} gives no samples")
     _check_once(indices, name)
+    check_inside(indices, loader.dataset, name)
+    return sorted(indices) if all(isinstance(i, int) for i in indices) else indices
+
+
+def check_inside(indices: Sequence[Any], dataset: Any, name: str) -> None:
+    """Refuse numbers that are none of the samples': one sample may have several of those, as 7 and -1 of 8.
+
+    Raises:
+        ValueError: names the number.
+    """
+    if hasattr(dataset, "keys") or not hasattr(dataset, "__len__"):  # it has names of its own for its samples
+        return
+    size = len(dataset)
     if outside := [i for i in indices if isinstance(i, int) and not 0 <= i < size]:
         raise ValueError(f"data_loader: its {name} gives {outside[0]}, and its data set has samples 0 to {size - 1}")
-    return sorted(indices) if all(isinstance(i, int) for i in indices) else indices
 
 
 def _check_once(indices: list[Any], name: str) -> None:

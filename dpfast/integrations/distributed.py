@@ -13,9 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 
-from dpfast.checkpoints import history_after, read, written
+from dpfast.checkpoints import read, written
 from dpfast.engine import PrivacyEngine
 from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.runs import joined, state_of
 
 PRIVACY_NAME = "privacy.pt"
 
@@ -49,7 +50,7 @@ def save_checkpoint(
     dcp.save(_state(module, optimizer), checkpoint_id=partial, process_group=_group(optimizer))
     if first:
         privacy = {
-            "accountant": dict(engine.accountant.state_dict()),
+            "accountant": state_of(engine.accountant),
             "max_grad_norms": optimizer.max_grad_norms,
             "extra": extra,
         }
@@ -80,7 +81,7 @@ def load_checkpoint(
     if not (path / PRIVACY_NAME).is_file():
         raise ValueError(f"path={str(path)!r}: no whole checkpoint of private training is there (no {PRIVACY_NAME})")
     privacy = read(path / PRIVACY_NAME, map_location="cpu")
-    history = history_after(engine.accountant, privacy["accountant"])
+    counted = joined(engine.accountant, privacy["accountant"])
     if len(privacy["max_grad_norms"]) != len(optimizer.max_grad_norms):
         raise ValueError(
             f"path={str(path)!r}: saved with {len(privacy['max_grad_norms'])} clipping norms, and this optimizer has "
@@ -91,7 +92,7 @@ def load_checkpoint(
     model = _model(module)
     states.set_model_state_dict(model, held["model"])
     states.set_optimizer_state_dict(model, optimizer.original_optimizer, optim_state_dict=held["optimizer"])
-    engine.accountant.history = history
+    counted.take_over()
     optimizer.noise.renew()
     optimizer.clipping.thresholds = list(privacy["max_grad_norms"])
     return privacy["extra"]

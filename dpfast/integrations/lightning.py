@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dpfast.analysis.collation import check_collation
-from dpfast.checkpoints import history_after
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import pieces
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
+from dpfast.runs import joined, state_of
 from dpfast.sampling import PoissonBatches, twister
 from dpfast.trees import tensors
 
@@ -209,7 +209,7 @@ class DPCallback(Callback):
             assert self.optimizer is not None and self.hooks is not None
             self.optimizer.noise.renew()
             self.hooks.book.planner.load_state_dict(state["plan"])
-            self.engine.accountant.history = history_after(self.engine.accountant, state["accountant"])
+            joined(self.engine.accountant, state["accountant"]).take_over()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own ``training_step`` back."""
@@ -226,7 +226,7 @@ class DPCallback(Callback):
         if self.optimizer is None or self.hooks is None:
             return {}
         return {
-            "accountant": dict(self.engine.accountant.state_dict()),
+            "accountant": state_of(self.engine.accountant),
             "plan": self.hooks.book.planner.state_dict(),
             "sampled": (self._batches.num_samples, self._batches.steps_per_epoch),
         }
@@ -246,7 +246,7 @@ class DPCallback(Callback):
                 f"ckpt_path: {done} steps were taken and the checkpoint accounts for {held} of them; the others would "
                 f"be forgotten. Resume from the last checkpoint"
             )
-        history_after(self.engine.accountant, state_dict["accountant"])
+        joined(self.engine.accountant, state_dict["accountant"])
         self._pending = state_dict
         self._batches.step = held  # before a worker asks for a batch
 

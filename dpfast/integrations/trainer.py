@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dpfast.accounting import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
-from dpfast.checkpoints import history_after, read, written
+from dpfast.checkpoints import read, written
 from dpfast.engine import PrivacyEngine
 from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import backward_in_pieces
@@ -32,6 +32,7 @@ from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
 from dpfast.noise import as_text, check_state
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planner import check_state as check_plan
+from dpfast.runs import joined, state_of
 from dpfast.sampling import PoissonBatches, twister
 
 __all__ = ["DPArguments", "DPTrainer"]
@@ -324,7 +325,7 @@ class DPTrainer(Trainer):
                 f"resume_from_checkpoint: this trainer has taken {done} steps and {path} accounts for {held} of them; "
                 f"the others would be forgotten. Resume from the last checkpoint"
             )
-        history_after(self.engine.accountant, state["accountant"])
+        joined(self.engine.accountant, state["accountant"])
         return state
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -347,7 +348,7 @@ class DPTrainer(Trainer):
                 noise = {**noise, "key": None}
             self.optimizer.noise.load_state_dict(noise)
             self.hooks.book.planner.load_state_dict(self._resumed["plan"])
-            self.engine.accountant.history = history_after(self.engine.accountant, self._resumed["accountant"])
+            joined(self.engine.accountant, self._resumed["accountant"]).take_over()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -357,7 +358,7 @@ class DPTrainer(Trainer):
         batches = self._batches(self._batch_seed)
         state = {
             "noise": self.optimizer.noise.state_dict(),
-            "accountant": dict(self.engine.accountant.state_dict()),
+            "accountant": state_of(self.engine.accountant),
             "plan": self.hooks.book.planner.state_dict(),
             "settings": self._settings(),
             "noise_multiplier": self.optimizer.noise_multiplier,

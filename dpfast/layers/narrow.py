@@ -25,13 +25,15 @@ class Watch:
     """A forward hook of the whole model: the recorder is told if a backward goes through 16 bits anywhere.
 
     Layers tell of their own backprops; between them, and where those with parameters compute in float32 (adapters of a
-    frozen 16-bit model, float32 heads), this looks at the graph: only down to the first 16-bit operators, and, where
-    nothing has 16 bits at all, once. What the loss does to the model's output is not seen.
+    frozen 16-bit model, float32 heads), this looks at the graph, down to the first 16-bit operators. Where there are
+    none, it looks again at forwards 2, 4, 8 and so on, and where a layer is met in a new layout. What the loss does to
+    the model's output is not seen.
     """
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
-        self.looked = False
+        self.forwards = 0
+        self.found = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -40,15 +42,19 @@ class Watch:
         if not (self.recorder.loss_is_mean and torch.is_grad_enabled()):
             return
         given = [x for x in tensors(output) if x.requires_grad]
-        if given and (not self.looked or self._possible(given)):
-            self.looked = True
-            self._mark(given)
+        if not given:
+            return
+        self.forwards += 1
+        again = not self.forwards & (self.forwards - 1) or bool(self.recorder.new_layouts - self.recorder.verified)
+        if self.found or again or self._possible(given):
+            self.found = self._mark(given)
 
     def _possible(self, outputs: list[torch.Tensor]) -> bool:
         held = (*self.recorder.names, *outputs)
         return torch.is_autocast_enabled(outputs[0].device.type) or any([x.dtype in NARROW for x in held])
 
-    def _mark(self, outputs: list[torch.Tensor]) -> None:
+    def _mark(self, outputs: list[torch.Tensor]) -> bool:
+        found = False
         nodes: list[Any] = [x.grad_fn for x in outputs]
         seen = set()
         while nodes:
@@ -60,7 +66,9 @@ class Watch:
             if narrow is None:
                 nodes += [below for below, _ in node.next_functions]
             else:
+                found = True
                 node.register_prehook(partial(_tell, self.recorder, f"{node.name()} of the model", narrow))
+        return found
 
 
 def _tell(recorder: Recorder, where: str, dtype: torch.dtype, gradients: Any) -> None:

@@ -50,6 +50,7 @@ class Recorder:
         self.input_axes: dict[tuple[int, int], int | None] = {}  # of each of its inputs: where its samples lie
         self.needs_model = False  # layers may run inside of the model's forward only
         self.inside = False  # and this is inside
+        self.under_way: Any = None  # the ForwardPass that the model's forward is
         self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
         self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
         self.follows_rows = False  # the model picks rows of samples: whose they are is noted
@@ -63,6 +64,9 @@ class Recorder:
         self.verified: set[Layout] = set()
         self.new_layouts: set[Layout] = set()
         # The backward pass that is being recorded:
+        self.passing: dict[
+            Any, list[Any]
+        ] = {}  # the forwards that it is of, with nodes of its graph below their outputs
         self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
         self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
         self._forms: dict[nn.Parameter, list[Form]] = {}
@@ -99,13 +103,14 @@ class Recorder:
 
     def suspend(self) -> tuple[Any, ...]:
         """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
-        state = (self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch)
-        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = {}, [], {}, None, None
+        state = (self._forms, self._untrusted, self._bypassed, self.passing, self._pass, self._pass_batch)
+        self._forms, self._untrusted, self._bypassed, self.passing = {}, [], {}, {}
+        self._pass = self._pass_batch = None
         return state
 
     def resume(self, state: tuple[Any, ...]) -> None:
         """Go on with a pass that was put aside."""
-        self._forms, self._untrusted, self._bypassed, self._pass, self._pass_batch = state
+        self._forms, self._untrusted, self._bypassed, self.passing, self._pass, self._pass_batch = state
 
     def start_forward(self) -> None:
         """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
@@ -185,6 +190,8 @@ class Recorder:
         if call and call.forward_pass == OUTSIDE and self._pass not in (None, running_backward()):
             self.take()  # left by a pass that failed half-way
         self.open()
+        if call and call.of is not None:
+            self.passing.setdefault(call.of, [])
         self._forms.setdefault(parameter, []).append(form)
         if call and call.layout and call.batch > 1 and self.verifies and call.layout not in self.verified:
             self._untrusted.append((call.layout, form))

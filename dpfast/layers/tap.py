@@ -172,6 +172,10 @@ class Call:
     layout: Layout | None = None
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
+    of: Any = None  # the model's forward that it is a part of; None where a checkpoint computes it again
+
+    def __post_init__(self) -> None:
+        self.of = self.of or self.tap.recorder.under_way
 
     def forward(self, x: Tensor, *params: Any) -> Tensor:
         """The layer's output."""

@@ -73,7 +73,7 @@ def _copies(call: Call, parameter: Any) -> Tensor:
     """Every sample's copy of ``parameter``, in the graph: what flows back into it is recorded."""
     tap = Tap(call.tap.recorder, Copies(), call.tap.name)
     each = torch.zeros(call.batch, device=parameter.device)
-    return LayerOp.apply(Call(tap, None, call.batch, call.layout), None, each, parameter)
+    return LayerOp.apply(Call(tap, None, call.batch, call.layout, of=call.of), None, each, parameter)
 
 
 def _differentiated(

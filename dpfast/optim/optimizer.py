@@ -408,8 +408,16 @@ class FusedDPOptimizer(DPOptimizer):
     def _account(self) -> None:
         """Before anything is released: it may refuse."""
         self._called = []
-        if self.accounting is not None:
+        if self.accounting is None:
+            return
+        accountant = _accountant(self.accounting)
+        before = None if accountant is None else [*accountant.history]
+        try:
             self._call_once(self.accounting)
+        except BaseException:
+            if accountant is not None:  # Opacus' GaussianAccountant takes its history apart before it refuses
+                accountant.history = before
+            raise
 
     def _call_hooks(self) -> None:
         try:

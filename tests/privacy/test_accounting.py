@@ -1,5 +1,6 @@
 """Every step is accounted for, whatever is attached, loaded or rolled back; and ε is never more than was asked for."""
 
+import copy
 import io
 import math
 import warnings
@@ -12,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast.accounting import epsilon_of, noise_multiplier_for, quietly
-from dpfast.checkpoints import history_after
+from dpfast.runs import _of as runs_of
+from dpfast.runs import joined, state_of
 from tests.helpers import engine_of, make_private
 from tests.privacy.test_noise_checkpoint import Run, batches
 
@@ -147,27 +149,89 @@ A, B, C = (1.0, Q), (2.0, Q), (1.0, 2 * Q)
         ([(*A, 3)], [(*A, 5), (*B, 2)], [(*A, 5), (*B, 2)]),
         ([(*A, 5), (*B, 9)], [(*A, 5), (*B, 2)], [(*A, 5), (*B, 9)]),
         ([(*A, 5), (*B, 9)], [(*A, 3)], [(*A, 5), (*B, 9)]),
-        ([(*A, 5), (*B, 9)], [(*A, 5), (*C, 2)], [(*A, 5), (*B, 9), (*C, 2)]),  # two branches of one run
-        ([(*A, 3), (*B, 9)], [(*A, 5), (*C, 2)], [(*A, 3), (*B, 9), (*A, 2), (*C, 2)]),
-        ([(*B, 5)], [(*A, 100)], [(*B, 5), (*A, 100)]),  # another run on the same data: a few steps of little noise
+        ([(*A, 5), (*B, 9)], [(*A, 5), (*C, 2)], [(*A, 5), (*B, 9), (*C, 2)]),  # a file that was written to by hand
     ],
 )
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
-def test_all_steps_that_either_has(mine, held, both, accountant):
+def test_all_steps_that_a_run_has_taken(mine, held, both, accountant):
     """Those with which both begin are the same; none of the others is forgotten."""
-    state = {"mechanism": accountant, "history": [list(entry) for entry in held]}
-    counter = counted(mine, accountant)
+    counter = counted(held, accountant)
+    state = state_of(counter)
+    counter.history = list(mine)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert history_after(counter, state) == both
+        found = joined(counter, state)
     assert counter.history == mine, "changed before all was checked"
+    found.take_over()
+    assert counter.history == both
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_steps_of_another_run_are_other_steps(named):
+    """However alike they are, and of a file that does not say whose they are too."""
+    mine, other = counted([(*A, 100)]), counted([(*A, 100)])
+    state = state_of(other)
+    if not named:
+        del state["runs"]
+    with pytest.warns(UserWarning, match="100 steps more"):
+        joined(mine, state).take_over()
+    assert mine.history == [(*A, 200)]
+
+
+def test_branches_of_one_run():
+    """Each goes on from the same file, then takes over the other's; a copy is a branch, and a forked process too."""
+
+    def take(counter, steps):
+        for _ in range(steps):
+            counter.step(noise_multiplier=A[0], sample_rate=A[1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, second = counted([]), counted([])
+        take(first, 50)
+        joined(second, state_of(first)).take_over()
+        third = copy.deepcopy(second)
+        take(first, 50)
+        take(second, 30)
+        take(third, 30)
+        joined(second, state_of(first)).take_over()
+        assert second.history == [(*A, 130)]
+        for _ in range(2):  # a second time it has nothing new
+            joined(first, state_of(second)).take_over()
+            assert first.history == [(*A, 130)]
+        take(first, 1)
+        joined(second, state_of(first)).take_over()
+        assert second.history == [(*A, 131)]
+        joined(second, state_of(third)).take_over()
+        assert second.history[0][2] >= 161  # of a copy nobody knows which steps it has from its original
+        forked = state_of(second)
+        runs_of(second).process = (-1, 0)
+        take(second, 1)
+        joined(second, forked).take_over()
+        assert second.history[0][2] > 162
+
+
+def test_a_step_that_the_accountant_refuses_leaves_its_history():
+    """Opacus' GaussianAccountant takes it apart first."""
+    run = Run(engine=quietly(engine_of, "gdp")).train(batches(5))
+    spent = run.engine.get_epsilon(1e-5)
+    run.optimizer.noise_multiplier *= 2
+    for _ in range(2):
+        with pytest.raises(ValueError, match="have to stay constant"):
+            run.train(batches(1))
+        assert run.engine.get_epsilon(1e-5) == spent > 0
+        run.optimizer.zero_grad()
+    run.optimizer.noise_multiplier /= 2
+    assert run.train(batches(1)).engine.accountant.history == [(1.0, 1.0, 6)]
 
 
 def test_gdp_takes_one_kind_of_step():
     """It looks at the last entry alone."""
     with pytest.raises(ValueError, match="accountant='gdp' takes one"):
-        history_after(counted([(*B, 5)], "gdp"), {"mechanism": "gdp", "history": [(*A, 100)]})
-    assert history_after(counted([(*A, 5)], "gdp"), {"mechanism": "gdp", "history": [(*A, 8)]}) == [(*A, 8)]
+        joined(counted([(*B, 5)], "gdp"), {"mechanism": "gdp", "history": [(*A, 100)]})
+    counter = counted([], "gdp")
+    joined(counter, {"mechanism": "gdp", "history": [(*A, 8)]}).take_over()
+    assert counter.history == [(*A, 8)]
 
 
 # ---------------------------------------------------------------- ε

@@ -163,7 +163,7 @@ def test_a_batch_of_the_loader_again(how):
 
 
 def test_other_samples_are_added_up():
-    """No false alarm: micro-batches of a loader, pieces of one batch, equal rows by hand, a buffer filled anew."""
+    """No false alarm: micro-batches of a loader, pieces of one batch, equal rows, a buffer filled anew by hand."""
     model, twin, wrapped, optimizer, loader = private()
     for x, y in loader:
         peek = next(iter(loader))  # at the first batch
@@ -178,6 +178,7 @@ def test_other_samples_are_added_up():
         check(model, twin, (x, y))
         optimizer.step()
         optimizer.zero_grad()
+    model, twin, wrapped, optimizer, _ = private()
     (x, y), held = batch(2 * B), torch.zeros(B, D, dtype=F64)
     for rows in (slice(0, B), slice(B, None)):
         held.copy_(x[rows])
@@ -212,13 +213,182 @@ def test_batches_of_two_loaders_are_added_up():
         check(model, twin, (x, y)) if same else check(model, twin, (x, y), next(iter(first)))
 
 
-def test_two_forwards_in_one_backward():
+# ---------------------------------------------------------------- several forwards in one backward
+
+
+class Pair(nn.Module):
+    """What a sample's two views contribute together."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, x2):
+        return self.net(x), self.net(x2)
+
+
+def both_losses(outs, y):
+    return sum(sse(out, y) for out in outs)
+
+
+VIEWS = {
+    "scaled": lambda x: 2 * x,
+    "the same": lambda x: x,
+    "a copy": lambda x: x.clone(),
+    "attacked": lambda x: (x + 0.1 * x.sign()).detach().requires_grad_(),
+    "rounded": lambda x: x.float().double(),
+}
+
+
+@pytest.mark.parametrize("source", ["loader", "physical", "hand"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_two_views_of_the_same_samples_in_one_backward(view, source):
     """They are one gradient of each sample."""
-    model, _, wrapped, _, _ = private()
-    x, y = batch()
-    (sse(wrapped(x), y) + sse(wrapped(2 * x), y)).backward()
-    norm = sum(s.square().sum() for s in sums_of(model).values()).sqrt()
-    assert 0 < norm <= B * C * (1 + 1e-6)
+    model, twin, wrapped, optimizer, loader = private(poisson_sampling=source == "physical")
+    if source == "physical":
+        memory = BatchMemoryManager(data_loader=loader, max_physical_batch_size=4, optimizer=optimizer)
+        x, y = next(batch for batch in memory.__enter__() if len(batch[0]) > 1)
+    else:
+        x, y = next(iter(loader)) if source == "loader" else batch()
+    other = VIEWS[view](x)
+    (sse(wrapped(x), y) + sse(wrapped(other), y)).backward()
+    want = clipped_sum(per_sample_gradients(Pair(twin), (x, other.detach()), y, both_losses), C)
+    for name, got in sums_of(model).items():
+        torch.testing.assert_close(got, want[f"net.{name}"])
+
+
+def test_two_inputs_of_each_sample_in_one_backward():
+    """As for chosen and rejected answers: the loader gives both, in one tensor or in two."""
+    for pair in (torch.randn(2 * B, 2, D, dtype=F64), [torch.randn(2 * B, D, dtype=F64) for _ in range(2)]):
+        parts = [pair] if isinstance(pair, torch.Tensor) else pair
+        loader = DataLoader(TensorDataset(*parts, batch(2 * B)[1]), batch_size=B)
+        model, twin, wrapped, _, loader = private(loader=loader)
+        *x, y = next(iter(loader))
+        first, second = (x[0][:, 0], x[0][:, 1]) if len(x) == 1 else x
+        (sse(wrapped(first), y) + sse(wrapped(second), y)).backward()
+        want = clipped_sum(per_sample_gradients(Pair(twin), (first, second), y, both_losses), C)
+        for name, got in sums_of(model).items():
+            torch.testing.assert_close(got, want[f"net.{name}"])
+
+
+APART = {
+    "halves": lambda x: x.chunk(2),
+    "every other": lambda x: (x[::2], x[1::2]),
+    "changed halves": lambda x: (2 * x[:3], x[3:] + 1),
+    "halves of a copy": lambda x: x.clone().chunk(2),
+    "in another order": lambda x: (x, x.roll(1, 0)),
+    "picked": lambda x: (x[:3], x[[0, 2, 1]]),
+    "one row moved": lambda x: (x, x[[0, 1, 2, 3, 5, 4]]),
+    "one and the next": lambda x: (x[:5], x[1:]),
+}
+
+
+SOURCES = [(parts, source) for parts in APART for source in ("loader", "poisson", "hand")]
+SOURCES.remove(("changed halves", "hand"))  # from elsewhere, with nothing in common: taken for views of one sample each
+
+
+@pytest.mark.parametrize(("parts", "source"), SOURCES)
+def test_different_samples_in_one_backward(parts, source):
+    """Row k of both would be clipped as one sample: refused, and nothing of them is summed."""
+    if source == "poisson":
+        loader = DataLoader(TensorDataset(*batch(B)), batch_size=B)
+        model, _, wrapped, _, loader = private(loader=loader, poisson_sampling=True, sample_rate=1.0)
+    else:
+        model, _, wrapped, _, loader = private()
+    x, _ = batch() if source == "hand" else next(iter(loader))
+    with pytest.raises(ValueError, match="one backward pass of two forwards"):
+        sum(wrapped(part).square().sum() for part in APART[parts](x)).backward()
+    assert not any(s.any() for s in sums_of(model).values())
+
+
+def test_two_batches_of_the_loader_in_one_backward():
+    _, _, wrapped, _, loader = private()
+    (x, y), (x2, y2) = loader
+    with pytest.raises(ValueError, match="one backward pass of two forwards"):
+        (sse(wrapped(2 * x), y) + sse(wrapped(2 * x2), y2)).backward()
+
+
+# ---------------------------------------------------------------- parts of a batch, one after the other
+
+
+PARTS = {
+    "the same half": lambda x: [x[:3].clone(), x[:3].clone()],
+    "a row, again and again": lambda x: [x[:1] + 0.01 * k for k in range(B)],
+    "halves that overlap": lambda x: [x[:4].clone(), x[3:].clone()],
+    "changed halves": lambda x: [2 * x[:3], 2 * x[3:]],
+    "a half and all": lambda x: [x[:3], x + 1],
+    "doubled halves": lambda x: [torch.cat([x[:3], x[:3] + 1]), torch.cat([x[:3], x[:3] - 1])],
+}
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_that_may_have_samples_in_common(parts, stepped):
+    """Whatever was done to them, and in a later step over the same batch too."""
+    _, _, wrapped, optimizer, loader = private()
+    x, _ = next(iter(loader))
+    if stepped:
+        wrapped(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(ValueError, match=TWICE):
+        for part in PARTS[parts](x):
+            wrapped(part).square().sum().backward()
+
+
+DISJOINT = {
+    "slices": lambda x: x.split(2),
+    "every other": lambda x: (x[::2], x[1::2]),
+    "copies": lambda x: [part.clone() for part in x.split(2)],
+    "picked": lambda x: (x[[5, 0]], x[[1, 4]], x[2:4]),
+    "slices of a copy": lambda x: x.clone().split(4),
+}
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("parts", DISJOINT)
+def test_parts_that_have_none_in_common(parts, stepped):
+    """Exact: each is clipped on its own."""
+    model, twin, wrapped, optimizer, loader = private()
+    x, y = next(iter(loader))
+    if stepped:
+        sse(wrapped(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = torch.arange(B)[:, None] * torch.ones(1, D, dtype=torch.long)
+    for part, of in zip(DISJOINT[parts](x), DISJOINT[parts](rows), strict=True):
+        sse(wrapped(part), y[of[:, 0]]).backward()
+    check(model, twin, (x, y))
+
+
+# ---------------------------------------------------------------- losses made of gradients alone
+
+
+def penalty(wrapped, x):
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(wrapped(leaf).square().sum(), leaf, create_graph=True)
+    return g.square().sum()
+
+
+@pytest.mark.parametrize("physical", [None, 1])
+def test_a_loss_of_gradients_is_a_backward_of_the_same_samples(physical):
+    loader = DataLoader(TensorDataset(*batch(4)), batch_size=physical or B)
+    _, _, wrapped, optimizer, loader = private(loader=loader, max_physical_batch_size=physical)
+    x, y = next(iter(loader))
+    for first, second in itertools.product((True, False), repeat=2):
+        (penalty(wrapped, x) if first else sse(wrapped(x), y)).backward()
+        with pytest.raises(ValueError, match=TWICE):
+            (penalty(wrapped, x) if second else sse(wrapped(x), y)).backward()
+        optimizer.zero_grad()
+
+
+def test_a_loss_of_gradients_of_different_samples():
+    _, _, wrapped, _, loader = private()
+    x, _ = next(iter(loader))
+    with pytest.raises(ValueError, match="one backward pass of two forwards"):
+        (penalty(wrapped, x[:3]) + penalty(wrapped, x[3:])).backward()
+    with pytest.raises(ValueError, match="one backward pass of two forwards"):
+        (penalty(wrapped, x[:3]) + wrapped(x[3:]).sum()).backward()
 
 
 # ---------------------------------------------------------------- item 3: clearing drops the batch
