@@ -119,7 +119,10 @@ def check_fixed(loader: DataLoader) -> None:
                 f"put some into a batch more than once: {NO_REPLACEMENT}"
             )
     indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
-    if isinstance(indices, (list, tuple)) and indices and not isinstance(indices[0], (list, tuple)):
+    batched = isinstance(indices, (list, tuple)) and any(
+        isinstance(each, (list, tuple)) or getattr(each, "ndim", 0) for each in indices
+    )
+    if isinstance(indices, (list, tuple)) and not batched:
         _check_once(list(indices), name)
         check_inside(list(indices), loader.dataset, name)
 

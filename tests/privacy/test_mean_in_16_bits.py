@@ -134,6 +134,47 @@ def test_refused_with_the_remedy(name):
     assert not any(s.any() for s in sums_of(model).values()) and all(p.grad is None for p in model.parameters())
 
 
+class Sometimes(nn.Module):
+    """In 16 bits between its layers, in some forwards."""
+
+    def __init__(self, in_16_bits):
+        super().__init__()
+        self.first, self.last, self.in_16_bits = nn.Linear(D, D), nn.Linear(D, CLASSES), iter(in_16_bits)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last((x.to(BF16) * 1.5).float() if not self.recurring or next(self.in_16_bits) else x)
+
+    recurring = False
+
+
+def test_refused_every_time():
+    """A caller that goes on after a refusal is refused again; nothing of those batches is summed."""
+    model, (x, y) = Sometimes([]), rows()
+    wrapped, optimizer, _ = make_private(model, size=len(x))
+    for _ in range(5):
+        with pytest.raises(ValueError, match="gradients of bfloat16"):
+            F.cross_entropy(wrapped(x), y).backward()
+        assert not any(s.any() for s in sums_of(model).values())
+        optimizer.zero_grad()
+
+
+def test_16_bits_that_come_later():
+    """A branch that the first forward did not take is seen at forwards 2, 4, 8 and so on; after that, each time."""
+    model, (x, y) = Sometimes([False] * 3 + [True] * 9), rows()
+    wrapped, optimizer, _ = make_private(model, size=len(x))
+    wrapped(x)  # and its checks, which run the model too
+    model.recurring, refused = True, []
+    for _ in range(9):
+        try:
+            F.cross_entropy(wrapped(x), y).backward()
+            refused.append(False)
+        except ValueError:
+            refused.append(True)
+        optimizer.zero_grad()
+    assert refused[-4:] == [True] * 4 and not refused[0]
+
+
 TRAINED = {
     "float32": (net, dict()),
     "float64": (lambda: net().double(), dict()),

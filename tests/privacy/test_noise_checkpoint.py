@@ -65,14 +65,16 @@ def batches(n: int):
     return [(torch.randn(B, D), torch.randint(3, (B,))) for _ in range(n)]
 
 
-def assert_same_runs(one: Run, other: Run) -> None:
+def assert_same_runs(one: Run, other: Run, more_steps: int = 0) -> None:
+    """``more_steps``: those of ``one`` that were another run's."""
     assert same(one.values(), other.values())
     ours, theirs = one.optimizer.state_dict(), other.optimizer.state_dict()
     assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
     for k, state in ours["state"].items():
         assert state.keys() == theirs["state"][k].keys()
         assert same([*state.values()], [*theirs["state"][k].values()])
-    assert one.engine.accountant.history == other.engine.accountant.history
+    ((sigma, rate, steps),) = other.engine.accountant.history
+    assert one.engine.accountant.history == [(sigma, rate, steps + more_steps)]
     assert one.optimizer.noise.state_dict() == other.optimizer.noise.state_dict()
 
 
@@ -107,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_but_for_its_noise(name, dtype, l
         assert NOISE_STATE not in rest and part.optimizer.noise.key is None
         part.optimizer.noise.load_state_dict(noise)
     part.train(data[4:])
-    assert_same_runs(part, whole)
+    assert_same_runs(part, whole, more_steps=1)
     assert part.optimizer.noise.step == 6
 
 
@@ -200,7 +202,7 @@ def test_a_checkpoint_of_an_earlier_version():
 
 
 def test_checkpoints_of_opacus():
-    """Of Opacus: all that it has comes back."""
+    """Of Opacus: all that it has comes back, beside the steps that were taken here."""
     run = Run().train(batches(2))
     theirs = io.BytesIO()
     opacus.PrivacyEngine.save_checkpoint(run.engine, path=theirs, module=run.wrapped, optimizer=run.optimizer)
@@ -209,7 +211,7 @@ def test_checkpoints_of_opacus():
     before = other.optimizer.noise.key
     other.load(theirs)
     assert same(other.values(), run.values())
-    assert other.engine.accountant.history == run.engine.accountant.history
+    assert other.engine.accountant.history == [(1.0, 1.0, 3)]
     other.train(batches(1))
     assert other.optimizer.noise.key != before
 
@@ -222,6 +224,20 @@ def test_checkpoints_without_an_optimizer():
     with pytest.warns(UserWarning, match="optimizer_state_dict has 0 items but optimizer is provided"):
         other.load(buffer)
     assert same(other.values(), run.values())
+
+
+def test_a_checkpoint_loaded_without_the_optimizer():
+    """Its noise takes a new key all the same: what the batches will be is not known."""
+    run = Run(noise_generator=torch.Generator().manual_seed(3)).train(batches(2))
+    kept, seen = run.save(), [run.noise()]
+    for _ in range(2):
+        kept.seek(0)
+        other = Run(noise_generator=torch.Generator().manual_seed(3)).train(batches(2))
+        with pytest.warns(UserWarning, match="optimizer is not provided"):
+            other.engine.load_checkpoint(path=kept, module=other.wrapped)
+        seen.append(other.noise())
+    for k, one in enumerate(seen):
+        assert not any(same(one, other) for other in seen[:k])
 
 
 def test_going_back_twice_never_repeats_noise():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpfast.noise import NoiseStream
+from tests.helpers import engine_of
 from tests.ops.noisy import same
 from tests.privacy.test_noise_stream import B, D, each_mode, net, noise_of, private
 
@@ -161,3 +162,21 @@ def test_a_step_is_not_recorded(monkeypatch, secure):
     assert optimizer.noise.step == 0 and optimizer.noise.key is None
     optimizer.step()
     assert optimizer.noise.step == 1
+
+
+def test_a_compiled_step_draws_noise_each_time():
+    """``torch.compile(optimizer.step)``: the noise, the update and the accounting of the step as it is."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        engine = engine_of()
+        model, wrapped, optimizer, _ = private(engine=engine, noise_generator=torch.Generator().manual_seed(5))
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        x = torch.ones(B, D)
+        for _ in range(3):
+            optimizer.zero_grad()
+            wrapped(x).sum().backward()
+            step()
+        found.append([p.detach().clone() for p in model.parameters()])
+        assert sum(steps for *_, steps in engine.accountant.history) == 3
+    assert same(*found)

@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 
-from dpfast.checkpoints import ACCOUNTANT, PLAN
+from dpfast.checkpoints import OPTIMIZER, PLAN
 from dpfast.noise import NoiseStream
+from dpfast.runs import ACCOUNTANT, RUNS
 from tests.ops.noisy import same
 from tests.privacy.test_noise_checkpoint import Run, batches
 
@@ -67,6 +68,9 @@ BROKEN = {
     "steps in words": (ACCOUNTANT, {"mechanism": "rdp", "history": [(1.0, 0.1, "5")]}, "'5'"),
     "steps taken back": (ACCOUNTANT, {"mechanism": "rdp", "history": [(1.0, 0.1, -5)]}, "-5"),
     "no noise at all": (ACCOUNTANT, {"mechanism": "rdp", "history": [(float("nan"), 0.1, 5)]}, "nan"),
+    "of nobody's": (RUNS, [["a", [(1.0, 1.0, 7)]]], "other steps than its history"),
+    "nameless": (RUNS, [[(1.0, 1.0, 1)]], "a list of names"),
+    "other groups": (OPTIMIZER, {"state": {}, "param_groups": [{"params": [0, 1]}]}, "groups have"),
     "half an entry": (ACCOUNTANT, {"mechanism": "rdp", "history": [(1.0, 5)]}, "is no"),
     "no plan": (PLAN, [1], "plan"),
     "no model": ("module_state_dict", None, "has no module_state_dict"),

@@ -1,5 +1,6 @@
 """Which samples batches are made of: what a loader's sampler means under Poisson sampling and without, or a refusal."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_poisson_batches_are_drawn_from_all(kind):
     assert set(seen(got, 20)) == set(range(N))
 
 
-WEIGHTS = torch.ones(N)
+WEIGHTS, SUM = torch.ones(N), {"loss_reduction": "sum"}
 REFUSED_WITH_FIXED_BATCHES = {
     "weighted": (lambda: loader_with(WeightedRandomSampler(WEIGHTS, N)), "WeightedRandomSampler draws with"),
     "with replacement": (lambda: loader_with(RandomSampler(data(), replacement=True)), "RandomSampler draws with"),
@@ -158,6 +159,8 @@ REFUSED_WITH_FIXED_BATCHES = {
     ),
     "a subset with a sample twice": (lambda: loader_with(SubsetRandomSampler([1, 2, 1])), "more than once"),
     "a list with a sample twice": (lambda: loader_with([1, 2, 1]), "more than once"),
+    "a list from the end": (lambda: loader_with([N - 1, -1]), "gives -1, and its data set has samples 0 to 19"),
+    "a subset beyond the end": (lambda: loader_with(SubsetRandomSampler([0, N])), "gives 20"),
 }
 REFUSED_UNDER_POISSON_SAMPLING = {
     "weighted": (lambda: loader_with(WeightedRandomSampler(WEIGHTS, N)), "leave the sampler out"),
@@ -223,6 +226,56 @@ def test_a_fixed_batch_that_holds_a_sample_twice(workers):
     assert len(next(iter(got))[0]) == 2
     with pytest.raises(ValueError, match="into a batch more than once"):
         list(got)
+
+
+class Wraps(Dataset):
+    """Takes any number for a sample."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return data()[index % N]
+
+
+class Named(Wraps):
+    """Has numbers of its own for its samples."""
+
+    def keys(self):
+        return range(-N, 0)
+
+
+@pytest.mark.parametrize("as_array", [list, np.array])
+@pytest.mark.parametrize("indices", [[7, -1], [3, N + 3]])
+def test_a_sample_under_two_numbers(indices, as_array):
+    """One place in a batch is the other's: refused when the batch is drawn."""
+    _, optimizer, got = private(DataLoader(Wraps(), batch_sampler=[as_array(indices)]), poisson=False, **SUM)
+    with pytest.raises(ValueError, match="and its data set has samples 0 to 19"):
+        list(got)
+    with (
+        BatchMemoryManager(data_loader=got, max_physical_batch_size=1, optimizer=optimizer) as physical,
+        pytest.raises(ValueError, match="and its data set has samples 0 to 19"),
+    ):
+        list(physical)
+    _, _, got = private(DataLoader(Named(), batch_sampler=[[-1, -2]]), poisson=False, **SUM)
+    assert len(list(got)) == 1
+
+
+class Slow(Wraps):
+    """The first batch comes last, if it may."""
+
+    def __getitem__(self, index):
+        if index < 4:
+            time.sleep(0.2)
+        return torch.full((D,), float(index)), torch.zeros(2)
+
+
+def test_batches_come_in_the_order_in_which_they_are_drawn(caplog):
+    """They are known by it, whatever ``in_order`` says."""
+    loader = DataLoader(Slow(), batch_size=4, num_workers=2, in_order=False)
+    _, _, got = private(loader, poisson=False)
+    assert "in_order=False is not kept" in caplog.text and not loader.in_order
+    assert [int(x[0, 0]) for x, _ in got] == [*range(0, N, 4)]
 
 
 FIXED = (
