@@ -14,6 +14,7 @@ from dpfast.once import ForwardPass, Samples
 from dpfast.trees import tensors
 
 RECENT = 8  # batches that are remembered: a loop may read ahead
+MOST_FRESH = 1000  # of which no forward has come: those of an evaluation
 
 
 @dataclass(eq=False)
@@ -63,10 +64,11 @@ class Batches:
     fresh: list[Samples] = field(default_factory=list)  # given since the last forward
     given: list[Samples] = field(default_factory=list)  # and before forwards since the last step
     taken: list[Samples] = field(default_factory=list)  # what the last forward was over
-    recent: deque[Samples] = field(default_factory=lambda: deque(maxlen=RECENT))
-    newest: list[Tensor] = field(default_factory=list)  # in which they were given last: their values tell rows apart
+    recent: list[Samples] = field(default_factory=list)  # and before steps, as long as somebody has their tensors
+    newest: deque[list[Tensor]] = field(default_factory=lambda: deque(maxlen=RECENT))  # of the fresh ones: their values
     used: list[ForwardPass] = field(default_factory=list)  # whose backward passes have ended since the last step
     passes: int = 0  # how many these were
+    forwards: int = 0  # training forwards since the last of them
     unseen: bool = False  # and one was of a forward that nobody knows
     forwarded: bool = False  # a training forward ran since the last physical batch was given
     cleared: bool = False  # gradients were cleared since then
@@ -85,7 +87,8 @@ class Batches:
     def start_step(self) -> None:
         """What was given was used."""
         self.drop()
-        self.of, self.given, self.fresh, self.empty = None, [], [], False
+        self.of, self.given, self.fresh, self.empty, self.forwards = None, [], [], False, 0
+        self.newest.clear()
 
     def drop(self) -> None:
         """The sums were dropped; the batch that was given last may be used again."""
@@ -169,10 +172,15 @@ class Batches:
                 self.of.dropped = loop.left = True
 
     def _note(self, samples: Samples, batch: Any) -> Samples:
-        self.newest = tensors(batch)
-        samples = samples.given_as(self.newest)
+        if not self.fresh:
+            self.newest.clear()
+        self.newest.append(tensors(batch))
+        samples = samples.as_in(self.newest[-1])
+        del self.fresh[: -MOST_FRESH + 1]
         self.fresh.append(samples)
         self.recent.append(samples)
+        if len(self.recent) > RECENT:
+            self.recent = [*(each for each in self.recent[:-RECENT] if not each.gone), *self.recent[-RECENT:]]
         self.empty = not samples
         return samples
 
@@ -245,22 +253,31 @@ class Batches:
     def forward(self, forward: ForwardPass) -> None:
         """A training forward has run: what it was over.
 
-        That is the physical batch; else, unless its inputs lie in a batch of the loader, what the loader has given
-        since the last forward, or else what that was over.
+        Where its inputs lie in what the loader has given, nothing has to be guessed. Else it is over the physical
+        batch, or what the loader has given since the last forward, or what that forward was over. What a loop gave that
+        has ended since was only looked at, if another one goes on.
         """
+        forward.told = True
         held = self.piece
         physical = held.samples if held is not None else None
         if physical is not None:
             new, old = [] if self.forwarded else [physical], [physical]
         else:
-            new, old = [*self.fresh], self.taken
+            live = [samples for samples in self.fresh if not samples.loop]
+            new, old = live or [*self.fresh], self.taken
         self.fresh.clear()
-        if forward.lies_in(self.recent if physical is None else old):
+        if forward.lies_in(self.recent):
             new = [samples for samples in forward.group if samples not in self.given]
+            forward.astray = held is not None and not held.whole and forward.group[0] is not physical
+            self.taken = [*forward.group]
         elif new or old:
-            forward.taken_for(new or old, first=bool(new))
-        self.taken = [*forward.group] or self.taken
-        self.given += new
+            earlier = [samples for samples in self.given if samples not in new]
+            if not (self.passes and new and forward.is_copy_of(earlier)):
+                forward.taken_for(new or old, first=bool(new))
+            left = [samples for samples in new if samples not in forward.group]
+            self.taken = [*left, *forward.group]
+        self.given += [samples for samples in new if samples not in self.given]
+        self.forwards += 1
         self.forwarded, self.empty = True, forward.batch == 0
         self.unclear |= self.aside
 
@@ -273,16 +290,29 @@ class Batches:
         """
         every = list(passing)
         passing = [forward for forward in every if forward.batch != 0]
-        for forward in passing[1:]:
-            if forward.batch == passing[0].batch and not forward.same_rows(passing[0]):
-                raise ValueError(
-                    "one backward pass of two forwards, and nothing shows that both had the same samples in the same "
-                    "order: row k of each is clipped as one sample, so that a sample could count twice. Call "
-                    "backward() and step() for each, with BatchMemoryManager where they are parts of a batch; or call "
-                    "the model once, on what has both"
-                )
-        number = self.passes + 1
         unseen = reached and not passing
+        several = unseen and self.forwards > 1
+        for forward in passing[1:]:
+            several |= forward.batch == passing[0].batch and not forward.same_rows(passing[0])
+        if several:
+            raise ValueError(
+                "one backward pass of two forwards, and nothing shows that both had the same samples in the same "
+                "order: row k of each is clipped as one sample, so that a sample could count twice. Call backward() "
+                "and step() for each, with BatchMemoryManager where they are parts of a batch; or call the model "
+                "once, on what has both"
+            )
+        if any(forward.has_a_sample_twice() for forward in passing):
+            raise ValueError(
+                "a sample of the loader was in one forward more than once, in several rows or as an input that all "
+                "share: it would count as often, at the noise of once. Give the model each sample once, and make what "
+                "it needs several times inside of its forward"
+            )
+        if any(forward.astray for forward in passing):
+            raise ValueError(
+                "a backward pass over an earlier batch than the physical batch that BatchMemoryManager has given last: "
+                "train on the batch that the loop gives, and once on each"
+            )
+        number = self.passes + 1
         twice = number > 1 and (unseen or self.unseen)
         twice |= any(forward.shares_samples(other) for forward in passing for other in self.used)
         if twice:
@@ -295,16 +325,15 @@ class Batches:
         for forward in every:
             forward.let_go()
         self.used += passing
-        self.passes, self.unseen = number, self.unseen or unseen
+        self.passes, self.forwards, self.unseen = number, 0, self.unseen or unseen
         self._look_for_rows(max((forward.batch or 0 for forward in passing), default=0))
 
     def _look_for_rows(self, rows: int) -> None:
-        sizes = [len(samples) for samples in self.recent]
-        more = rows > sum(map(len, self.given)) and rows not in sizes
-        if self.given and more and sizes[-1] and rows % sizes[-1] == 0:
+        known = sum(map(len, self.given))
+        if self.given and rows > known > 0 and rows not in map(len, self.recent):
             self.warn(
                 "rows",
-                f"the loader gave {sizes[-1]} samples and the model saw {rows} rows: each row is clipped as a sample "
-                f"of its own, so that a sample counts {rows // sizes[-1]} times. Divide max_grad_norm by that, or make "
-                f"the rows of a sample inside of the model",
+                f"the loader gave {known} samples and the model saw {rows} rows: each row is clipped as a sample of "
+                f"its own, so that a sample counts {rows / known:.3g} times on average. Divide max_grad_norm by the "
+                f"most rows that a sample has, or make the rows of a sample inside of the model",
             )

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from dpfast.batches import Batches
 from dpfast.clipping import Clipping
-from dpfast.layers.forms import Form, clipped_sums, combine, squared_norm
+from dpfast.layers.forms import Form, clipped_sums, combine
 from dpfast.layers.narrow import refusal
+from dpfast.layers.norms import squared_norms
 from dpfast.layers.recorder import Recorder
 from dpfast.layers.shift import Shift
 from dpfast.once import leaves_gradients
-from dpfast.ops import compute_dtype
+from dpfast.ops import compute_dtype, index_of
 from dpfast.ranks import Ranks, local
 
 
@@ -73,6 +74,8 @@ class Book(Recorder):
             "shift": Shift(),
             "ranks": Ranks(),
             "batches": Batches(),
+            "passing": {},
+            "under_way": None,
         }  # of this run
 
     def start_logical_batch(self) -> None:
@@ -87,6 +90,7 @@ class Book(Recorder):
         """As any recorder's; and no forward is known yet that the pass is of."""
         if self.opens():
             self.passing.clear()
+            self.narrowed = None
         super().open(batch)
 
     @property
@@ -218,13 +222,15 @@ class Book(Recorder):
     def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
         """Squared norms ``[groups, B]`` and the bounds on their errors."""
         first, forms = next(iter(combined.items()))
-        none = torch.zeros(forms[0].batch, dtype=torch.float64, device=first.device)
-        totals = [(none, none)] * len(self.clipping.thresholds)
-        for p, forms in combined.items():
-            group = self.clipping.group_of(p)
-            squared, bound = (each.to(first.device) for each in squared_norm(forms))
-            totals[group] = totals[group][0] + squared, totals[group][1] + bound
-        return torch.stack([squares for squares, _ in totals]), torch.stack([bounds for _, bounds in totals])
+        groups = [self.clipping.group_of(p) for p in combined]
+        totals = torch.zeros(2, len(self.clipping.thresholds), forms[0].batch, dtype=torch.float64, device=first.device)
+        for places, squared, bounds in squared_norms([*combined.values()]):
+            both = torch.stack([squared, bounds]).to(first.device)
+            if len(self.clipping.thresholds) == 1:
+                totals[:, 0] += both.sum(1)
+            else:
+                totals.index_add_(1, index_of(tuple(groups[place] for place in places), first.device), both)
+        return totals[0], totals[1]
 
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
         sizes = {form.batch: self.names[p] for p, forms in uses.items() for form in forms}

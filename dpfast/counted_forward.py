@@ -8,37 +8,52 @@ from typing import Any
 from torch import Tensor
 
 from dpfast.forwards import trains
-from dpfast.layers.recorder import OUTSIDE, Recorder, running_backward
-from dpfast.layers.shift import inside_recomputation
+from dpfast.layers.narrow import Watch
+from dpfast.layers.recorder import OUTSIDE, running_backward
 from dpfast.model_forward import ModelForward
 from dpfast.once import ForwardPass
+from dpfast.separation import aside
 from dpfast.trees import tensors
 
 
 class CountedForward(ModelForward):
     """Tells the book's :class:`~dpfast.batches.Batches` of training forwards and of backward passes through them."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.watch = Watch(self.recorder)
+
     def _call(self, compiler: Any, args: Any, kwargs: Any) -> Any:
         recorder: Any = self.recorder
         outermost = not (recorder.paused or recorder.inside or recorder.token is not None)
         if not outermost:
             return super()._call(compiler, args, kwargs)
-        forward = ForwardPass()
-        with recorder.setting(under_way=forward if running_backward() == OUTSIDE else None):
+        forward, before = ForwardPass(), running_backward() == OUTSIDE  # else a checkpoint computes it again
+        with recorder.setting(under_way=forward if before else None):
             out = super()._call(compiler, args, kwargs)
         if recorder.evaluating or not trains(self.module):
             return out
-        batches = recorder.batches
         outputs = [x for x in tensors(out) if x.requires_grad]
         forward.saw(args, kwargs, recorder.batch_size, self.batch_dim)
-        if running_backward() == OUTSIDE or inside_recomputation():  # else a checkpoint computes it again
-            batches.forward(forward)
+        if before:
+            recorder.batches.forward(forward)
+        compiled = partial(self._plainly, args, kwargs) if self._compiler is not None else None
+        self.watch.look(outputs, compiled)
         for x in outputs:
             # Not the output's own node: that would hold the hook, which would hold the node.
             below = [node for node, _ in x.grad_fn.next_functions if node is not None] if x.grad_fn else []
             x.register_hook(partial(_passes, recorder, forward, below))
         return out
 
+    def _plainly(self, args: Any, kwargs: Any) -> Any:
+        """What the model returns without taps and compilers; nothing of it stays."""
+        with aside(self.module), self.recorder.setting(paused=True), self._uncompiled():
+            return self._run(args, kwargs)
 
-def _passes(recorder: Recorder, forward: ForwardPass, below: list[Any], gradient: Tensor) -> None:
+
+def _passes(recorder: Any, forward: ForwardPass, below: list[Any], gradient: Tensor) -> None:
+    if recorder.opens():  # torch.autograd.grad
+        return
+    if not forward.told:  # a checkpoint around the model has computed it again, within this pass
+        recorder.batches.forward(forward)
     recorder.passing[forward] = below

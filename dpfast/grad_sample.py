@@ -25,7 +25,6 @@ from dpfast.forwards import DerivedForward, Forward, GenericForward, LayerForwar
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.derived import Parametrized, sources_of
 from dpfast.layers.generic import Generic
-from dpfast.layers.narrow import Watch
 from dpfast.layers.tap import Tap
 from dpfast.one_by_one import OneByOneForward
 from dpfast.ranks import Ranks
@@ -129,7 +128,6 @@ class FusedHooks(AbstractGradSampleHooks):
         self._forwards.append(model)
         for forward in self._forwards:
             forward.install()
-        self._watch = root.register_forward_hook(Watch(self.book))
 
     @property
     def per_sample_gradient_norms(self) -> Tensor:
@@ -192,7 +190,6 @@ class FusedHooks(AbstractGradSampleHooks):
         for forward in self._forwards:
             forward.remove()
         self._forwards = []
-        self._watch.remove()
 
     def cleanup(self) -> None:
         """Remove everything that was added to the model and its parameters."""

@@ -84,14 +84,18 @@ class WatchedLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         drawn = self._drawn = deque()
-        for batch in super().__iter__():
-            if drawn:  # a loader class of the user's own may draw elsewhere: nothing is known of its samples
-                samples = Samples(id(self.dataset), drawn.popleft())
-                for book in self.watchers.books:
-                    book.batches.give(samples, batch)
-            yield batch
-        for book in self.watchers.books:
-            book.batches.end_whole()
+        ended: list[bool] = []
+        try:
+            for batch in super().__iter__():
+                if drawn:  # a loader class of the user's own may draw elsewhere: nothing is known of its samples
+                    samples = Samples.given(self.dataset, drawn.popleft(), ended)
+                    for book in self.watchers.books:
+                        book.batches.give(samples, batch)
+                yield batch
+            for book in self.watchers.books:
+                book.batches.end_whole()
+        finally:
+            ended.append(True)
 
 
 class _Noting(Sampler[list[Any]]):

@@ -98,9 +98,9 @@ class _Noting(Sampler[list[Any]]):
         return self._draw(loader._loop, loader._drawn)  # those of now, not of when the first is asked for
 
     def _draw(self, loop: Loop, drawn: deque[Piece]) -> Iterator[list[Any]]:
-        for piece in self.parts.pieces(loop):
+        for piece, indices in self.parts.pieces(loop):
             drawn.append(piece)
-            yield piece.samples.indices
+            yield indices
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -115,20 +115,19 @@ class PhysicalBatches(Sampler[list[Any]]):
     def __iter__(self) -> Iterator[list[Any]]:
         loop, finished = Loop(), False
         try:
-            for piece in self.pieces(loop):
+            for piece, indices in self.pieces(loop):
                 self.book.batches.give_piece(piece, self.book.waits_for_step)
-                assert piece.samples is not None
-                yield list(piece.samples.indices)
+                yield list(indices)
             finished = True
         finally:
             self.book.batches.end(loop, finished)
 
-    def pieces(self, loop: Loop) -> Iterator[Piece]:
-        """Each physical batch and its place in its logical batch."""
+    def pieces(self, loop: Loop) -> Iterator[tuple[Piece, list[Any]]]:
+        """Each physical batch, with its place in its logical batch, and the indices to load."""
         for parts in self._logical_batches():
             batch = LogicalBatch()
             for k, part in enumerate(parts):
-                yield Piece(batch, k == 0, k == len(parts) - 1, Samples(id(self.dataset), part), loop)
+                yield Piece(batch, k == 0, k == len(parts) - 1, Samples.given(self.dataset, part), loop), part
 
     def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
         if isinstance(self.batches, PoissonBatches):

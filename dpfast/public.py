@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,16 +186,23 @@ def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[
 
 
 def check_inside(indices: Sequence[Any], dataset: Any, name: str) -> None:
-    """Refuse numbers that are none of the samples': one sample may have several of those, as 7 and -1 of 8.
+    """Refuse indices by which a sample may have several names, as 7 and -1 of 8, or 0, "0" and 0.2.
 
     Raises:
-        ValueError: names the number.
+        ValueError: names the index.
     """
-    if hasattr(dataset, "keys") or not hasattr(dataset, "__len__"):  # it has names of its own for its samples
+    numbers = [i for i in indices if isinstance(i, int)]
+    if isinstance(dataset, Mapping):  # it has names of its own for its samples
         return
-    size = len(dataset)
-    if outside := [i for i in indices if isinstance(i, int) and not 0 <= i < size]:
-        raise ValueError(f"data_loader: its {name} gives {outside[0]}, and its data set has samples 0 to {size - 1}")
+    if len(numbers) < len(indices) and (numbers or any(isinstance(i, float) for i in indices)):
+        other = next(i for i in indices if not isinstance(i, int))
+        raise ValueError(
+            f"data_loader: its {name} gives {other!r}: a sample's index is a whole number, for all samples"
+        )
+    size = len(dataset) if hasattr(dataset, "__len__") and not hasattr(dataset, "keys") else None
+    if outside := [i for i in numbers if i < 0 or (size is not None and i >= size)]:
+        has = "no samples before the first" if size is None else f"samples 0 to {size - 1}"
+        raise ValueError(f"data_loader: its {name} gives {outside[0]}, and its data set has {has}")
 
 
 def _check_once(indices: list[Any], name: str) -> None:

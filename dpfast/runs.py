@@ -34,6 +34,7 @@ class Runs:
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     others: dict[str, list[Steps]] = field(default_factory=dict)
     process: tuple[int, int] = field(default_factory=this_process)
+    seen: list[Steps] = field(default_factory=list)  # of its own, when it was asked last
 
     @property
     def own(self) -> str:
@@ -46,12 +47,20 @@ class Runs:
         rest = [*history]
         for theirs in self.others.values():
             common, rest = _split(rest, theirs)
-            if _total(common) < _total(theirs):  # the history was replaced by hand
+            if _total(common) < _total(theirs):
+                self._replaced()
                 return {self.own: [*history]}
+        if _total(_split(rest, self.seen)[0]) < _total(self.seen):
+            self._replaced()
+        self.seen = rest
         return {**self.others, self.own: rest}
 
+    def _replaced(self) -> None:
+        """The history was replaced by hand: what is counted from now on is another run's."""
+        self.token, self.process, self.others, self.seen = secrets.token_hex(16), this_process(), {}, []
 
-# A copy of an accountant is not in it: what the copy counts from then on are steps of another run.
+
+# A copy of an accountant is not in it: all its steps are taken for those of another run, as nobody knows which are.
 _runs: WeakKeyDictionary[IAccountant, Runs] = WeakKeyDictionary()
 
 
@@ -87,7 +96,8 @@ class Joined:
     def take_over(self) -> None:
         """Load it."""
         self.accountant.history = self.history
-        _of(self.accountant).others = self.others
+        runs = _of(self.accountant)
+        runs.others, runs.seen = self.others, []
 
 
 def joined(accountant: IAccountant, state: Any) -> Joined:

@@ -68,6 +68,46 @@ Tensor squared_norms(Tensors samples) {
   return out;
 }
 
+// Of rows of two Gram matrices, from the diagonal on: signed and absolute sums of their products, and of the lengths on
+// the diagonals. Σ_{t,s} (a_t·a_s)(g_t·g_s) has each product past the diagonal block twice.
+Tensor gram_stats(Tensor products, Tensor other, double lost, double other_lost) {
+  check_floats(products, "products");
+  check_floats(other, "other");
+  STD_TORCH_CHECK(products.dim() == 3 && products.size(2) >= products.size(1),
+                  "dpfast: products must be [R, t, s] with s >= t, not ", shape_of(products));
+  const int64_t R = products.size(0), t = products.size(1), s = products.size(2);
+  check_shape(other, "other", {R, t, s});
+  STD_TORCH_CHECK(other.scalar_type() == products.scalar_type(), "dpfast: other must have the dtype of products");
+  Tensor out = make({5, R}, ScalarType::Double, products);
+  double* sums = static_cast<double*>(out.data_ptr());
+  const Type type = type_of(products);
+  const int64_t size = int64_t(products.element_size());
+  const char *a = static_cast<const char*>(products.const_data_ptr()),
+             *g = static_cast<const char*>(other.const_data_ptr());
+  const auto number = [&](const char* data, int64_t i) {
+    return type == Type::float64 ? reinterpret_cast<const double*>(data)[i]
+                                 : double(reinterpret_cast<const float*>(data)[i]);
+  };
+  STD_TORCH_CHECK(type == Type::float32 || type == Type::float64, "dpfast: products must be float32 or float64");
+  share(Integers(R, 2 * t * s), [&](size_t r) {
+    double total[5] = {};
+    for (int64_t i = 0; i < t; ++i) {
+      const int64_t row = (int64_t(r) * t + i) * s;
+      double signs[2], sizes[2];
+      kernels().product_sums(signs[0], sizes[0], a + row * size, g + row * size, type, t);
+      kernels().product_sums(signs[1], sizes[1], a + (row + t) * size, g + (row + t) * size, type, s - t);
+      const double length = std::sqrt(number(a, row + i) + lost), other_length = std::sqrt(number(g, row + i) + other_lost);
+      total[0] += signs[0] + 2 * signs[1];
+      total[1] += sizes[0] + 2 * sizes[1];
+      total[2] += length;
+      total[3] += other_length;
+      total[4] += length * other_length;
+    }
+    for (int k = 0; k < 5; ++k) sums[k * R + int64_t(r)] = total[k];
+  });
+  return out;
+}
+
 // Σ_i factor_i g_i over the samples whose factor is not 0.
 Tensors weighted_sums(Tensors samples, Tensor factors) {
   const int64_t B = check_samples(samples), count = int64_t(samples.size());
@@ -218,6 +258,7 @@ std::tuple<Tensor, Tensor> channel_sums(Tensor G, Tensor x, Tensor mean, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(dpfast, CPU, library) {
   library.impl("squared_norms", TORCH_BOX(&dpfast::squared_norms));
+  library.impl("gram_stats", TORCH_BOX(&dpfast::gram_stats));
   library.impl("weighted_sums", TORCH_BOX(&dpfast::weighted_sums));
   library.impl("sum_positions", TORCH_BOX(&dpfast::sum_positions));
   library.impl("normalised_sums", TORCH_BOX(&dpfast::normalised_sums));

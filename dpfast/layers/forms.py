@@ -33,9 +33,10 @@ class Instantiated:
         return self.samples.shape[0]
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
-        if self.squares is not None:
-            return ops.certified(self.squares, self.samples)
-        return ops.squared_norm(self.samples)
+        if self.squares is None:
+            return ops.squared_norm(self.samples)
+        squared, bound = ops.certified(self.squares.unsqueeze(0), [self.samples])
+        return squared[0], bound[0]
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         return ops.weighted_sum(self.samples, factors)
@@ -68,6 +69,18 @@ class Factored:
     def shape(self) -> Shape:
         B, groups, T, d = self.A.shape
         return Shape(B, groups, T, d, self.G.shape[-1], self.A.dtype, self.A.device, self.A.nbytes + self.G.nbytes)
+
+    def is_product(self) -> bool:
+        """Whether its norm is a product of its sides' norms, as an op has them for many sides at once."""
+        return ops.has_products(self.A, self.G)
+
+    def has_stats(self) -> bool:
+        """Whether its norm is a ghost norm, from :meth:`stats`."""
+        tiles = self.plan is not None and self.plan.way == "norm-GEMM" and ops.has_tiles(self.A, self.G)
+        return self.A.shape[2] > 1 and not tiles and ops.has_ghost_stats(self.A, self.G)
+
+    def stats(self) -> Tensor:
+        return ops.ghost_stats(self.A, self.G)
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         if self.A.shape[2] == 1:
@@ -135,6 +148,13 @@ class Convolved:
         T = positions * (len(self.x) // self.batch)
         sides = self.x.nbytes + self.G.nbytes
         return Shape(self.batch, groups, T, d, p, self.G.dtype, self.G.device, sides, patches=True)
+
+    def has_stats(self) -> bool:
+        """As of :class:`Factored`."""
+        return ops.has_convolution_stats(self.x, self.G, self.shape.T)
+
+    def stats(self) -> Tensor:
+        return ops.convolution_stats(self.x, self.G, self.weight, self.geometry, self.batch)
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         return ops.convolution_squared_norm(self.x, self.G, self.weight, self.geometry, self.batch)

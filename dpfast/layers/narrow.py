@@ -9,11 +9,11 @@ in float32, and the product may fall to the other side of a 16-bit number's limi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from dpfast.layers.recorder import Recorder
 from dpfast.trees import tensors
@@ -22,7 +22,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class Watch:
-    """A forward hook of the whole model: the recorder is told if a backward goes through 16 bits anywhere.
+    """Of the whole model's forwards: has the recorder told if a backward goes through 16 bits anywhere.
 
     Layers tell of their own backprops; between them, and where those with parameters compute in float32 (adapters of a
     frozen 16-bit model, float32 heads), this looks at the graph, down to the first 16-bit operators. Where there are
@@ -35,25 +35,30 @@ class Watch:
         self.forwards = 0
         self.found = False
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self.recorder.narrowed = None
-        if not (self.recorder.loss_is_mean and torch.is_grad_enabled()):
-            return
-        given = [x for x in tensors(output) if x.requires_grad]
-        if not given:
+    def look(self, outputs: list[torch.Tensor], uncompiled: Callable[[], Any] | None = None) -> None:
+        """A training forward has returned ``outputs``, which have gradients.
+
+        What a compiler has made shows nothing of what is inside; ``uncompiled`` then runs the model without it.
+        """
+        if not (self.recorder.loss_is_mean and outputs):
             return
         self.forwards += 1
         again = not self.forwards & (self.forwards - 1) or bool(self.recorder.new_layouts - self.recorder.verified)
-        if self.found or again or self._possible(given):
-            self.found = self._mark(given)
+        if uncompiled is None:
+            if self.found or again or self._possible(outputs):
+                self.found = self._mark(outputs, hook=True)
+            return
+        if again:
+            self.found = self._mark([x for x in tensors(uncompiled()) if x.requires_grad], hook=False)
+        for x in outputs if self.found else []:
+            x.register_hook(partial(_tell, self.recorder, "a compiled part of the model", torch.bfloat16))
 
     def _possible(self, outputs: list[torch.Tensor]) -> bool:
         held = (*self.recorder.names, *outputs)
         return torch.is_autocast_enabled(outputs[0].device.type) or any([x.dtype in NARROW for x in held])
 
-    def _mark(self, outputs: list[torch.Tensor]) -> bool:
+    def _mark(self, outputs: list[torch.Tensor], hook: bool) -> bool:
+        """Whether there are 16-bit operators below; with ``hook`` they tell of gradients that come to them."""
         found = False
         nodes: list[Any] = [x.grad_fn for x in outputs]
         seen = set()
@@ -65,14 +70,15 @@ class Watch:
             narrow = next((meta.dtype for meta in node._input_metadata if meta.dtype in NARROW), None)
             if narrow is None:
                 nodes += [below for below, _ in node.next_functions]
-            else:
-                found = True
+                continue
+            found = True
+            if hook:
                 node.register_prehook(partial(_tell, self.recorder, f"{node.name()} of the model", narrow))
         return found
 
 
 def _tell(recorder: Recorder, where: str, dtype: torch.dtype, gradients: Any) -> None:
-    if any(gradient is not None for gradient in gradients):
+    if isinstance(gradients, torch.Tensor) or any(gradient is not None for gradient in gradients):
         recorder.narrowed = recorder.narrowed or (where, dtype)
 
 

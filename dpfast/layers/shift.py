@@ -84,18 +84,9 @@ def swapped(owners: Iterable[nn.Module], tensors: Mapping[nn.Parameter, Tensor])
 
 def inside_checkpoint() -> bool:
     """Whether a reentrant checkpoint runs this forward, without gradients, to be run again in the backward."""
-    return _inside(CheckpointFunction.forward)
-
-
-def inside_recomputation() -> bool:
-    """Whether a reentrant checkpoint runs this forward again, in the backward."""
-    return _inside(CheckpointFunction.backward)
-
-
-def _inside(function: Any) -> bool:
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code is function.__code__:
+        if frame.f_code is CheckpointFunction.forward.__code__:
             return True
         frame = frame.f_back
     return False

@@ -175,7 +175,8 @@ class Call:
     of: Any = None  # the model's forward that it is a part of; None where a checkpoint computes it again
 
     def __post_init__(self) -> None:
-        self.of = self.of or self.tap.recorder.under_way
+        if self.of is None and self.tap is not None:
+            self.of = self.tap.recorder.under_way
 
     def forward(self, x: Tensor, *params: Any) -> Tensor:
         """The layer's output."""

@@ -25,6 +25,7 @@ NATIVE_OPS = (
     "noisy_adam_",
     "clip_factors",
     "squared_norms",
+    "gram_stats",
     "weighted_sums",
     "sum_positions",
     "normalised_sums",

@@ -16,8 +16,7 @@ from dpfast.ops.backends import is_native, is_triton
 from dpfast.ops.matmul import product_reach
 from dpfast.ops.reductions import certified
 from dpfast.reference import Geometry
-from dpfast.reference.matmul import ghost_bound
-from dpfast.reference.rounding import of_slip, underflow, with_safety
+from dpfast.reference.rounding import of_slip, underflow
 
 AXES, TRITON_AXES = 3, 2  # of the compiled ops and of Triton's: fewer come with 1s in front
 
@@ -46,12 +45,21 @@ def convolution_squared_norm(
     T = positions * (len(x) // batch)
     if _is_triton("convolution_grad_samples", x, G):
         return _from_tiles(x, G, weight, geometry, batch, T)
-    if T == 1 or not _is_native("convolution_ghost", x, G):
+    if not has_convolution_stats(x, G, T):
         return reference.convolution_squared_norm(x, G, weight, geometry, batch)
-    sums = torch.ops.dpfast.convolution_ghost(*_arguments(x, G, weight, geometry, batch))
-    signed, absolute, *lengths = sums
-    bound = ghost_bound(signed, absolute, (lengths[0], lengths[1], lengths[2]), (T, d, p), G.dtype)
-    return with_safety(signed.sum(1), bound.sum(1), G.dtype)
+    stats = convolution_stats(x, G, weight, geometry, batch).unsqueeze(0)
+    squared, bound = reference.certified_ghosts(stats, [(T, d, p)], G.dtype)
+    return squared[0], bound[0]
+
+
+def has_convolution_stats(x: Tensor, G: Tensor, T: int) -> bool:
+    """Whether there is :func:`convolution_stats` for these, of T positions a sample."""
+    return T > 1 and not _is_triton("convolution_grad_samples", x, G) and _is_native("convolution_ghost", x, G)
+
+
+def convolution_stats(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch: int) -> Tensor:
+    """What a ghost norm over patches and its bound are made of: see :func:`dpfast.reference.matmul.ghost_stats`."""
+    return torch.ops.dpfast.convolution_ghost(*_arguments(x, G, weight, geometry, batch))
 
 
 def convolution_clipped_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, factors: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ def _from_tiles(x: Tensor, G: Tensor, weight: Tensor, geometry: Geometry, batch:
 
     sides, sizes = _in_axes(TRITON_AXES, x, G, weight, geometry)
     squares = convolution_sample_gradients(*sides, *sizes, geometry.groups, batch, False)[1]
-    squared, bound = certified(squares, weight.unsqueeze(0))
+    squared, bound = (rows[0] for rows in certified(squares.unsqueeze(0), [weight.unsqueeze(0)]))
     energies = [side.unflatten(0, (batch, -1)).flatten(1).float().square().sum(1).double() for side in sides]
     # A pixel is in at most as many patches as a kernel has elements.
     patches, rows = energies[0] * math.prod(sizes[0]), energies[1]

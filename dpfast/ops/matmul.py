@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import reference
-from dpfast.ops.backends import is_triton
+from dpfast.ops.backends import is_native, is_triton
 from dpfast.reference.rounding import drift, of_slip, underflow, unit_roundoff, with_safety
 
 # Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
@@ -23,12 +23,26 @@ WIDE = 1024
 
 def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, ``[B]`` each, float64."""
-    if not is_triton("ghost_squared_norm", A, G):
-        return reference.ghost_squared_norm(A, G)
+    if has_ghost_stats(A, G):
+        squared, bound = reference.certified_ghosts(
+            ghost_stats(A, G).unsqueeze(0), [(*A.shape[2:], G.shape[3])], G.dtype
+        )
+        return squared[0], bound[0]
     from dpfast_kernels.ghost import ghost_norm
 
     stats = ghost_norm(*(_aligned(side).flatten(0, 1) for side in (A, G)))
     return _certified(stats, A, G, products=(A.shape[-1], G.shape[-1]))
+
+
+def has_ghost_stats(A: Tensor, G: Tensor) -> bool:
+    """Whether there is :func:`ghost_stats` for these; a Triton kernel has statistics of its own."""
+    return not is_triton("ghost_squared_norm", A, G)
+
+
+def ghost_stats(A: Tensor, G: Tensor) -> Tensor:
+    """What a ghost norm and its bound are made of: see :func:`dpfast.reference.matmul.ghost_stats`."""
+    native = is_native("gram_stats", G.device)
+    return reference.ghost_stats(A, G, torch.ops.dpfast.gram_stats if native else reference.gram_stats)
 
 
 def has_tiles(A: Tensor, G: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,18 +12,72 @@ from torch import Tensor
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
 from dpfast.ops.matmul import BLOCK_UNITS, product_reach
-from dpfast.reference.rounding import compute_dtype, of_slip, unit_roundoff, with_safety
+from dpfast.reference.rounding import column, compute_dtype, of_slip, unit_roundoff, with_safety
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:
     """``(‖g_i‖² [B], bound [B])``, float64, of per-sample gradients ``[B, *]``."""
-    if is_native("squared_norms", samples.device):
-        return certified(torch.ops.dpfast.squared_norms([samples.contiguous()])[0], samples)
-    if is_triton("squared_norms", samples):
-        from dpfast_kernels.weighted_sum import squared_norms
+    squared, bound = SquaredNorms([samples]).of_samples([samples])
+    return squared[0], bound[0]
 
-        return certified(squared_norms([samples])[0], samples)
-    return reference.squared_norm(samples)
+
+class SquaredNorms:
+    """Squared norms of the rows of several tensors ``[B, *]`` of one B, compute dtype and device, made in one launch.
+
+    A tensor that is there twice, by its place in memory, is read once.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.rows: dict[tuple[int, ...], int] = {}
+        distinct: list[Tensor] = []
+        for x in tensors:
+            if self.rows.setdefault(self._key(x), len(distinct)) == len(distinct):
+                distinct.append(x)
+        if not distinct:
+            return
+        if is_native("squared_norms", distinct[0].device):
+            self.squared = torch.ops.dpfast.squared_norms([x.contiguous() for x in distinct])
+        elif is_triton("squared_norms", *distinct):
+            from dpfast_kernels.weighted_sum import squared_norms
+
+            self.squared = squared_norms(distinct)
+        else:
+            self.squared = torch.stack([reference.row_squares(x) for x in distinct])
+
+    @staticmethod
+    def _key(x: Tensor) -> tuple[int, ...]:
+        return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x.element_size()
+
+    def of_samples(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``‖g_i‖²`` and bounds, ``[n, B]``, of per-sample gradients ``[B, *]`` that are written out."""
+        return certified(self._of(samples), samples)
+
+    def of_products(self, sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """``‖a‖²·‖g‖²`` and bounds, ``[n, B]``, of ``A [B, 1, 1, d]`` and ``G [B, 1, 1, p]`` of each of n weights."""
+        # Each sum is rounded, and what one side loses to underflow is multiplied by the other one.
+        a, slack_a = certified(self._of([A for A, _ in sides]), [A for A, _ in sides])
+        g, slack_g = certified(self._of([G for _, G in sides]), [G for _, G in sides])
+        (A, G), product = sides[0], a * g
+        slack = (a + slack_a) * (g + slack_g) - product
+        sizes = column(tuple(A.shape[-1] * G.shape[-1] for A, G in sides), G.device)
+        squared, bound = with_safety(product, slack, G.dtype, squares=sizes)
+        if is_triton("clipped_weight_gradient", A, G):  # which makes the sum, and may round both sides of it
+            bound = bound + of_slip(squared, product_reach(1, A, G) * squared.sqrt())
+        return squared, bound
+
+    def _of(self, tensors: Sequence[Tensor]) -> Tensor:
+        rows = [self.rows[self._key(x)] for x in tensors]
+        if rows == [*range(len(self.squared))]:
+            return self.squared
+        return self.squared.index_select(0, index_of(tuple(rows), self.squared.device))
+
+
+@lru_cache(maxsize=256)
+def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Row numbers on a device, copied there once."""
+    return torch.tensor(rows, device=device)
 
 
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
@@ -50,28 +105,32 @@ def weighted_sums(samples: Sequence[Tensor], factors: Sequence[Tensor]) -> list[
     ]
 
 
-def certified(squared: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of ``samples [B, *]``, as an op gave them, with the bound on their rounding.
+def certified(squared: Tensor, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[n, B]`` of n tensors ``[B, *]``, as an op gave them, with bounds on their rounding.
 
     Float64 ones are sums of exact squares, or nearly; float32 ones were summed in blocks in float32.
     """
     blocks = BLOCK_UNITS * unit_roundoff(torch.float32) if squared.dtype == torch.float32 else 0.0
-    return with_safety(squared, 0.0, samples.dtype, squares=math.prod(samples.shape[1:]), relative=blocks)
+    sizes = column(tuple(math.prod(x.shape[1:]) for x in samples), squared.device)
+    return with_safety(squared, 0.0, samples[0].dtype, squares=sizes, relative=blocks)
+
+
+def has_products(A: Tensor, G: Tensor) -> bool:
+    """Whether ``A [B, g, T, d]`` and ``G`` have one position and one group, whose norms are products of their norms."""
+    return (
+        A.shape[1] == A.shape[2] == 1
+        and A.dtype in NARROW
+        and G.dtype in NARROW
+        and is_native("squared_norms", G.device)
+    )
 
 
 def one_position_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_groups ‖a‖²·‖g‖²`` for ``A [B, g, 1, d]``, ``G [B, g, 1, p]``."""
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    fits = A.shape[1] == 1 and A.dtype in narrow and G.dtype in narrow
-    if fits and is_native("squared_norms", G.device):
-        a, g = torch.ops.dpfast.squared_norms([A.contiguous(), G.contiguous()])
-        # Each sum is rounded, and what one side loses to underflow is multiplied by the other one.
-        (a, slack_a), (g, slack_g) = certified(a, A), certified(g, G)
-        product = a * g
-        slack = (a + slack_a) * (g + slack_g) - product
-        squared, bound = with_safety(product, slack, G.dtype, squares=A.shape[-1] * G.shape[-1])
-    else:
-        squared, bound = reference.one_position_squared_norm(A, G)
+    if has_products(A, G):
+        squared, bound = SquaredNorms([A, G]).of_products([(A, G)])
+        return squared[0], bound[0]
+    squared, bound = reference.one_position_squared_norm(A, G)
     if is_triton("clipped_weight_gradient", A, G):  # which makes the sum, and may round both sides of it
         bound = bound + of_slip(squared, product_reach(1, A, G) * squared.sqrt())
     return squared, bound

@@ -20,19 +20,30 @@ from dpfast.reference.embedding import (
     embedding_times_grad_samples,
 )
 from dpfast.reference.matmul import (
+    certified_ghosts,
     clipped_weight_gradient,
     factored_times_grad_samples,
     ghost_squared_norm,
+    ghost_stats,
     grad_samples,
+    gram_stats,
     one_position_squared_norm,
 )
 from dpfast.reference.precision import alike_for_every_batch
-from dpfast.reference.reductions import channel_sums, normalised_sums, squared_norm, sum_positions, weighted_sum
+from dpfast.reference.reductions import (
+    channel_sums,
+    normalised_sums,
+    row_squares,
+    squared_norm,
+    sum_positions,
+    weighted_sum,
+)
 from dpfast.reference.rounding import compute_dtype
 
 __all__ = [
     "Geometry",
     "alike_for_every_batch",
+    "certified_ghosts",
     "channel_sums",
     "clipped_weight_gradient",
     "compute_dtype",
@@ -46,9 +57,12 @@ __all__ = [
     "embedding_times_grad_samples",
     "factored_times_grad_samples",
     "ghost_squared_norm",
+    "ghost_stats",
     "grad_samples",
+    "gram_stats",
     "normalised_sums",
     "one_position_squared_norm",
+    "row_squares",
     "squared_norm",
     "sum_positions",
     "weighted_sum",

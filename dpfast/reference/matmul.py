@@ -1,10 +1,21 @@
 """Per-sample gradients that are matrix products: ``g_i = G_iᵀ A_i`` (linear layers, unfolded convolutions)."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from dpfast.reference.precision import in_full_precision
-from dpfast.reference.rounding import compute_dtype, drift, of_slip, smallest, underflow, unit_roundoff, with_safety
+from dpfast.reference.rounding import (
+    column,
+    compute_dtype,
+    drift,
+    of_slip,
+    smallest,
+    underflow,
+    unit_roundoff,
+    with_safety,
+)
 
 # Gram matrices are made in strips of so many rows, of which only the part s >= t is formed and counted twice off the
 # diagonal: at most four strips (a tenth more work than the triangle has), none thinner than matrix products like.
@@ -38,57 +49,71 @@ def one_position_bound(squared: Tensor, a: Tensor, g: Tensor, sizes: tuple[int, 
     return ((a + d * lost) * (g + p * lost)).sum(1) - squared + a.shape[1] * d * p * lost
 
 
-@in_full_precision
 def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)``, no per-sample gradient formed.
+    """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, no per-sample gradient formed."""
+    squared, bound = certified_ghosts(ghost_stats(A, G).unsqueeze(0), [(A.shape[2], A.shape[3], G.shape[3])], G.dtype)
+    return squared[0], bound[0]
 
-    The sum can cancel, so its rounding is bounded from ``Σ_{t,s} |a_t·a_s|·|g_t·g_s|``: see :func:`ghost_bound`. What
-    underflows is bounded from the diagonals, ``|a_t·a_s| ≤ ‖a_t‖·‖a_s‖``.
+
+def gram_stats(products: Tensor, other: Tensor, lost: float, other_lost: float) -> Tensor:
+    """Of rows of two Gram matrices ``[R, t, s]``, from the diagonal on: what :func:`ghost_stats` adds up, ``[5, R]``.
+
+    Each product past the diagonal block counts twice. ``lost`` is what underflow may take of a diagonal.
+    """
+    t = products.shape[1]
+    length, other_length = (
+        (side.diagonal(dim1=1, dim2=2).double() + least).sqrt()
+        for side, least in ((products, lost), (other, other_lost))
+    )
+    both = products * other
+    both[:, :, t:].mul_(2)
+    sums = both.sum((1, 2)).double(), both.abs_().sum((1, 2)).double()
+    return torch.stack([*sums, length.sum(1), other_length.sum(1), (length * other_length).sum(1)])
+
+
+@in_full_precision
+def ghost_stats(A: Tensor, G: Tensor, gram: Callable[[Tensor, Tensor, float, float], Tensor] = gram_stats) -> Tensor:
+    """What a ghost norm and its bound are made of: ``[5, B, groups]``, float64.
+
+    ``Σ_{t,s} (a_t·a_s)(g_t·g_s)``, which can cancel, the sum of absolute values, and ``Σ_t ‖a_t‖``, ``Σ_t ‖g_t‖`` and
+    ``Σ_t ‖a_t‖·‖g_t‖``, with what may have underflowed. ``gram`` is :func:`gram_stats`, or an op that computes it.
     """
     dtype = compute_dtype(G.dtype)
     B, groups, T, d = A.shape
     p = G.shape[-1]
     A, G = A.to(dtype).reshape(B * groups, T, d), G.to(dtype).reshape(B * groups, T, p)
-    signed, absolute, lengths_a, lengths_g, reach = torch.zeros(5, B * groups, dtype=torch.float64, device=A.device)
-    lost = smallest(dtype)
     strip = max(THINNEST, -(-T // STRIPS))
+    lost = smallest(dtype)
+    parts = []
     for t in range(0, T, strip):
-        rows = slice(t, t + strip)
-        products, other = (torch.bmm(side[:, rows], side[:, t:].transpose(1, 2)) for side in (A, G))
-        length_a = (products.diagonal(dim1=1, dim2=2).double() + d * lost).sqrt()
-        length_g = (other.diagonal(dim1=1, dim2=2).double() + p * lost).sqrt()
-        lengths_a += length_a.sum(1)
-        lengths_g += length_g.sum(1)
-        reach += (length_a * length_g).sum(1)
-        products.mul_(other)
-        products[:, :, strip:].mul_(2)
-        signed += products.sum((1, 2)).double()
-        absolute += products.abs_().sum((1, 2)).double()
-    bound = ghost_bound(signed, absolute, (lengths_a, lengths_g, reach), (T, d, p), dtype)
-    return with_safety(signed.view(B, groups).sum(1), bound.view(B, groups).sum(1), dtype)
+        products, other = (torch.bmm(side[:, t : t + strip], side[:, t:].transpose(1, 2)) for side in (A, G))
+        parts.append(gram(products, other, d * lost, p * lost))
+    total = parts[0] if parts else torch.zeros(5, B * groups, dtype=torch.float64, device=A.device)
+    for part in parts[1:]:
+        total = total + part
+    return total.view(5, B, groups)
 
 
-def ghost_bound(
-    squared: Tensor,
-    absolute: Tensor,
-    lengths: tuple[Tensor, Tensor, Tensor],
-    sizes: tuple[int, int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """How far a ghost sum may be from the squared norm of what is later summed for the sample.
+def certified_ghosts(stats: Tensor, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[n, B]`` and bounds of n weights, from their :func:`ghost_stats` ``[n, 5, B, groups]``.
 
-    That is the rounding of the ghost sum, and that of the contribution: a sum over T of its own.
+    The bound has the rounding of the ghost sum, and that of the contribution, which is a sum over T of its own.
 
     Args:
-        squared, absolute: ``Σ (a_t·a_s)(g_t·g_s)`` and ``Σ |a_t·a_s|·|g_t·g_s|``.
-        lengths: ``Σ ‖a_t‖``, ``Σ ‖g_t‖`` and ``Σ ‖a_t‖·‖g_t‖``.
-        sizes: ``(T, d, p)``.
+        sizes: ``(T, d, p)`` of each weight.
     """
-    (lengths_a, lengths_g, reach), (T, d, p) = lengths, sizes
-    u = unit_roundoff(dtype)
-    of_norm = (drift(d) + drift(p)) * u * absolute
-    lost = underflow(dtype) * (d * lengths_g**2 + p * lengths_a**2 + d * p * T**2)
-    return of_norm + lost + of_slip(squared, drift(T) * u * reach)
+    signed, absolute, lengths_a, lengths_g, reach = stats.unbind(1)
+    u, lost = unit_roundoff(dtype), underflow(dtype)
+    constants = (
+        tuple((drift(d) + drift(p)) * u for _, d, p in sizes),
+        tuple(lost * d for _, d, _ in sizes),
+        tuple(lost * p for _, _, p in sizes),
+        tuple(lost * d * p * T**2 for T, d, p in sizes),
+        tuple(drift(T) * u for T, _, _ in sizes),
+    )
+    of_norm, of_g, of_a, of_both, of_sum = (column(each, stats.device, 3) for each in constants)
+    bound = of_norm * absolute + (of_g * lengths_g**2 + of_a * lengths_a**2 + of_both) + of_slip(signed, of_sum * reach)
+    return with_safety(signed.sum(2), bound.sum(2), dtype)
 
 
 @in_full_precision

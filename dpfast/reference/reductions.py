@@ -15,12 +15,12 @@ PIECE = 128
 
 def squared_norm(samples: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖²`` of what is stored, so that a later weighted sum is clipped exactly."""
+    return with_safety(row_squares(samples), 0.0, samples.dtype, squares=math.prod(samples.shape[1:]))
+
+
+def row_squares(samples: Tensor) -> Tensor:
+    """``‖g_i‖²`` of ``[B, *]``, float64."""
     rows = _rows(samples.to(compute_dtype(samples.dtype)))
-    return with_safety(row_squares(rows), 0.0, rows.dtype, squares=rows.shape[1])
-
-
-def row_squares(rows: Tensor) -> Tensor:
-    """Squared norm of each row, float64."""
     whole = rows.shape[1] - rows.shape[1] % PIECE
     pieces = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, PIECE)), dim=2).double()
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1).double()

@@ -1,6 +1,7 @@
 """How far a floating-point result may be from the truth."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,22 +49,28 @@ def underflow(dtype: torch.dtype) -> float:
     return 2.0**26 * smallest(dtype)
 
 
+@lru_cache(maxsize=1024)
+def column(numbers: tuple[float, ...], device: torch.device, dims: int = 2) -> Tensor:
+    """Constants of some parameters, float64 ``[n, 1, ...]``: the same every step, and copied to the device once."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, *[1] * (dims - 1))
+
+
 def of_slip(squared: Tensor, slip: Tensor) -> Tensor:
     """What a squared norm may be off where the gradient itself is, by ``slip`` in norm."""
     return 2 * squared.clamp_min(0).sqrt() * slip + slip**2
 
 
 def with_safety(
-    squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squares: int = 0, relative: float = 0.0
+    squared: Tensor, bound: Tensor | float, dtype: torch.dtype, squares: int | Tensor = 0, relative: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """``(squared, bound + (SAFETY_UNITS · u + relative) · squared + underflow of so many squares)``, float64, never
     negative.
+
+    ``squared [B]`` of one parameter, or ``[n, B]`` of several; then ``squares [n, 1]`` is a number of each.
     """
     squared = squared.double().clamp_min(0)
-    slack, lost = squared * (SAFETY_UNITS * unit_roundoff(dtype) + relative), squares * underflow(dtype)
-    if isinstance(bound, Tensor):  # as few ops as can be: there is one of these for every parameter
-        return squared, slack + bound + lost if squares else slack + bound
-    return squared, slack + (bound + lost)
+    slack = squared * (SAFETY_UNITS * unit_roundoff(dtype) + relative)
+    return squared, slack + (bound + squares * underflow(dtype))
 
 
 def rounded_up(value: float) -> float:

@@ -65,7 +65,7 @@ def test_samples_and_clipped_sums(dtype, groups, T):
     want, factors = gradients(A, G), torch.tensor([0.3, 0.0, 0.9], device=DEVICE)
     samples, squares = ops.grad_samples(A, G)
     torch.testing.assert_close(samples.double(), want, rtol=1e-5, atol=1e-5)
-    squared, bound = ops.certified(squares, samples)
+    squared, bound = (rows[0] for rows in ops.certified(squares.unsqueeze(0), [samples]))
     assert ((squared - samples.double().square().sum((1, 2))).abs() <= bound).all()
     A[1], G[1] = torch.nan, torch.inf  # left out, not multiplied
     summed = ops.clipped_weight_gradient(A, G, factors)

@@ -155,9 +155,8 @@ A, B, C = (1.0, Q), (2.0, Q), (1.0, 2 * Q)
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 def test_all_steps_that_a_run_has_taken(mine, held, both, accountant):
     """Those with which both begin are the same; none of the others is forgotten."""
-    counter = counted(held, accountant)
-    state = state_of(counter)
-    counter.history = list(mine)
+    counter = counted(mine, accountant)
+    state = {"mechanism": accountant, "history": held, "runs": [[runs_of(counter).own, held]] if held else []}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = joined(counter, state)
@@ -209,6 +208,17 @@ def test_branches_of_one_run():
         take(second, 1)
         joined(second, forked).take_over()
         assert second.history[0][2] > 162
+
+
+def test_a_history_that_was_replaced_by_hand():
+    """What is counted after it are the steps of another run."""
+    counter, whole = counted([(*A, 5)]), counted([])
+    for history in ([(*A, 5)], [(*A, 3)], [(*B, 9)]):
+        counter.history = history
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            joined(whole, state_of(counter)).take_over()
+    assert sorted(whole.history) == sorted([(*A, 8), (*B, 9)])
 
 
 def test_a_step_that_the_accountant_refuses_leaves_its_history():

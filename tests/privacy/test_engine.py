@@ -172,6 +172,7 @@ def test_checkpoint(form, tmp_path):
         "noise_scheduler_state_dict",
         "grad_clip_scheduler_state_dict",
         "plan_state_dict",
+        "runs",
     }
     if form == "buffer":
         target.seek(0)

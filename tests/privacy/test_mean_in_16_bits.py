@@ -159,6 +159,40 @@ def test_refused_every_time():
         optimizer.zero_grad()
 
 
+class Adapter(nn.Module):
+    """Below a frozen part in 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.frozen = nn.Linear(D, D), frozen(nn.Linear(D, CLASSES), BF16)
+
+    def forward(self, x):
+        return self.frozen(self.first(x).to(BF16)).float()
+
+
+@pytest.mark.parametrize("way", ["outside", "inside"])
+def test_16_bits_within_a_compiled_graph(way):
+    """The graph shows none of what is in it."""
+    model, (x, y) = Adapter(), rows()
+    wrapped, *_ = make_private(model, size=len(x))
+    run = torch.compile(wrapped, backend="aot_eager") if way == "outside" else wrapped
+    if way == "inside":
+        wrapped.compile(backend="aot_eager")
+    with pytest.raises(ValueError, match="gradients of bfloat16"):
+        F.cross_entropy(run(x), y).backward()
+
+
+def test_16_bits_beside_a_checkpoint():
+    """What is computed again within the backward is no new forward."""
+    wrapped, *_ = make_private(net(), size=B)
+    x, y = rows()
+    again = checkpoint(wrapped, x.clone().requires_grad_(), use_reentrant=True)
+    with torch.autocast("cpu", BF16):
+        out = wrapped(x)
+    with pytest.raises(ValueError, match="gradients of bfloat16"):
+        F.cross_entropy(out.float() + 1e-3 * again, y).backward()
+
+
 def test_16_bits_that_come_later():
     """A branch that the first forward did not take is seen at forwards 2, 4, 8 and so on; after that, each time."""
     model, (x, y) = Sometimes([False] * 3 + [True] * 9), rows()

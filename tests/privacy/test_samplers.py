@@ -238,15 +238,11 @@ class Wraps(Dataset):
         return data()[index % N]
 
 
-class Named(Wraps):
-    """Has numbers of its own for its samples."""
-
-    def keys(self):
-        return range(-N, 0)
+Named = dict[int, tuple]  # numbers of its own for its samples
 
 
 @pytest.mark.parametrize("as_array", [list, np.array])
-@pytest.mark.parametrize("indices", [[7, -1], [3, N + 3]])
+@pytest.mark.parametrize("indices", [[7, -1], [3, N + 3]], ids=str)
 def test_a_sample_under_two_numbers(indices, as_array):
     """One place in a batch is the other's: refused when the batch is drawn."""
     _, optimizer, got = private(DataLoader(Wraps(), batch_sampler=[as_array(indices)]), poisson=False, **SUM)
@@ -257,8 +253,23 @@ def test_a_sample_under_two_numbers(indices, as_array):
         pytest.raises(ValueError, match="and its data set has samples 0 to 19"),
     ):
         list(physical)
-    _, _, got = private(DataLoader(Named(), batch_sampler=[[-1, -2]]), poisson=False, **SUM)
+    named = Named({-k: (torch.zeros(D), torch.zeros(2)) for k in range(1, 3)})
+    _, _, got = private(DataLoader(named, batch_sampler=[[-1, -2]]), poisson=False, **SUM)
     assert len(list(got)) == 1
+
+
+class Lax(Dataset):
+    """Takes anything for a sample's index, and does not say how many there are."""
+
+    def __getitem__(self, index):
+        return data()[int(index) % N]
+
+
+@pytest.mark.parametrize("indices", [[0, "0"], [0, 0.2], [0.0, 1.0], [0, -N]], ids=str)
+def test_a_sample_under_several_kinds_of_index(indices):
+    _, _, got = private(DataLoader(Lax(), batch_sampler=[indices]), poisson=False, **SUM)
+    with pytest.raises(ValueError, match="data_loader: its sampler gives"):
+        list(got)
 
 
 class Slow(Wraps):

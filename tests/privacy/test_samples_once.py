@@ -1,14 +1,16 @@
 """What counts as a backward pass of a step, what does not, and a sample that would be in two of them."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from dpfast import BatchMemoryManager
 from tests.helpers import F64, engine_of, follow, make_private, sse, sums_of
@@ -359,6 +361,193 @@ def test_parts_that_have_none_in_common(parts, stepped):
     for part, of in zip(DISJOINT[parts](x), DISJOINT[parts](rows), strict=True):
         sse(wrapped(part), y[of[:, 0]]).backward()
     check(model, twin, (x, y))
+
+
+# ---------------------------------------------------------------- whose rows these are, in loops of all kinds
+
+
+def earlier_batch(m, loader):
+    (a, _), (b, _) = loader
+    for x in (b, a, a.clone()):
+        m(x).sum().backward()
+
+
+def a_view_of_an_earlier_batch(m, loader):
+    batches = iter(loader)
+    (a, _), (b, _) = next(batches), next(batches)
+    (m(b.clone()).sum() + m(2 * a).sum()).backward()
+
+
+def two_passes_joined(m, loader):
+    for (a, _), (b, _) in zip(loader, loader, strict=True):
+        m(torch.cat([a, b])).sum().backward()
+
+
+def a_row_repeated(m, loader):
+    m(next(iter(loader))[0][[0, 0, 1]]).sum().backward()
+
+
+def a_row_expanded(m, loader):
+    m(next(iter(loader))[0][:1].expand(3, -1)).sum().backward()
+
+
+def a_subset_of_the_same_data(m, loader):
+    other = DataLoader(Subset(loader.dataset, range(2, 8)), batch_size=B)
+    _, _, other = make_private(m, data_loader=other, max_grad_norm=C, loss_reduction="sum")
+    for each in (loader, other):
+        m(next(iter(each))[0]).sum().backward()
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint that is none of torch's."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run, ctx.x = run, x
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, G):
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            torch.autograd.backward(ctx.run(x), G)
+        return None, x.grad
+
+
+def another_checkpoint(m, loader):
+    x = next(iter(loader))[0]
+    for _ in range(2):
+        Recomputed.apply(m, (2 * x).requires_grad_()).sum().backward()
+
+
+def another_checkpoint_of_halves(m, loader):
+    parts = [(2 * part).requires_grad_() for part in next(iter(loader))[0].chunk(2)]
+    sum(Recomputed.apply(m, part).sum() for part in parts).backward()
+
+
+def temporaries_by_hand(m, loader):
+    x = torch.randn(8, D, dtype=F64)
+    for rows in ([0, 1, 2], [2, 3, 4]):
+        m(x[rows]).sum().backward()
+
+
+LOOPS = [
+    earlier_batch,
+    a_view_of_an_earlier_batch,
+    two_passes_joined,
+    a_row_repeated,
+    a_row_expanded,
+    a_subset_of_the_same_data,
+    another_checkpoint,
+    another_checkpoint_of_halves,
+    temporaries_by_hand,
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_loops_in_which_a_sample_would_count_twice(loop):
+    _, _, wrapped, _, loader = private()
+    with pytest.raises(ValueError, match=f"{TWICE}|one backward pass of two forwards|in one forward more than once"):
+        loop(wrapped, loader)
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_an_earlier_physical_batch(poisson):
+    """In place of the one that the loop has given."""
+    _, _, wrapped, optimizer, loader = private(poisson_sampling=poisson, sample_rate=0.9, expected_batch_size=B)
+    first, refused = None, pytest.raises(ValueError, match="an earlier batch than the physical batch|" + TWICE)
+    with refused, BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as physical:
+        for x, _ in physical:
+            first = x if first is None else first
+            wrapped(first).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Distribution(nn.Module):
+    """What it returns is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(D, 1)
+
+    def forward(self, x):
+        return torch.distributions.Normal(self.net(x), 1.0)
+
+
+def test_two_samples_of_a_model_that_returns_no_tensors():
+    _, _, wrapped, _, loader = private(Distribution(), max_physical_batch_size=1)
+    x, _ = next(iter(loader))
+    with pytest.raises(ValueError, match="one backward pass of two forwards"):
+        sum(wrapped(x[k : k + 1]).mean.sum() for k in range(2)).backward()
+
+
+def fetched_and_moved(m, loader):
+    batches = iter(loader)
+    for x, _ in [next(batches), next(batches)]:
+        m(x.clone()).square().sum().backward()
+
+
+def changed_after_a_peek(m, loader):
+    next(iter(loader))
+    for x, _ in loader:
+        m(x + 1).square().sum().backward()
+
+
+def changed_and_cut(m, loader):
+    for part in (2 * next(iter(loader))[0]).split(2):
+        m(part).square().sum().backward()
+
+
+def twice_the_same_after_a_peek(m, loader):
+    batches = iter(loader)
+    next(batches)
+    x = next(batches)[0] + 1
+    (m(x) + m(x)).square().sum().backward()
+
+
+def many_in_a_list(m, loader):
+    for x, _ in list(loader):
+        m(x).square().sum().backward()
+
+
+def a_view_with_values_of_others(m, loader):
+    x = next(iter(loader))[0]
+    x[:] = (x > 0).double()
+    (m(x) + m(1 - x)).square().sum().backward()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "loop",
+    [fetched_and_moved, changed_after_a_peek, changed_and_cut, twice_the_same_after_a_peek, many_in_a_list,
+     a_view_with_values_of_others],
+    ids=lambda loop: loop.__name__,
+)  # fmt: skip
+def test_loops_in_which_each_sample_counts_once(loop):
+    many = loop is many_in_a_list
+    data = DataLoader(TensorDataset(*batch(12 if many else 2 * B)), batch_size=1 if many else B, shuffle=True)
+    _, _, wrapped, _, loader = private(loader=data)
+    loop(wrapped, loader)
+
+
+def test_nothing_of_a_batch_is_kept():
+    """Neither after a gradient of something else, nor after the step."""
+    _, _, wrapped, optimizer, loader = private(nn.Linear(D, 2))
+    for x, y in loader:
+        optimizer.zero_grad()
+        leaf = (2 * x).requires_grad_()
+        torch.autograd.grad(sse(wrapped(leaf), y), leaf, retain_graph=True)
+        held = weakref.ref(leaf)
+        del leaf
+        gc.collect()
+        assert held() is None
+        sse(wrapped(x), y).backward()
+        optimizer.step()
+    held = weakref.ref(x)
+    del x
+    gc.collect()
+    assert held() is None
 
 
 # ---------------------------------------------------------------- losses made of gradients alone

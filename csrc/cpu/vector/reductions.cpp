@@ -14,10 +14,12 @@ namespace {
 DPFAST_FN f64 splat(double x) { return {x - f64half{}, x - f64half{}}; }
 DPFAST_FN f64 read(const double* p) { return {load<f64half>(p), load<f64half>(p + W / 2)}; }
 DPFAST_FN f64 to_double(f64 x) { return x; }
+DPFAST_FN f64 magnitude(f64 x) { return {x.low < 0 ? -x.low : x.low, x.high < 0 ? -x.high : x.high}; }
 #else
 DPFAST_FN double splat(double x) { return x; }
 DPFAST_FN double read(const double* p) { return *p; }
 DPFAST_FN double to_double(double x) { return x; }
+DPFAST_FN double magnitude(double x) { return std::fabs(x); }
 #endif
 using DPFAST_ISA::read;
 using DPFAST_ISA::splat;
@@ -260,6 +262,33 @@ struct NormalisedTerms {
 
 double squares(const void* x, Type type, int64_t n) {
   return with_element(type, [&](auto* element) { return squares_of(static_cast<decltype(element)>(x), n); });
+}
+
+// sum = Σ_e a_e b_e and absolute = Σ_e |a_e b_e|, in doubles, where no product of floats is rounded
+void product_sums(double& sum, double& absolute, const void* a, const void* b, Type type, int64_t n) {
+  with_element(type, [&](auto* element) {
+    using T = std::remove_cvref_t<decltype(*element)>;
+    const auto *x = static_cast<const T*>(a), *y = static_cast<const T*>(b);
+    f64 sums[2][SUMS / W] = {};
+    const auto add = [&](const T* p, const T* q) {
+      DPFAST_UNROLL
+      for (int i = 0; i < SUMS / W; ++i) {
+        const f64 product = to_double(read(p + i * W)) * to_double(read(q + i * W));
+        sums[0][i] = sums[0][i] + product;
+        sums[1][i] = sums[1][i] + magnitude(product);
+      }
+    };
+    int64_t e = 0;
+    for (; e + SUMS <= n; e += SUMS) add(x + e, y + e);
+    if (e < n) {
+      T p[SUMS] = {}, q[SUMS] = {};
+      memcpy(p, x + e, (n - e) * sizeof(T));
+      memcpy(q, y + e, (n - e) * sizeof(T));
+      add(p, q);
+    }
+    sum = Squares<T>::total(sums[0]);
+    absolute = Squares<T>::total(sums[1]);
+  });
 }
 
 // out_j = Σ_k factor_k · row_k,j

@@ -7,6 +7,6 @@ namespace dpfast::DPFAST_ISA {
 
 extern const Kernels table;
 const Kernels table{DPFAST_TEXT(DPFAST_ISA), standard_normal, noisy_grad, noisy_sgd, noisy_adam,
-                    squares, sum_rows, sum_normalised, sum_channel, patch_gradient_width, patch_gradient};
+                    squares, product_sums, sum_rows, sum_normalised, sum_channel, patch_gradient_width, patch_gradient};
 
 }  // namespace dpfast::DPFAST_ISA
