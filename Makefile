@@ -29,7 +29,7 @@ test: lint
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
 	wait $$half && exit $$rest
 
-# In bench/out, or OUT: records, tables and plots, in less than ten minutes.
+# In bench/out, or OUT: records, tables and plots, in about ten minutes.
 bench: $(READY)
 	$(RUN) -m dpfast bench --device cpu $(if $(OUT),--out $(OUT))
 

@@ -190,11 +190,13 @@ class GroupNormCNN(nn.Sequential):
 class LoRA(nn.Module):
     """A frozen linear layer and a low-rank update."""
 
-    def __init__(self, d: int, p: int, rank: int) -> None:
+    def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
-        self.base = nn.Linear(d, p, bias=False).requires_grad_(False)
-        self.down = nn.Linear(d, rank, bias=False)
-        self.up = nn.Linear(rank, p, bias=False)  # not 0, as it would be: every gradient is to be something
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(
+            rank, base.out_features, bias=False
+        )  # not 0, as it would be: every gradient is to be something
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
@@ -208,7 +210,8 @@ class LlamaBlock(nn.Module):
         self.heads, self.key_heads = heads, key_heads
 
         def linear(d: int, p: int) -> nn.Module:
-            return nn.Linear(d, p, bias=False) if rank is None else LoRA(d, p, rank)
+            layer = nn.Linear(d, p, bias=False)
+            return layer if rank is None else LoRA(layer, rank)
 
         keys = width // heads * key_heads
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)

@@ -7,22 +7,28 @@ import importlib
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import signals
+from bench import host_workloads, signals
 from bench.measure import ROOT, THREADS, said
 from bench.methods import METHODS, absent, quiet_peers
 from bench.record import RecordError, Run, read
 from bench.suites import Options
 from bench.workloads import workloads
 
-SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0}  # seconds of timing loops by default
+SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0, "host": 10.0}  # seconds of timing loops by default
 DEFAULTS = ", ".join(f"{seconds:g} of {name}" for name, seconds in SUITES.items())
-USES: dict[str, tuple[str, ...]] = {"kernels": (), "layers": ("method",), "models": ("model", "method")}  # options
+USES: dict[str, tuple[str, ...]] = {  # options
+    "kernels": (),
+    "layers": ("method",),
+    "models": ("model", "method"),
+    "host": ("model", "method"),
+}
+NAMED = {"models": workloads, "host": host_workloads.workloads}  # what --model can name of a suite
 DEVICES = ("cpu", "cuda")
 TABLES = {name: f"bench.suites.{name}" for name in SUITES}  # what prints a record
 TABLES |= {name: f"bench.{name}" for name in ("ascent", "distributed")}
@@ -32,7 +38,9 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m dpfast bench", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help="of the models suite (see --list)")
+    parser.add_argument(
+        "--model", nargs="+", default=[], metavar="NAME", help="of the models and host suites (see --list)"
+    )
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, help=f"timing loops of one suite (default: {DEFAULTS})")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where records, tables and plots go")
@@ -73,8 +81,9 @@ def _measure(asked: argparse.Namespace) -> int:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
     if asked.list:
-        for name, work in workloads(device, asked.small).items():
-            print(f"{name:14} {work.title}{'' if work.by_default else '  (only by name)'}")
+        for suite, models in NAMED.items():
+            for name, work in models(device, asked.small).items():
+                print(f"{name:14} {suite:7} {work.title}{'' if work.by_default else '  (only by name)'}")
         return 0
     options = {suite: _options(suite, asked, device) for suite in asked.suite}
     configurations = {suite: _configuration(suite, its) for suite, its in options.items()}
@@ -82,7 +91,8 @@ def _measure(asked: argparse.Namespace) -> int:
     run = Run.resumed(asked.out, where, configurations) if asked.resume else Run.new(asked.out, where, options)
     _can_write(asked.out)
     for option in ("model", "method"):
-        if getattr(asked, option) and (others := [suite for suite in options if option not in USES[suite]]):
+        others = [suite for suite, its in options.items() if not getattr(its, f"{option}s")]
+        if getattr(asked, option) and others:
             print(f"note: --{option} says nothing to {' and '.join(others)}", file=sys.stderr)
     right = [_run(suite, options[suite], run, configurations[suite]) for suite in options]
     return 0 if all(right) else 1
@@ -98,7 +108,7 @@ def _refusal(asked: argparse.Namespace, device: str) -> str | None:
         return "--device cuda: no CUDA device here; --device cpu measures what there is without one"
     for option, names, choices in (
         ("suite", asked.suite, SUITES),
-        ("model", asked.model, workloads(device, asked.small)),
+        ("model", asked.model, _models(NAMED, asked, device)),
         ("method", asked.method, METHODS),
     ):
         for name in names:
@@ -108,6 +118,9 @@ def _refusal(asked: argparse.Namespace, device: str) -> str | None:
         users = [suite for suite in SUITES if option in USES[suite]]
         if getattr(asked, option) and not set(users) & set(asked.suite):
             return f"--{option} says nothing to {' and '.join(asked.suite)}: it is for {' and '.join(users)}"
+    for name in asked.model:
+        if name not in _models(asked.suite, asked, device):
+            return f"--model {name!r} is of no suite asked for: {' and '.join(asked.suite)}"
     for name, reason in absent().items():
         if name in asked.method:
             return f"--method {name}: {reason}: install it, or leave it out"
@@ -116,6 +129,11 @@ def _refusal(asked: argparse.Namespace, device: str) -> str | None:
     if asked.seconds is not None and not 0 < asked.seconds < math.inf:
         return f"--seconds {asked.seconds}: must be more than 0, and finite"
     return None
+
+
+def _models(suites: Iterable[str], asked: argparse.Namespace, device: str) -> list[str]:
+    """The names that there are in some suites."""
+    return [name for suite in suites if suite in NAMED for name in NAMED[suite](device, asked.small)]
 
 
 def _can_write(folder: Path) -> None:
@@ -131,7 +149,7 @@ def _options(suite: str, asked: argparse.Namespace, device: str) -> Options:
         device=torch.device(device),
         seconds=asked.seconds or SUITES[suite],
         small=asked.small,
-        models=tuple(asked.model) if "model" in USES[suite] else (),
+        models=tuple(name for name in asked.model if name in _models([suite], asked, device)),
         methods=tuple(asked.method) if "method" in USES[suite] else (),
     )
 

@@ -206,7 +206,7 @@ def summary(part: Part, roof: Mapping[str, Any]) -> list[dict[str, Any]]:
     for key, entry in by_key.items():
         base = base_of(entry)
         row: dict[str, Any] = {name: entry[name] for name in ("method", "variant", "verdicts", "error")}
-        row |= {name: entry[name] for name in ("memory", "largest_batch", "ways") if name in entry}
+        row |= {name: entry[name] for name in ("memory", "largest_batch", "ways", "counts") if name in entry}
         ratios = measure.paired_ratios(seconds[key], seconds.get(base, {}))
         if ratios and entry["error"] is None:
             step = measure.percentiles(list(seconds[key].values()))
@@ -220,8 +220,16 @@ def summary(part: Part, roof: Mapping[str, Any]) -> list[dict[str, Any]]:
             row["time_ratio"] = measure.percentiles(ratios)
         if base in by_key:
             row["memory_ratio"] = memory.ratio(entry.get("memory", {}), by_key[base].get("memory", {}))
+        counts, base_counts = row.get("counts", {}), by_key.get(base, {}).get("counts", {})
+        if "operators" in counts and "operators" in base_counts:
+            row["operator_ratio"] = counts["operators"] / base_counts["operators"]
         if entry["method"] == "dpfast":
-            reached = {"time": row.get("time_ratio", {}).get("median"), "memory": row.get("memory_ratio")}
+            reached = {
+                "time": row.get("time_ratio", {}).get("median"),
+                "memory": row.get("memory_ratio"),
+                "operators": row.get("operator_ratio"),
+                "waits": counts.get("waits"),
+            }
             row["targets"] = {
                 what: {"at_most": limit, "reached": reached[what]} for what, limit in part["targets"].items()
             }

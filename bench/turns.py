@@ -117,7 +117,7 @@ def _loop(
                 by_key[key]["seconds"] = _rounds(by_key[key]) | {str(first + n): s for n, s in rounds.items()}
                 plan = getattr(steps[key], "plan", None)
                 if plan is not None:
-                    by_key[key]["ways"] = sorted(set(plan.values()))
+                    by_key[key] |= {"plan": dict(plan), "ways": sorted(set(plan.values()))}
             bar.update()
             save()
 

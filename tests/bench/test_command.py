@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("psutil", reason="the bench needs the extra 'demo'")
 pytest.importorskip("tqdm", reason="the bench needs the extra 'demo'")
 
-from bench import ascent, distributed, flashdp, measure, memory, side_by_side
+from bench import ascent, distributed, flashdp, host_workloads, measure, memory, side_by_side
 from bench.methods import METHODS
 from bench.record import Record
-from bench.suites import kernels, layers, models
+from bench.suites import host, kernels, layers, models
 from bench.workloads import workloads
 from dpfast.__main__ import main
 
@@ -55,6 +55,7 @@ def record_in(folder):
         (["--seconds", "nan"], "must be more than 0, and finite"),
         (["--suite", "kernels", "--method", "nonprivate"], "--method says nothing to kernels: it is for layers and"),
         (["--suite", "kernels", "layers", "--model", "mlp"], "--model says nothing to kernels and layers: it is for"),
+        (["--suite", "host", "--model", "mlp", "one"], "--model 'mlp' is of no suite asked for: host"),
         (["--suite", "models", "--resume"], "no unfinished record models-cpu-*.json in "),
         (["--report", "nowhere.json"], "nowhere.json is no record"),
     ],
@@ -75,7 +76,9 @@ def test_no_gpu(tmp_path, capsys):
 def test_without_a_gpu_its_models_are_listed(tmp_path, capsys):
     assert bench(tmp_path, "--device", "cuda", "--list") == 0
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()] == list(workloads("cuda", small=True)) and not err
+    known = {"models": workloads, "host": host_workloads.workloads}
+    listed = [(name, suite) for suite, its in known.items() for name in its("cuda", small=True)]
+    assert [tuple(line.split()[:2]) for line in out.splitlines()] == listed and not err
 
 
 @pytest.mark.parametrize("name", ["psutil", "tqdm", "matplotlib"])
@@ -147,16 +150,22 @@ def test_who_ignores_an_option_is_named(tmp_path, capsys, monkeypatch):
     def options_of(name):
         return lambda record, options: seen.update({name: options}) or True
 
-    for suite in (kernels, layers, models):
+    for suite in (kernels, layers, models, host):
         monkeypatch.setattr(suite, "run", options_of(suite.__name__))
         monkeypatch.setattr(suite, "report", lambda data: "")
-    assert bench(tmp_path, "--model", "mlp", "--method", "nonprivate", "dpfast") == 0
-    assert capsys.readouterr().err.splitlines() == [
-        "note: --model says nothing to kernels and layers",
-        "note: --method says nothing to kernels",
-    ]
     both = ("nonprivate", "dpfast")
-    assert [(one.models, one.methods) for one in seen.values()] == [((), ()), ((), both), (("mlp",), both)]
+    for named, ignored, taken in (
+        (("mlp",), "kernels and layers and host", (("mlp",), ())),
+        (("one",), "kernels and layers and models", ((), ("one",))),
+        (("mnist", "mlp", "one"), "kernels and layers", (("mlp",), ("mnist", "one"))),
+    ):
+        assert bench(tmp_path, "--model", *named, "--method", *both) == 0
+        assert capsys.readouterr().err.splitlines() == [
+            f"note: --model says nothing to {ignored}",
+            "note: --method says nothing to kernels",
+        ]
+        assert [one.models for one in seen.values()] == [(), (), *taken]
+        assert [one.methods for one in seen.values()] == [(), both, both, both]
 
 
 def test_an_absent_peer_is_named_or_refused(tmp_path, capsys, monkeypatch):
@@ -312,22 +321,25 @@ def test_all_suites_of_a_command_are_resumed(tmp_path, monkeypatch, capsys):
 
         return run
 
-    for suite in (kernels, layers, models):
+    for suite in (kernels, layers, models, host):
         monkeypatch.setattr(suite, "report", lambda data: "")
         monkeypatch.setattr(suite, "draw", lambda data, stem: [])
     monkeypatch.setattr(kernels, "run", measured("kernels", right=False))
     monkeypatch.setattr(layers, "run", measured("layers", interrupted=True))
     monkeypatch.setattr(models, "run", measured("models"))
+    monkeypatch.setattr(host, "run", measured("host"))
     assert bench(tmp_path) == 130 and begun == ["kernels", "layers"]
     monkeypatch.setattr(layers, "run", measured("layers"))
     capsys.readouterr()
     assert bench(tmp_path, "--resume") == 1  # the kernels were not right, as before
-    assert begun == ["kernels", "layers", "layers", "models"]
+    assert begun == ["kernels", "layers", "layers", "models", "host"]
     assert "kernels: finished before, in " in capsys.readouterr().out
-    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-    assert [record["configuration"]["suite"] for record in records] == ["kernels", "layers", "models"]
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    by_suite = {record["configuration"]["suite"]: record for record in found}
+    records = [by_suite[name] for name in ("kernels", "layers", "models", "host")]
+    assert len(found) == len(records)
     assert len({record["run"] for record in records}) == 1 and all(record["finished"] for record in records)
-    assert [len(record.get("sessions", [])) for record in records] == [0, 1, 0]
+    assert [len(record.get("sessions", [])) for record in records] == [0, 1, 0, 0]
     assert records[1]["suite"]["sessions"] == [2, 3]
     assert bench(tmp_path, "--resume") == 2
     assert "no unfinished record kernels-cpu-*.json or layers-cpu-*.json or models" in capsys.readouterr().err
