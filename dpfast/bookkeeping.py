@@ -8,7 +8,7 @@ norms into clipping factors, adds ``Σ_i factor_i · g_i`` to each parameter's `
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,33 +176,38 @@ class Book(Recorder):
             scale = (size if self.loss_is_mean else 1) / self.loss_scale
             # A loss's scale is left in what is summed, and taken out of the sum: so no weight is too small for a bound.
             of_weights = scale * self.loss_scale
-            combined = {p: combine(uses.pop(p), self.planner, self.names[p]) for p in list(uses)}
-            squared, bounds = self._norms(combined)
+            params = list(uses)
+            combined = [
+                forms if len(forms) == 1 else combine(forms, self.planner, self.names[p]) for p, forms in uses.items()
+            ]
+            uses.clear()
+            squared, bounds = self._norms(params, combined)
             norms = squared.sum(0).sqrt() * scale
-            self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(combined)).dtype))
+            self.per_sample_gradient_norms = norms.to(compute_dtype(params[0].dtype))
             factors, lost = self.clipping.factors(squared, bounds, scale)
             if self.counts_unclipped:
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
             some_left_out = self._any_left_out(factors, lost)
-            parts: dict[nn.Parameter, list[tuple[Form, Tensor]]] = {}
-            known: dict[Any, tuple[Tensor, Tensor | None]] = {}  # parameters of one kind have the same weights
-            for p in list(combined):
-                forms = combined.pop(p)
+            parts: list[list[tuple[Form, Tensor]]] = []
+            known: dict[Any, tuple[Tensor, Tensor | None]] = {}  # parameters of one kind have the same row factors
+            for place, p in enumerate(params):
+                forms, combined[place] = combined[place], []
                 kind = self.clipping.group_of(p), compute_dtype(p.dtype), p.device
                 if kind not in known:
                     factor = factors[kind[0]]
-                    weights = _towards_zero(factor * of_weights, kind[1]).to(p.device)
+                    row_factors = _towards_zero(factor * of_weights, kind[1]).to(p.device)
                     index = factor.nonzero().squeeze(1).to(p.device) if some_left_out else None
-                    known[kind] = weights if index is None else weights[index], index
-                weights, index = known[kind]
+                    known[kind] = row_factors if index is None else row_factors[index], index
+                row_factors, index = known[kind]
                 if index is not None:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
                     forms = [form.select(index) for form in forms]
-                parts[p] = [(form, weights) for form in forms]
+                parts.append([(form, row_factors) for form in forms])
+                del forms
             if self.ranks.sharded:
-                self._share(parts)
+                self._share(dict(zip(params, parts, strict=True)))
                 return
-            owners = [p for p, its in parts.items() for _ in its]
-            flat = [part for its in parts.values() for part in its]
+            owners = [p for p, its in zip(params, parts, strict=True) for _ in its]
+            flat = [part for its in parts for part in its]
             parts.clear()  # what a sum was made of can go
             for k, clipped in clipped_sums(flat):
                 self._accumulate(owners[k], clipped)
@@ -219,23 +224,22 @@ class Book(Recorder):
                 total = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
             self._accumulate(p, self.ranks.share(p, total))
 
-    def _norms(self, combined: Mapping[nn.Parameter, list[Form]]) -> tuple[Tensor, Tensor]:
+    def _norms(self, params: Sequence[nn.Parameter], forms: Sequence[list[Form]]) -> tuple[Tensor, Tensor]:
         """Squared norms ``[groups, B]`` and the bounds on their errors."""
-        first, forms = next(iter(combined.items()))
-        groups = [self.clipping.group_of(p) for p in combined]
-        totals = torch.zeros(2, len(self.clipping.thresholds), forms[0].batch, dtype=torch.float64, device=first.device)
-        for places, squared, bounds in squared_norms([*combined.values()]):
-            both = torch.stack([squared, bounds]).to(first.device)
+        device, groups = params[0].device, [self.clipping.group_of(p) for p in params]
+        totals = torch.zeros(2, len(self.clipping.thresholds), forms[0][0].batch, dtype=torch.float64, device=device)
+        for places, squared, bounds in squared_norms(forms):
+            both = torch.stack([squared, bounds]).to(device)
             if len(self.clipping.thresholds) == 1:
                 totals[:, 0] += both.sum(1)
             else:
-                totals.index_add_(1, index_of(tuple(groups[place] for place in places), first.device), both)
+                totals.index_add_(1, index_of(tuple(groups[place] for place in places), device), both)
         return totals[0], totals[1]
 
     def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
-        sizes = {form.batch: self.names[p] for p, forms in uses.items() for form in forms}
+        sizes = {form.batch: p for p, forms in uses.items() for form in forms}
         if len(sizes) > 1:
-            seen = " and ".join(f"{size} (by {name!r})" for size, name in sorted(sizes.items()))
+            seen = " and ".join(f"{size} (by {self.names[sizes[size]]!r})" for size in sorted(sizes))
             raise ValueError(
                 f"one backward pass had batches of different sizes: {seen}. The loss adds up terms of several batches, "
                 f"and no sample's gradient is whole: call backward() for each batch alone (poisson_sampling=False "
@@ -261,7 +265,9 @@ class Book(Recorder):
         return True
 
     def _accumulate(self, p: nn.Parameter, clipped: Tensor) -> None:
-        clipped = clipped.reshape(local(p).shape)
+        shape = local(p).shape
+        if clipped.shape != shape:
+            clipped = clipped.reshape(shape)
         if self.loss_scale != 1:
             clipped.mul_(1 / self.loss_scale)
         p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping_functions import Abadi, ClippingFunction
-from dpfast.reference.rounding import LEAST_WEIGHT
+from dpfast.reference.rounding import LEAST_WEIGHT, column
 
 MOST_CLIPPED = 2.0**64  # times the threshold
 
@@ -127,7 +127,7 @@ class Clipping:
         whose norm is NaN, infinite or more than 2⁶⁴ C in any group is lost: its factors are 0 in all groups. A factor
         below 2⁻⁶⁴ is 0: what it is multiplied with may underflow, by more than bounds allow.
         """
-        thresholds = torch.tensor(self.thresholds, dtype=squared.dtype, device=squared.device)
+        thresholds = column(tuple(self.thresholds), squared.device, dims=1)
         factors = self.function.factors(squared, bounds, thresholds, scale)
         usable = (squared + bounds).sqrt() * scale <= MOST_CLIPPED * thresholds.unsqueeze(1)
         lost = ~usable.all(0)

@@ -62,7 +62,12 @@ class Forward:
 
 
 def trains(module: nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    """Whether a forward of ``module`` may lead to gradients of its parameters."""
+    if not torch.is_grad_enabled():
+        return False
+    if any([p.requires_grad for p in module._parameters.values() if p is not None]):
+        return True
+    return bool(module._modules) and any(p.requires_grad for p in module.parameters())
 
 
 class LayerForward(Forward):

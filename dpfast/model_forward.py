@@ -59,6 +59,8 @@ class ModelForward(Forward):
         self.one_by_one = one_by_one
         self.runs_by_sample = False
         self._guards: dict[Any, Any] = {}
+        self._guarded: list[bool] = []  # which parameters were trained when guards were looked at
+        self._normalising: list[tuple[str, nn.Module]] | None = None  # layers that may use statistics of the batch
         self._compiler: Any = None  # what torch.compile compiles with, if it does
         self._kinds: set[Any] = set()  # of inputs that were checked
         self._untested: set[int] = set()  # inputs that were the same for all samples whenever there was a check
@@ -69,13 +71,18 @@ class ModelForward(Forward):
         self.verdict: Verdict | None = None  # of the last check
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_guards": {}, "_compiler": None}  # hooks stay with the parameters that they are on
+        return {
+            **vars(self),
+            "_guards": {},
+            "_guarded": [],
+            "_compiler": None,
+        }  # hooks stay with the parameters that they are on
 
     def remove(self) -> None:
         super().remove()
         for guard in self._guards.values():
             guard.remove()
-        self._guards = {}
+        self._guards, self._guarded = {}, []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -312,6 +319,10 @@ class ModelForward(Forward):
 
     def _guard_parameters(self) -> None:
         """Autograd must never reach a parameter past its tap: see :meth:`Recorder.record_whole`."""
+        trained = [p.requires_grad for p in self.recorder.names]
+        if trained == self._guarded:
+            return
+        self._guarded = trained
         for p in self.recorder.names:
             if p.requires_grad and p not in self._guards:
                 self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))
@@ -335,7 +346,10 @@ class ModelForward(Forward):
             )
 
     def _refuse_batch_statistics(self) -> None:
-        for name, module in self.module.named_modules():
+        if self._normalising is None:
+            kinds = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.instancenorm._InstanceNorm
+            self._normalising = [(n, m) for n, m in self.module.named_modules() if isinstance(m, kinds)]
+        for name, module in self._normalising:
             if normalises_over_batch(module):
                 raise ValueError(
                     f"{name} ({type(module).__name__}) normalises every sample by the others in its batch: call eval() "

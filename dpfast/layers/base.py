@@ -60,7 +60,16 @@ def by_sample(x: Tensor, batch: int, feature_dims: int = 1) -> Tensor:
     return x.reshape(batch, math.prod(x.shape[:split]) // batch, *x.shape[split:])
 
 
+def with_groups(x: Tensor, batch: int) -> Tensor:
+    """``[rows, *, d]`` as ``[batch, 1, T, d]``, samples first, one group."""
+    if x.dim() == 2 and x.shape[0] == batch:
+        return x.reshape(batch, 1, 1, x.shape[1])
+    return x.reshape(batch, 1, math.prod(x.shape[:-1]) // batch, x.shape[-1])
+
+
 def sum_positions(G: Tensor) -> Instantiated:
     """``Σ_t`` of ``[B, T, *]`` in float32, float64 for float64."""
+    if G.shape[1] == 1 and G.dtype == ops.compute_dtype(G.dtype):
+        return Instantiated(G.squeeze(1))
     samples, squares = ops.sum_positions(G)
     return Instantiated(samples, squares=squares)

@@ -19,6 +19,8 @@ from torch import Tensor
 from dpfast import ops
 from dpfast.planner import Plan, Planner, Shape
 
+SMALL = 1 << 20  # bytes of a form whose memory can wait for others of its kind
+
 
 @dataclass
 class Instantiated:
@@ -90,7 +92,11 @@ class Factored:
         return ops.ghost_squared_norm(self.A, self.G)
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
-        return _place_rows(ops.clipped_weight_gradient(self.A, self.G, factors), self.row, self.rows, 0)
+        return self.placed(ops.clipped_weight_gradient(self.A, self.G, factors))
+
+    def placed(self, summed: Tensor) -> Tensor:
+        """A sum over its rows at their place among the parameter's."""
+        return _place_rows(summed, self.row, self.rows, 0)
 
     def select(self, index: Tensor) -> Factored:
         return Factored(self.A[index], self.G[index], self.rows, self.row, self.plan)
@@ -230,14 +236,22 @@ def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor
     ``parts`` is emptied on the way: what a sum was made of can go.
     """
     written: dict[tuple[object, ...], list[tuple[int, Instantiated, Tensor]]] = {}
+    products: dict[torch.device, list[tuple[int, Factored, Tensor]]] = {}
     while parts:
         form, factors = parts.pop()
         if isinstance(form, Instantiated):
             kind = (form.samples.dtype, form.samples.device, form.batch)
             written.setdefault(kind, []).append((len(parts), form, factors))
+        elif isinstance(form, Factored) and form.G.nbytes + form.A.nbytes < SMALL:
+            products.setdefault(form.G.device, []).append((len(parts), form, factors))
         else:
             yield len(parts), form.clipped_sum(factors)
         del form
+    for small in products.values():
+        places, factored, weights = zip(*small, strict=True)
+        sums = ops.clipped_weight_gradients([(form.A, form.G) for form in factored], weights)
+        for place, form, summed in zip(places, factored, sums, strict=True):
+            yield place, form.placed(summed)
     for group in written.values():
         places, forms, weights = zip(*group, strict=True)
         yield from zip(places, ops.weighted_sums([form.samples for form in forms], weights), strict=True)

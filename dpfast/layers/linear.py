@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
-from dpfast.layers.base import Layer, by_sample, sum_positions
+from dpfast.layers.base import Layer, sum_positions, with_groups
 from dpfast.layers.forms import Factored, Form, Instantiated
 from dpfast.layers.tap import Call, Tap
 
@@ -24,6 +24,9 @@ class Rows(NamedTuple):
     bias: slice = ALL
 
 
+WHOLE = Rows()
+
+
 class Linear(Layer):
     """``g_i = G_iᵀ A_i`` for the weight, ``Σ_t g_t`` for the bias."""
 
@@ -31,34 +34,35 @@ class Linear(Layer):
     least_dims = 2
 
     def run(self, module: nn.Linear, tap: Tap, input: Tensor) -> Tensor:
-        return tap(input, module.weight, module.bias, spec=Rows())
+        return tap(input, module.weight, module.bias, spec=WHOLE)
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         weight, bias = params
+        if call.spec is WHOLE:
+            return F.linear(x, weight, bias)
         return F.linear(x, weight[call.spec.weight], None if bias is None else bias[call.spec.bias])
 
     def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
-        weight = params[0]
-        return (G @ weight[call.spec.weight].to(G.dtype)).to(x.dtype)
+        weight = params[0] if call.spec is WHOLE else params[0][call.spec.weight]
+        if G.dtype is weight.dtype is x.dtype:
+            return G @ weight
+        return (G @ weight.to(G.dtype)).to(x.dtype)
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
         weight, bias = params
-        G = by_sample(G, call.batch)
+        rows, bias_rows = call.spec
+        G = with_groups(G, call.batch)
         if 0 in needed:
-            A = by_sample(x, call.batch)
-            yield 0, call.planned(Factored(A.unsqueeze(1), G.unsqueeze(1), len(weight), call.spec.weight.start))
+            yield 0, call.planned(Factored(with_groups(x, call.batch), G, weight.shape[0], rows.start))
         if 1 in needed:
-            before = call.spec.bias.start
-            rest = len(bias) - before - G.shape[-1]
-            summed = sum_positions(G)  # zeros around it leave its norm as it is
-            yield (
-                1,
-                Instantiated(F.pad(summed.samples, (before, rest)), squares=summed.squares)
-                if before or rest
-                else summed,
-            )
+            summed = sum_positions(G.squeeze(1))  # zeros around it leave its norm as it is
+            before = bias_rows.start
+            rest = bias.shape[0] - before - G.shape[3]
+            if before or rest:
+                summed = Instantiated(F.pad(summed.samples, (before, rest)), squares=summed.squares)
+            yield 1, summed
 
 
 class TransposedLinear(Linear):
@@ -79,8 +83,8 @@ class TransposedLinear(Linear):
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
-        A, G = (by_sample(side, call.batch) for side in (x, G))
+        A, G = (with_groups(side, call.batch) for side in (x, G))
         if 0 in needed:
-            yield 0, call.planned(Factored(G.unsqueeze(1), A.unsqueeze(1), len(params[0])))
+            yield 0, call.planned(Factored(G, A, len(params[0])))
         if 1 in needed:
-            yield 1, sum_positions(G)
+            yield 1, sum_positions(G.squeeze(1))

@@ -182,7 +182,8 @@ class Recorder:
 
     def record(self, parameter: Any, form: Form, call: Call | None = None) -> None:
         """Keep one use's form."""
-        parameter = getattr(parameter, SHARDED_AS, parameter)
+        if self.ranks.sharded:
+            parameter = getattr(parameter, SHARDED_AS, parameter)
         if self.observer is not None:
             self.open()
             self.observer(call.tap.name if call else self.names[parameter], form)

@@ -6,7 +6,6 @@ the per-sample gradients go to the :class:`Recorder` instead.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 
 taps: WeakValueDictionary[str, Tap] = WeakValueDictionary()  # by what a compiler takes for a constant
 _handles = itertools.count()
-OF_THIS_PROCESS = ("uses", "forward_pass", "handle")  # attributes of a tap that no copy has
+OF_THIS_PROCESS = ("uses", "_ways", "forward_pass", "handle")  # attributes of a tap that no copy has
+MOST_WAYS = 8  # that a tap knows at once: an attention layer has some for each of its projections
 # A [B] tensor with a gradient, for the compiled graph of the forward that is under way. It is no attribute of what
 # hangs on a module: the compiler takes the sizes of such tensors for constants.
 _token: Tensor | None = None
@@ -53,7 +53,12 @@ class Use(NamedTuple):
     spec: Any
     params: tuple[Any, ...]
     trained: tuple[bool, ...]
+    kinds: tuple[Any, ...]  # dtype and device of each
     accumulators: dict[int, Any]  # where gradients of the trained ones arrive
+
+    @classmethod
+    def of(cls, spec: Any, params: Sequence[Any]) -> Use:
+        return cls(spec, tuple(params), _trained(params), _kinds(params), accumulators(params))
 
     def owned(self, *given: Tensor | None) -> tuple[Any, ...]:
         """The module's parameters, for those that a compiled graph was given: the book knows them by identity."""
@@ -77,6 +82,7 @@ class Tap:
 
     def __post_init__(self) -> None:
         self.uses: list[Use] = []
+        self._ways: list[Use] = []
         self.forward_pass = OUTSIDE  # in which the last forward of a compiled graph ran
         self.handle = str(next(_handles))
         taps[self.handle] = self
@@ -95,10 +101,10 @@ class Tap:
         recorder = self.recorder
         recorder.start_forward()
         if recorder.token is not None:
-            return LayerOp.apply(Call(self, spec), recorder.token, x, *params)
+            return applied(Call(self, spec), recorder.token, x, *params)
         recorder.check_inside(self.name)
         if recorder.batch_size == 0:
-            return LayerOp.apply(Call(self, spec), None, x, *params)
+            return applied(Call(self, spec), None, x, *params)
         if x.dim() < self.layer.least_dims:
             raise LayoutError(
                 f"layer {self.name!r} got an input of shape {list(x.shape)}, which has no batch dimension"
@@ -107,14 +113,29 @@ class Tap:
             return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
         if recorder.follows_rows and (owners := owners_of(x)) is not None:
             return self._on_picked_rows(x, owners, *params, spec=spec)
-        if self._use(spec, params) is None:
-            self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
+        use = self._use_of(spec, params)
         dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
-        x = x.movedim(dim, 0)
+        if dim:
+            x = x.movedim(dim, 0)
         batch, layout = recorder.resolve_rows(self, x.shape[0], x.dim())
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
             x = x.expand(batch, *x.shape[1:])
-        return LayerOp.apply(Call(self, spec, batch, layout), None, x, *params).movedim(0, dim)
+        y = applied(Call(self, spec, batch, layout, use=use), None, x, *params)
+        return y.movedim(0, dim) if dim else y
+
+    def _use_of(self, spec: Any, params: tuple[Any, ...]) -> Use:
+        """This use: where gradients arrive is asked once, as long as the parameters are the same."""
+        trained, kinds = _trained(params), _kinds(params)
+        for use in self._ways:
+            same = use.spec == spec and use.trained == trained and use.kinds == kinds
+            if same and all([p is q for p, q in zip(use.params, params, strict=True)]):
+                return use
+        use = Use.of(spec, params)
+        if not self.recorder.ranks.sharded:  # there parameters are gathered anew for every forward
+            self._ways = [*self._ways[1 - MOST_WAYS :], use]
+        if self._use(spec, params) is None:
+            self.uses.append(use)
+        return use
 
     def _use(self, spec: Any, params: Sequence[Any]) -> int | None:
         """The number of such a use, if there was one."""
@@ -147,11 +168,11 @@ class Tap:
         """``x [n, *]``: row r is of sample ``owners[r]``; the op sees as many of each, zeros where there are less."""
         batch = self.recorder.batch_size or 0
         if not len(x):
-            return owned(LayerOp.apply(Call(self, spec), None, x, *params), owners)
+            return owned(applied(Call(self, spec), None, x, *params), owners)
         index, most = places(owners, batch)
         batch, layout = self.recorder.resolve_rows(self, batch, x.dim() + 1, batch)
         rows = x.new_zeros(batch * most, *x.shape[1:]).index_copy(0, index, x)
-        return owned(LayerOp.apply(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index), owners)
+        return owned(applied(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index), owners)
 
     def _on_packed_rows(self, x: Tensor, order: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """``x [b, d]``: row r is of sample ``order[r]``; the op sees all samples in their order, else zeros."""
@@ -159,7 +180,7 @@ class Tap:
         with _disable_current_modes():  # an order, of nobody's values
             index = order[: len(x)].clone()
         rows = x.new_zeros(len(order), *x.shape[1:]).index_copy(0, index, x)
-        return LayerOp.apply(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index)
+        return applied(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index)
 
 
 @dataclass
@@ -173,6 +194,7 @@ class Call:
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
     of: Any = None  # the model's forward that it is a part of; None where a checkpoint computes it again
+    use: Use | None = None
 
     def __post_init__(self) -> None:
         if self.of is None and self.tap is not None:
@@ -190,6 +212,8 @@ class Call:
 
     def planned(self, form: Factored | Convolved) -> Form:
         """The form as the model's planner wants it."""
+        if isinstance(form, Factored) and form.A.shape[2] == 1:  # there is no choice
+            return form
         return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape))
 
     def record(
@@ -203,19 +227,31 @@ class Call:
     ) -> None:
         """Hand over the per-sample gradients of the ``needed`` ones of the ``owners``, which computed as ``points``."""
         recorder = self.tap.recorder
-        if needed:
-            recorder.open()
-            if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
-                recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
-        if needed and self.batch > 0:
-            # A backward inside of an autocast region would make norms and sums in 16 bits.
+        if not needed:
+            return
+        recorder.open()
+        if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
+            recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
+        if self.batch == 0:
+            return
+        if torch.is_autocast_enabled(G.device.type):  # a backward inside of such a region would make sums in 16 bits
             with torch.autocast(G.device.type, enabled=False):
-                for index, form in self.tap.layer.forms(self, needed, G, x, *points):
-                    recorder.record(owners[index], keep(form), self)
+                self._record(owners, needed, G, x, points, keep)
+        else:
+            self._record(owners, needed, G, x, points, keep)
+
+    def _record(self, owners: Any, needed: Any, G: Tensor, x: Tensor, points: Any, keep: Any) -> None:
+        record = self.tap.recorder.record
+        for index, form in self.tap.layer.forms(self, needed, G, x, *points):
+            record(owners[index], keep(form), self)
 
 
 def _trained(params: Sequence[Any]) -> tuple[bool, ...]:
     return tuple([p is not None and p.requires_grad for p in params])
+
+
+def _kinds(params: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([None if p is None else (p.dtype, p.device) for p in params])
 
 
 def accumulators(params: Sequence[Any]) -> dict[int, Any]:
@@ -235,35 +271,43 @@ def reaches(accumulator: Any, name: str) -> bool:
         ) from error
 
 
-class LayerOp(torch.autograd.Function):
+class _Op(torch.autograd.Function):
     """``y = layer(x)``; backward returns the input gradient and records the per-sample gradients."""
 
     @staticmethod
-    def forward(call: Call, token: Tensor | None, x: Tensor, *params: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call, token: Tensor | None, x: Tensor, *params: Any) -> Tensor:  # type: ignore[override]
+        points = call.tap.recorder.shift.at(params)
+        _keep(ctx, call, x, points, params)
+        return call.forward(x, *points)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        call, (x, *params) = ctx.call, ctx.saved_tensors
+        needed = [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)]
+        none = (None,) * len(params)
+        if not torch.is_grad_enabled():
+            call.record(ctx.params, needed, G, x, params)
+            return (None, None, call.input_gradient(G, x, *params) if ctx.needs_input_grad[2] else None, *none)
+        with torch.no_grad():  # create_graph=True: gradients of this gradient may be asked for
+            call.record(ctx.params, needed, G, x, params)
+        if not ctx.needs_input_grad[2]:
+            return (None, None, None, *none)
+        from dpfast.layers.twice import InputGradient
+
+        return (None, None, InputGradient.apply(call, params, G, x, *ctx.params), *none)
+
+
+class LayerOp(_Op):
+    """The same inside of ``torch.func``'s transforms."""
+
+    @staticmethod
+    def forward(call: Call, token: Tensor | None, x: Tensor, *params: Tensor | None) -> Tensor:  # type: ignore[override]
         return call.forward(x, *call.tap.recorder.shift.at(params))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         call, _, x, *params = inputs
-        ctx.call = call
-        ctx.save_for_backward(x, *call.tap.recorder.shift.at(params))
-        ctx.params = params  # a checkpoint gives back copies of what is saved; the book knows parameters by identity
-        ctx.accumulators = accumulators(params)
-
-    @staticmethod
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        call, (x, *params) = ctx.call, ctx.saved_tensors
-        twice = torch.is_grad_enabled()  # create_graph=True: gradients of this gradient may be asked for
-        with torch.no_grad():
-            call.record(
-                ctx.params, [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)], G, x, params
-            )
-            gx = call.input_gradient(G, x, *params) if ctx.needs_input_grad[2] and not twice else None
-        if ctx.needs_input_grad[2] and twice:
-            from dpfast.layers.twice import InputGradient
-
-            gx = InputGradient.apply(call, params, G, x, *ctx.params)
-        return (None, None, gx, *(None for _ in params))
+        _keep(ctx, call, x, call.tap.recorder.shift.at(params), params)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], call: Call, token: Any, x: Tensor, *params: Any) -> Any:
@@ -273,8 +317,18 @@ class LayerOp(torch.autograd.Function):
         layer = call.tap.layer
         merge = layer.needs_batch and x.dim() > layer.least_dims
         rows = x.flatten(0, 1) if merge else x
-        y = LayerOp.apply(Call(call.tap, call.spec, info.batch_size), None, rows, *params)
+        y = applied(Call(call.tap, call.spec, info.batch_size), None, rows, *params)
         return (y.unflatten(0, x.shape[:2]) if merge else y), 0
 
 
-LayerOp.forward.__signature__ = inspect.signature(LayerOp.forward)  # type: ignore[attr-defined]  # apply asks each time
+def _keep(ctx: Any, call: Call, x: Tensor, points: Sequence[Any], params: Sequence[Any]) -> None:
+    """For the backward."""
+    ctx.call = call
+    ctx.save_for_backward(x, *points)
+    ctx.params = params  # a checkpoint gives back copies of what is saved; the book knows parameters by identity
+    ctx.accumulators = accumulators(params) if call.use is None else call.use.accumulators
+
+
+def applied(*args: Any) -> Any:
+    """The layer's op on a call, a token, an input and parameters."""
+    return (LayerOp if torch._C._are_functorch_transforms_active() else _Op).apply(*args)

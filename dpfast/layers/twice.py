@@ -17,7 +17,7 @@ from torch import Tensor
 from dpfast.layers.forms import Instantiated
 from dpfast.layers.generic import Copies
 from dpfast.layers.refusals import ONE_BY_ONE, LayoutError
-from dpfast.layers.tap import Call, LayerOp, Tap, accumulators, reaches
+from dpfast.layers.tap import Call, Tap, accumulators, applied, reaches
 
 
 class InputGradient(torch.autograd.Function):
@@ -73,7 +73,7 @@ def _copies(call: Call, parameter: Any) -> Tensor:
     """Every sample's copy of ``parameter``, in the graph: what flows back into it is recorded."""
     tap = Tap(call.tap.recorder, Copies(), call.tap.name)
     each = torch.zeros(call.batch, device=parameter.device)
-    return LayerOp.apply(Call(tap, None, call.batch, call.layout, of=call.of), None, each, parameter)
+    return applied(Call(tap, None, call.batch, call.layout, of=call.of), None, each, parameter)
 
 
 def _differentiated(

@@ -16,6 +16,7 @@ from dpfast.ops.convolution import (
 from dpfast.ops.embedding import embedding_cross_term, embedding_squared_norm, embedding_sum
 from dpfast.ops.matmul import (
     clipped_weight_gradient,
+    clipped_weight_gradients,
     ghost_squared_norm,
     ghost_stats,
     grad_samples,
@@ -66,6 +67,7 @@ __all__ = [
     "channel_sums",
     "clip_factors",
     "clipped_weight_gradient",
+    "clipped_weight_gradients",
     "compute_dtype",
     "convolution_clipped_gradient",
     "convolution_grad_samples",

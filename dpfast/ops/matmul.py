@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,6 +79,14 @@ def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
     (groups, d), p = (A.shape[1], A.shape[-1]), G.shape[-1]
     summed = kernel(_aligned(A), _aligned(G), factors.float().contiguous(), False)[0]
     return summed.unflatten(0, (groups, -1))[:, :p, :d].flatten(0, 1)
+
+
+def clipped_weight_gradients(sides: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """:func:`clipped_weight_gradient` of several weights, one after the other."""
+    if any(is_triton("clipped_weight_gradient", A, G) for A, G in sides):
+        yield from (clipped_weight_gradient(A, G, row) for (A, G), row in zip(sides, factors, strict=True))
+    else:
+        yield from reference.clipped_weight_gradients(sides, factors)
 
 
 def _aligned(side: Tensor) -> Tensor:

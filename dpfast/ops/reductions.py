@@ -88,7 +88,13 @@ def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
 def weighted_sums(samples: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     """:func:`weighted_sum` of several tensors of one B, dtype and device, each with factors ``[B]``, in one launch."""
     dtype, device = samples[0].dtype, samples[0].device
-    stacked = torch.stack([row.to(compute_dtype(dtype)) for row in factors])
+    if all([row is factors[0] for row in factors]):
+        stacked = factors[0].to(compute_dtype(dtype)).expand(len(samples), -1).contiguous()
+    else:
+        stacked = torch.stack([row.to(compute_dtype(dtype)) for row in factors])
+    if all([x.is_contiguous() for x in samples]) and is_native("weighted_sums", device):
+        totals = torch.ops.dpfast.weighted_sums(list(samples), stacked)
+        return [total if x.dim() == 2 else total.view(x.shape[1:]) for total, x in zip(totals, samples, strict=True)]
     orders = [sorted(range(1, x.dim()), key=x.stride, reverse=True) for x in samples]
     stored = [x.permute(0, *order) for x, order in zip(samples, orders, strict=True)]  # as they lie in memory: no copy
     if is_native("weighted_sums", device):

@@ -304,7 +304,10 @@ class FusedDPOptimizer(DPOptimizer):
     def _refuse_unknown_parameters(self) -> None:
         """A parameter that came into the wrapped optimizer behind this one's back: it would get noise alone."""
         tracked = self.book.tracked or set()
-        if unknown := [p for p in self._all_parameters() if p not in tracked]:
+        params = self._all_parameters()
+        if len(params) == len(tracked) and {id(p) for p in params} == {id(p) for p in tracked}:
+            return
+        if unknown := [p for p in params if p not in tracked]:
             names = listed(self.book.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown)
             raise ValueError(
                 f"step: parameters {names} were added to the wrapped optimizer itself, so they are not clipped. Take "
@@ -331,6 +334,8 @@ class FusedDPOptimizer(DPOptimizer):
             ValueError: the ranks are not at the same step of the same run; nothing was released.
             RuntimeError: a sharded parameter was used outside of its own module.
         """
+        if self.ranks.world_size == 1 and not self.ranks.sharded:
+            return
         book = self.book
         own = book.sensitivity or self.clipping.sensitivity
         mine = (own, float(book.accumulated), book.unclipped, float(self._bypassed))
@@ -484,7 +489,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""
-        return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+        return list({id(p): p for group in self.param_groups for p in group["params"]}.values())
 
 
 def _accountant(hook: StepHook) -> Any:

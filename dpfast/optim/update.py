@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -35,6 +36,28 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
         numbers = [group["lr"], group["weight_decay"], *group.get("betas", ())]
         if any(isinstance(number, Tensor) for number in numbers):
             return "a hyperparameter is a tensor"
+    key = _key(optimizer)
+    known = _found.get(optimizer)
+    if known is None or known[0] != key:
+        known = _found[optimizer] = key, _why_not_these(optimizer, op)
+    return known[1]
+
+
+# Of each optimizer: what its parameters and state were when they were looked at, and what was found.
+_found: WeakKeyDictionary[Optimizer, tuple[Any, str | None]] = WeakKeyDictionary()
+
+
+def _key(optimizer: Optimizer) -> Any:
+    """Another one when a parameter, its memory or the state is another one."""
+    params = [
+        (id(p), p.requires_grad, p.dtype, p.data_ptr()) for group in optimizer.param_groups for p in group["params"]
+    ]
+    fused = [bool(group.get("fused")) for group in optimizer.param_groups]
+    return params, fused, id(optimizer.state), len(optimizer.state)
+
+
+def _why_not_these(optimizer: Optimizer, op: str) -> str | None:
+    for group in optimizer.param_groups:
         for p in group["params"]:
             if not p.requires_grad:
                 continue
@@ -86,70 +109,95 @@ def noisy_step(
         low_precision: how 16-bit parameters take an update: ``"nearest"``, ``"stochastic"`` rounding, or through a
             float32 ``"master"`` copy, which is kept in the optimizer's state.
     """
+    key = _key(optimizer)
+    checked, _checked[optimizer] = _checked.get(optimizer) == key, key
     for group in optimizer.param_groups:
-        rounds: dict[tuple[Any, torch.dtype], list[Any]] = defaultdict(list)
+        by_dtype: dict[torch.dtype, list[Any]] = defaultdict(list)
         for p in group["params"]:
             if p in summed:
-                rounds[_rule(optimizer, group, p), p.dtype].append(p)
-        for (rule, dtype), params in rounds.items():
-            narrow = dtype != torch.float32
-            parts = [local(p.detach()) for p in params]
-            grads = [
-                torch.empty_like(part) if narrow else summed[p].view(part.shape)
-                for p, part in zip(params, parts, strict=True)
-            ]
-            masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
-            all_states = _states(optimizer, group, params)
-            ops.noisy_step_(
-                rule,
-                parts,
-                [summed[p] for p in params],
-                grads,
-                all_states,
-                masters,
-                [index[p] for p in params],
-                noise,
-                "stochastic" if narrow and low_precision == "stochastic" else "nearest",
-                rounding_key,
-                [first_element(p) for p in params],
-            )
-            changed = [*params, *masters, *(state for states in all_states for state in states)]
-            torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = like(grad, p)
+                by_dtype[p.dtype].append(p)
+        for dtype, same in by_dtype.items():
+            for rule, params in _by_rule(optimizer, group, same):
+                narrow = dtype != torch.float32
+                parts = [local(p.detach()) for p in params]
+                sums = [summed[p] for p in params]
+                grads = [torch.empty_like(part) for part in parts] if narrow else _shaped(sums, parts)
+                masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
+                all_states = _states(optimizer, group, params)
+                ops.noisy_step_(
+                    rule,
+                    parts,
+                    sums,
+                    grads,
+                    all_states,
+                    masters,
+                    [index[p] for p in params],
+                    noise,
+                    "stochastic" if narrow and low_precision == "stochastic" else "nearest",
+                    rounding_key,
+                    [first_element(p) for p in params],
+                    checked=checked,
+                )
+                changed = [*params, *masters, *(state for states in all_states for state in states)]
+                torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = like(grad, p)
     if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def _rule(optimizer: Optimizer, group: Mapping[str, Any], p: Any) -> ops.SGD | ops.Adam:
-    """The group's hyperparameters, with this parameter's place in its history; its state is made as torch makes it."""
+_checked: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()  # what the last step's tensors were
+
+
+def _shaped(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    return [x if x.shape == part.shape else x.view(part.shape) for x, part in zip(sums, parts, strict=True)]
+
+
+def _by_rule(
+    optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]
+) -> Iterator[tuple[ops.SGD | ops.Adam, Sequence[Any]]]:
+    """The group's hyperparameters, with those of ``params`` that have the same history; states are torch's own."""
     if isinstance(optimizer, SGD):
-        first = False
-        if group["momentum"] != 0:  # without it torch's SGD makes no state
-            state = optimizer.state[p]
-            first = state.get("momentum_buffer") is None
-            if first:
-                state["momentum_buffer"] = torch.zeros_like(p)
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return ops.SGD(**{name: group[name] for name in names}, first=first)
-    state = optimizer.state[p]
-    if len(state) == 0 or set(state) == {MASTER}:
-        state["step"] = torch.tensor(0.0, dtype=torch.float32, device=p.device if group["fused"] else "cpu")
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        if group["amsgrad"]:
-            state["max_exp_avg_sq"] = torch.zeros_like(p)
-    state["step"] += 1
+        numbers = {name: group[name] for name in names}
+        new = []
+        if group["momentum"] != 0:  # without it torch's SGD makes no state
+            new = [p for p in params if optimizer.state[p].get("momentum_buffer") is None]
+            for p in new:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if new:
+            yield ops.SGD(**numbers, first=True), new
+        seen = {id(p) for p in new}
+        if rest := [p for p in params if id(p) not in seen]:
+            yield ops.SGD(**numbers), rest
+        return
+    for p in params:
+        state = optimizer.state[p]
+        if len(state) == 0 or set(state) == {MASTER}:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p)
+    steps = [optimizer.state[p]["step"] for p in params]
+    torch._foreach_add_(steps, 1)
+    by_time: dict[float, list[Any]] = defaultdict(list)
+    for p, t in zip(params, torch.stack(steps).tolist(), strict=True):
+        by_time[t].append(p)
     beta1, beta2 = group["betas"]
-    return ops.Adam(
-        group["lr"],
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        t=float(state["step"]),
-        decoupled=group["decoupled_weight_decay"],
-        maximize=group["maximize"],
-    )
+    for t, same in by_time.items():
+        yield (
+            ops.Adam(
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+                t=t,
+                decoupled=group["decoupled_weight_decay"],
+                maximize=group["maximize"],
+            ),
+            same,
+        )
 
 
 def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]) -> list[list[Tensor]]:

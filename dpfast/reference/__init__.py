@@ -22,6 +22,7 @@ from dpfast.reference.embedding import (
 from dpfast.reference.matmul import (
     certified_ghosts,
     clipped_weight_gradient,
+    clipped_weight_gradients,
     factored_times_grad_samples,
     ghost_squared_norm,
     ghost_stats,
@@ -46,6 +47,7 @@ __all__ = [
     "certified_ghosts",
     "channel_sums",
     "clipped_weight_gradient",
+    "clipped_weight_gradients",
     "compute_dtype",
     "convolution_grad_samples",
     "convolution_sizes",

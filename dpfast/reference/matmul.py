@@ -1,11 +1,11 @@
 """Per-sample gradients that are matrix products: ``g_i = G_iᵀ A_i`` (linear layers, unfolded convolutions)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dpfast.reference.precision import in_full_precision
+from dpfast.reference.precision import full_precision, in_full_precision
 from dpfast.reference.rounding import (
     column,
     compute_dtype,
@@ -116,18 +116,33 @@ def certified_ghosts(stats: Tensor, sizes: Sequence[tuple[int, int, int]], dtype
     return with_safety(signed.sum(2), bound.sum(2), dtype)
 
 
-@in_full_precision
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
     """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; the smaller side is scaled, in float32, before any rounding."""
-    dtype = compute_dtype(G.dtype)
-    groups = A.shape[1]
-    sides = [G.to(dtype), A.to(dtype)]
-    smaller = int(A.shape[-1] < G.shape[-1])
-    sides[smaller] = sides[smaller] * factors.to(dtype).view(-1, 1, 1, 1)
-    if groups == 1:
-        return sides[0].flatten(0, 2).t() @ sides[1].flatten(0, 2)
-    by_group = [side.transpose(0, 1).flatten(1, 2) for side in sides]
-    return torch.bmm(by_group[0].transpose(1, 2), by_group[1]).flatten(0, 1)
+    return next(clipped_weight_gradients([(A, G)], [factors]))
+
+
+def clipped_weight_gradients(sides: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """:func:`clipped_weight_gradient` of several weights, one after the other."""
+    columns: dict[tuple[int, torch.dtype], Tensor] = {}
+    with full_precision(sides[0][1].device):
+        for (A, G), row in zip(sides, factors, strict=True):
+            dtype = compute_dtype(G.dtype)
+            by_row = columns.get((id(row), dtype))
+            if by_row is None:
+                by_row = columns[id(row), dtype] = row.to(dtype).view(-1, 1)
+            if A.shape[1] == A.shape[2] == 1 and A.dtype == G.dtype == dtype:
+                a, g = A.flatten(1), G.flatten(1)
+                yield g.t() @ (a * by_row) if a.shape[1] < g.shape[1] else (g * by_row).t() @ a
+            else:
+                yield _weight_gradient(A.to(dtype), G.to(dtype), by_row.view(-1, 1, 1, 1))
+
+
+def _weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
+    A, G = (A * factors, G) if A.shape[-1] < G.shape[-1] else (A, G * factors)
+    if A.shape[1] == 1:
+        return G.flatten(0, 2).t() @ A.flatten(0, 2)
+    a, g = (side.transpose(0, 1).flatten(1, 2) for side in (A, G))
+    return torch.bmm(g.transpose(1, 2), a).flatten(0, 1)
 
 
 @in_full_precision

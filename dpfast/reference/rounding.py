@@ -1,6 +1,7 @@
 """How far a floating-point result may be from the truth."""
 
 import math
+import struct
 from functools import lru_cache
 
 import torch
@@ -74,6 +75,13 @@ def with_safety(
 
 
 def rounded_up(value: float) -> float:
-    """``value`` as a float32 that is not smaller: noise is never less than asked for."""
-    nearest = torch.tensor(value, dtype=torch.float32)
-    return (nearest if nearest.double() >= value else nearest.nextafter(torch.tensor(torch.inf))).item()
+    """``value ≥ 0`` as a float32 that is not smaller: noise is never less than asked for."""
+    if value > torch.finfo(torch.float32).max:
+        return math.inf
+    packed = struct.pack("<f", value)
+    (nearest,) = struct.unpack("<f", packed)
+    if nearest >= value:
+        return nearest
+    (bits,) = struct.unpack("<I", packed)
+    (above,) = struct.unpack("<f", struct.pack("<I", bits + 1))
+    return above

@@ -20,29 +20,29 @@ ITEM, MADE, PLACES = "aten._local_scalar_dense", "aten.lift_fresh", "aten.nonzer
 
 # layer family: waits of a step of SGD
 ALLOWED = {
-    "Linear": {ITEM: 3, MADE: 2},
-    "Linear on sequences": {ITEM: 3, MADE: 2},
-    "Embedding": {ITEM: 4, MADE: 2},
-    "EmbeddingBag": {ITEM: 4, MADE: 2},
-    "EmbeddingBag with offsets": {ITEM: 4, MADE: 2},
-    "Conv1d": {ITEM: 3, MADE: 2},
-    "Conv2d": {ITEM: 3, MADE: 2},
-    "Conv2d circular": {ITEM: 3, MADE: 2},
-    "Conv3d": {ITEM: 3, MADE: 2},
-    "ConvTranspose2d": {ITEM: 3, MADE: 2},
-    "LayerNorm": {ITEM: 3, MADE: 2},
-    "RMSNorm": {ITEM: 3, MADE: 2},
-    "GroupNorm": {ITEM: 3, MADE: 2},
-    "InstanceNorm2d": {ITEM: 3, MADE: 2},
-    "MultiheadAttention": {ITEM: 3, MADE: 2},
-    "TransformerEncoderLayer": {ITEM: 3, MADE: 2},
-    "DPMultiheadAttention": {ITEM: 3, MADE: 2},
-    "DPRNN": {ITEM: 3, MADE: 2},
-    "DPGRU": {ITEM: 3, MADE: 2},
-    "DPLSTM": {ITEM: 3, MADE: 2},
-    "bare parameters": {ITEM: 3, MADE: 2},
-    "PReLU": {ITEM: 3, MADE: 2},
-    "tied GPT": {ITEM: 4, MADE: 2},
+    "Linear": {ITEM: 1},
+    "Linear on sequences": {ITEM: 1},
+    "Embedding": {ITEM: 2},
+    "EmbeddingBag": {ITEM: 2},
+    "EmbeddingBag with offsets": {ITEM: 2},
+    "Conv1d": {ITEM: 1},
+    "Conv2d": {ITEM: 1},
+    "Conv2d circular": {ITEM: 1},
+    "Conv3d": {ITEM: 1},
+    "ConvTranspose2d": {ITEM: 1},
+    "LayerNorm": {ITEM: 1},
+    "RMSNorm": {ITEM: 1},
+    "GroupNorm": {ITEM: 1},
+    "InstanceNorm2d": {ITEM: 1},
+    "MultiheadAttention": {ITEM: 1},
+    "TransformerEncoderLayer": {ITEM: 1},
+    "DPMultiheadAttention": {ITEM: 1},
+    "DPRNN": {ITEM: 1},
+    "DPGRU": {ITEM: 1},
+    "DPLSTM": {ITEM: 1},
+    "bare parameters": {ITEM: 1},
+    "PReLU": {ITEM: 1},
+    "tied GPT": {ITEM: 2},
 }
 
 ADAPTIVE = dict(
@@ -55,11 +55,11 @@ ADAPTIVE = dict(
 )
 # what else a step may do, on two linear layers: its optimizer, options of make_private, and the waits
 OTHERWISE = {
-    "AdamW": (torch.optim.AdamW, {}, {ITEM: 7, MADE: 2}),
-    "unfused": (torch.optim.RMSprop, {}, {ITEM: 3, MADE: 2}),
-    "per layer": (torch.optim.SGD, dict(clipping="per_layer"), {ITEM: 3, MADE: 2}),
-    "adaptive": (torch.optim.SGD, ADAPTIVE, {ITEM: 7, MADE: 4}),
-    "0/1": (torch.optim.SGD, dict(clipping_fn="global", max_grad_norm=1e-3), {ITEM: 4, MADE: 2, PLACES: 1}),
+    "AdamW": (torch.optim.AdamW, {}, {ITEM: 1, "tolist": 1}),  # torch keeps counts of steps on the CPU
+    "unfused": (torch.optim.RMSprop, {}, {ITEM: 1}),
+    "per layer": (torch.optim.SGD, dict(clipping="per_layer"), {ITEM: 1}),
+    "adaptive": (torch.optim.SGD, ADAPTIVE, {ITEM: 3, MADE: 2}),
+    "0/1": (torch.optim.SGD, dict(clipping_fn="global", max_grad_norm=1e-3), {ITEM: 2, PLACES: 1}),
 }
 
 
@@ -110,8 +110,8 @@ def test_a_step_with_other_options(name):
 
 @pytest.mark.filterwarnings("ignore:1 of 4 samples have a gradient norm")
 def test_a_step_with_a_lost_sample():
-    assert_waits(watched("Linear", lost=True), {ITEM: 4, MADE: 2, PLACES: 1})
+    assert_waits(watched("Linear", lost=True), {ITEM: 2, PLACES: 1})
 
 
 def test_a_step_of_a_scaled_loss():
-    assert_waits(watched("Linear", scaler=True), {ITEM: 3, MADE: 2})
+    assert_waits(watched("Linear", scaler=True), {ITEM: 1})
