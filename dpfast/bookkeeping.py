@@ -64,7 +64,8 @@ class Book(Recorder):
         self.counts_unclipped = False  # adaptive clipping wants to know
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
-        self.nonfinite_samples = 0
+        self._lost: Tensor | None = None  # how many, where they are counted
+        self._counted = 0  # passes
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,21 +188,15 @@ class Book(Recorder):
             factors, lost = self.clipping.factors(squared, bounds, scale)
             if self.counts_unclipped:
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
-            some_left_out = self._any_left_out(factors, lost)
+            self._count(lost)
             parts: list[list[tuple[Form, Tensor]]] = []
-            known: dict[Any, tuple[Tensor, Tensor | None]] = {}  # parameters of one kind have the same row factors
+            known: dict[Any, Tensor] = {}  # parameters of one kind have the same row factors
             for place, p in enumerate(params):
                 forms, combined[place] = combined[place], []
                 kind = self.clipping.group_of(p), compute_dtype(p.dtype), p.device
                 if kind not in known:
-                    factor = factors[kind[0]]
-                    row_factors = _towards_zero(factor * of_weights, kind[1]).to(p.device)
-                    index = factor.nonzero().squeeze(1).to(p.device) if some_left_out else None
-                    known[kind] = row_factors if index is None else row_factors[index], index
-                row_factors, index = known[kind]
-                if index is not None:  # 0 · inf is NaN: such a sample's rows are left out, not scaled
-                    forms = [form.select(index) for form in forms]
-                parts.append([(form, row_factors) for form in forms])
+                    known[kind] = _towards_zero(factors[kind[0]] * of_weights, kind[1]).to(p.device)
+                parts.append([(form, known[kind]) for form in forms])
                 del forms
             if self.ranks.sharded:
                 self._share(dict(zip(params, parts, strict=True)))
@@ -247,22 +242,31 @@ class Book(Recorder):
             )
         return next(iter(sizes))
 
-    def _any_left_out(self, factors: Tensor, lost: Tensor) -> bool:
-        """Whether a sample has factor 0 in some group; those that are lost for their norm are counted and warned of."""
-        if not bool((factors == 0).any()):
-            return False
-        count = int(lost.sum())
-        self.nonfinite_samples += count
-        if count and not self._warned:
+    @property
+    def nonfinite_samples(self) -> int:
+        """How many samples were lost for their norm; a device that still counts is waited for."""
+        return 0 if self._lost is None else int(self._lost)
+
+    def _count(self, lost: Tensor) -> None:
+        """Of the samples ``[B]`` those that are lost for their norm; they are warned of once.
+
+        On a device their number is read where somebody asks for it, and in passes 1, 2, 4, 8 and so on.
+        """
+        self._lost = lost.sum() if self._lost is None else self._lost.to(lost.device) + lost.sum()
+        self._counted += 1
+        if self._warned:
+            return
+        on_cpu = lost.device.type == "cpu"
+        if bool(lost.numpy().any()) if on_cpu else not self._counted & (self._counted - 1) and int(self._lost):
             self._warned = True
+            of = f" of {len(lost)}" if on_cpu else ""
             warnings.warn(
-                f"{count} of {len(lost)} samples have a gradient norm that is NaN, infinite or over 2⁶⁴ times the "
-                f"norm to clip to, its error bound included: each contributes exact zeros. Warned once; see "
+                f"{self.nonfinite_samples}{of} samples have a gradient norm that is NaN, infinite or over 2⁶⁴ times "
+                f"the norm to clip to, its error bound included: each contributes exact zeros. Warned once; see "
                 f"nonfinite_samples for the count",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return True
 
     def _accumulate(self, p: nn.Parameter, clipped: Tensor) -> None:
         shape = local(p).shape

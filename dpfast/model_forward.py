@@ -130,7 +130,7 @@ class ModelForward(Forward):
         batch = recorder.batch_size
         for x in tensors(out):
             if x.requires_grad:  # the outermost backward comes by here before any checkpoint's inner one
-                x.register_hook(partial(_opens, recorder, batch))
+                x.register_hook(partial(_opens, recorder, batch, running_backward() == OUTSIDE))
         return out
 
     def install(self) -> None:
@@ -409,7 +409,10 @@ def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _opens(recorder: Recorder, batch: int | None, gradient: Tensor) -> None:
+def _opens(recorder: Recorder, batch: int | None, before: bool, gradient: Tensor) -> None:
+    """``before``: the forward ran before all passes, so that the pass is one of its own, not within another."""
+    if before:
+        recorder.drop_failed()
     if recorder.opens():  # checkpoints may run compiled layers again
         during = ExitStack()
         during.enter_context(batch_token(batch))

@@ -43,9 +43,6 @@ class Instantiated:
     def clipped_sum(self, factors: Tensor) -> Tensor:
         return ops.weighted_sum(self.samples, factors)
 
-    def select(self, index: Tensor) -> Instantiated:
-        return Instantiated(self.samples[index])
-
     def instantiate(self) -> Instantiated:
         return self
 
@@ -98,9 +95,6 @@ class Factored:
         """A sum over its rows at their place among the parameter's."""
         return _place_rows(summed, self.row, self.rows, 0)
 
-    def select(self, index: Tensor) -> Factored:
-        return Factored(self.A[index], self.G[index], self.rows, self.row, self.plan)
-
     def instantiate(self) -> Instantiated:
         samples, squares = ops.grad_samples(self.A, self.G)
         return Instantiated(_place_rows(samples, self.row, self.rows, 1), self.plan, squares)
@@ -126,9 +120,6 @@ class EmbeddingRows:
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         return ops.embedding_sum(self.ids, self.G, factors, self.rows)
-
-    def select(self, index: Tensor) -> EmbeddingRows:
-        return EmbeddingRows(self.ids[index], self.G[index], self.rows)
 
     def instantiate(self) -> Instantiated:
         return Instantiated(ops.embedding_grad_samples(self.ids, self.G, self.rows))
@@ -167,10 +158,6 @@ class Convolved:
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         return ops.convolution_clipped_gradient(self.x, self.G, self.weight, self.geometry, factors)
-
-    def select(self, index: Tensor) -> Convolved:
-        x, G = (side.unflatten(0, (self.batch, -1))[index].flatten(0, 1) for side in (self.x, self.G))
-        return Convolved(x, G, self.weight, self.geometry, len(index), self.plan)
 
     def instantiate(self) -> Instantiated:
         sides = (self.x, self.G, self.weight, self.geometry)

@@ -133,6 +133,11 @@ class Recorder:
         if batch is not None:
             self._pass_batch = batch
 
+    def drop_failed(self) -> None:
+        """What a pass has left that failed half-way; the running one is within no other."""
+        if self._pass not in (None, running_backward()):
+            self.take()
+
     def opens(self) -> bool:
         """Whether :meth:`open` would open a pass."""
         return self._pass is None
@@ -188,8 +193,8 @@ class Recorder:
             self.open()
             self.observer(call.tap.name if call else self.names[parameter], form)
             return
-        if call and call.forward_pass == OUTSIDE and self._pass not in (None, running_backward()):
-            self.take()  # left by a pass that failed half-way
+        if call and call.forward_pass == OUTSIDE:
+            self.drop_failed()
         self.open()
         if call and call.of is not None:
             self.passing.setdefault(call.of, [])

@@ -71,6 +71,7 @@ def convolution_clipped_gradient(x: Tensor, G: Tensor, weight: Tensor, geometry:
         return kernel(*sides, factors.float().contiguous(), *sizes, geometry.groups).view(weight.shape)
     dtype = reference.compute_dtype(G.dtype)
     by_row = factors.to(dtype).repeat_interleave(len(x) // max(len(factors), 1))
+    by_row, x, G = reference.left_in(by_row, x, G)
     scaled = G.to(dtype) * by_row.view(-1, *[1] * (G.dim() - 1))
     return reference.convolution_weight_gradient(x, scaled, weight, geometry)
 

@@ -38,6 +38,7 @@ def embedding_sum(ids: Tensor, G: Tensor, factors: Tensor, rows: int) -> Tensor:
         from dpfast_kernels.embedding_sum import embedding_sum as kernel
 
         return kernel(ids.long(), G, factors, rows)
+    factors, ids, G = reference.left_in(factors, ids, G)
     scaled = G.to(dtype) * factors.view(-1, 1, 1)
     table = torch.zeros(rows, G.shape[-1], dtype=dtype, device=G.device)
     return table.index_add_(0, ids.reshape(-1), scaled.flatten(0, 1))

@@ -39,7 +39,7 @@ from dpfast.reference.reductions import (
     sum_positions,
     weighted_sum,
 )
-from dpfast.reference.rounding import compute_dtype
+from dpfast.reference.rounding import compute_dtype, left_in
 
 __all__ = [
     "Geometry",
@@ -62,6 +62,7 @@ __all__ = [
     "ghost_stats",
     "grad_samples",
     "gram_stats",
+    "left_in",
     "normalised_sums",
     "one_position_squared_norm",
     "row_squares",

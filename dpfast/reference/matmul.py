@@ -10,6 +10,7 @@ from dpfast.reference.rounding import (
     column,
     compute_dtype,
     drift,
+    left_in,
     of_slip,
     smallest,
     underflow,
@@ -117,19 +118,26 @@ def certified_ghosts(stats: Tensor, sizes: Sequence[tuple[int, int, int]], dtype
 
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
-    """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; the smaller side is scaled, in float32, before any rounding."""
+    """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; the smaller side is scaled, in float32, before any rounding.
+
+    A sample whose factor is 0 is left out, not multiplied.
+    """
     return next(clipped_weight_gradients([(A, G)], [factors]))
 
 
 def clipped_weight_gradients(sides: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]) -> Iterator[Tensor]:
     """:func:`clipped_weight_gradient` of several weights, one after the other."""
-    columns: dict[tuple[int, torch.dtype], Tensor] = {}
+    columns: dict[tuple[int, torch.dtype], tuple[bool, Tensor]] = {}
     with full_precision(sides[0][1].device):
         for (A, G), row in zip(sides, factors, strict=True):
             dtype = compute_dtype(G.dtype)
-            by_row = columns.get((id(row), dtype))
-            if by_row is None:
-                by_row = columns[id(row), dtype] = row.to(dtype).view(-1, 1)
+            if (id(row), dtype) not in columns:
+                all_in = row.device.type == "cpu" and bool(row.numpy().all())
+                columns[id(row), dtype] = all_in, row.to(dtype).view(-1, 1)
+            all_in, by_row = columns[id(row), dtype]
+            if not all_in:
+                by_row, A, G = left_in(by_row.squeeze(1), A, G)
+                by_row = by_row.unsqueeze(1)
             if A.shape[1] == A.shape[2] == 1 and A.dtype == G.dtype == dtype:
                 a, g = A.flatten(1), G.flatten(1)
                 yield g.t() @ (a * by_row) if a.shape[1] < g.shape[1] else (g * by_row).t() @ a

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpfast.reference.precision import in_full_precision
-from dpfast.reference.rounding import compute_dtype, with_safety
+from dpfast.reference.rounding import compute_dtype, left_in, with_safety
 
 # Long rows are summed in pieces of this length, the pieces in float64: what is lost is a few units.
 PIECE = 128
@@ -29,15 +29,19 @@ def row_squares(samples: Tensor) -> Tensor:
 
 @in_full_precision
 def weighted_sum(samples: Tensor, factors: Tensor) -> Tensor:
-    """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples); added up in pieces, and these in float64."""
-    dtype = compute_dtype(samples.dtype)
-    rows, factors = _rows(samples.to(dtype)), factors.to(dtype)
+    """``Σ_i factor_i · g_i``, float32 (float64 for float64 samples); added up in pieces, and these in float64.
+
+    A sample whose factor is 0 is left out, not multiplied: its NaN or inf is nowhere in the sum.
+    """
+    dtype, shape = compute_dtype(samples.dtype), samples.shape[1:]
+    factors, samples = left_in(factors.to(dtype), samples)
+    rows = _rows(samples.to(dtype))
     whole = len(rows) - len(rows) % PIECE
     total = factors[whole:] @ rows[whole:]
     if whole:
         pieces = factors[:whole].view(-1, 1, PIECE) @ rows[:whole].unflatten(0, (-1, PIECE))
         total = (total + pieces.sum((0, 1), dtype=torch.float64)).to(dtype)
-    return total.view(samples.shape[1:])
+    return total.view(shape)
 
 
 def squared_norms(samples: Sequence[Tensor]) -> Tensor:
@@ -48,13 +52,10 @@ def squared_norms(samples: Sequence[Tensor]) -> Tensor:
 def weighted_sums(samples: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
     """``Σ_i factor_i · g_i`` of several tensors ``[B, *]``, flat; ``factors`` ``[B]`` or ``[len(samples), B]``.
 
-    A sample whose factor is 0 is left out, not multiplied: its NaN or inf is nowhere in the sum.
+    A sample whose factor is 0 is left out, as from :func:`weighted_sum`.
     """
-    sums = []
-    for tensor, row in zip(samples, factors.expand(len(samples), -1), strict=True):
-        kept = row.nonzero().squeeze(1)
-        sums.append(weighted_sum(_rows(tensor)[kept], row[kept]))
-    return sums
+    rows = factors.expand(len(samples), -1)
+    return [weighted_sum(_rows(tensor), row) for tensor, row in zip(samples, rows, strict=True)]
 
 
 def sum_positions(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,21 @@ def column(numbers: tuple[float, ...], device: torch.device, dims: int = 2) -> T
     return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, *[1] * (dims - 1))
 
 
+def left_in(factors: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``factors [B]`` and tensors ``[B, *]`` without the samples whose factor is 0: ``0 · inf`` would be NaN.
+
+    On a device they become zeros instead, as nobody is to wait for how many there are.
+    """
+    if factors.device.type != "cpu":
+        on_device = factors != 0
+        return factors, *(torch.where(on_device.view(-1, *[1] * (x.dim() - 1)), x, 0) for x in tensors)
+    kept = factors.detach().numpy()
+    if kept.all():
+        return factors, *tensors
+    index = torch.from_numpy(kept.nonzero()[0])
+    return factors[index], *(x[index] for x in tensors)
+
+
 def of_slip(squared: Tensor, slip: Tensor) -> Tensor:
     """What a squared norm may be off where the gradient itself is, by ``slip`` in norm."""
     return 2 * squared.clamp_min(0).sqrt() * slip + slip**2
