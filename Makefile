@@ -22,7 +22,7 @@ demo: $(READY)
 	$(RUN) -m bench.demo
 
 # Two at a time, as each test works on one thread: half of the folders, and all that is not in these.
-HALF := tests/kernels tests/layers tests/ops tests/native $(wildcard tests/test_*.py)
+HALF := tests/kernels tests/layers tests/ops tests/native tests/capture tests/planning tests/dropin $(wildcard tests/test_*.py)
 
 test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \

@@ -33,8 +33,8 @@ TARGET_TIME, TARGET_MEMORY = 1.2, 1.2
 def step_of(work_name: str, private: bool, sharded: bool, rank: int) -> measure.Step:
     """One step on this rank's half of the workload's batch."""
     from dpfast import PrivacyEngine
+    from dpfast.data.sampling import PoissonBatches
     from dpfast.integrations.finetune.processes import sharded as shard
-    from dpfast.sampling import PoissonBatches
 
     work = workloads("cpu")[work_name]
     x, y = (side[rank::RANKS] for side in work.batch())

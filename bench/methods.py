@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.workloads import Workload, sequence_loss
-from dpfast.planner import WAYS
+from dpfast.planning.planner import WAYS
 
 NOISE_MULTIPLIER = 1.0
 MAX_GRAD_NORM = 1.0
@@ -199,13 +199,13 @@ class Training:
         """The way that dpfast goes in each layer that has a choice, if it is the same in all its uses; None for the
         other methods.
         """
-        book = getattr(self.trainer.model, "book", None)
-        if book is None:
+        clipped_sum = getattr(self.trainer.model, "clipped_sum", None)
+        if clipped_sum is None:
             return None
-        root = self.trainer.model._module  # the book calls it by its type, a plan by the empty name
+        root = self.trainer.model._module  # a tap calls it by its type, a plan by the empty name
         names = {name: name for name, _ in root.named_modules()} | {type(root).__name__: ""}
         ways: dict[str, set[str]] = {}
-        for layer, _, way in book.planner.state_dict()["plans"]:
+        for layer, _, way in clipped_sum.planner.state_dict()["plans"]:
             if layer in names and way in WAYS:
                 ways.setdefault(names[layer], set()).add(way)
         return {layer: way for layer, (way, *more) in ways.items() if not more}

@@ -1,12 +1,12 @@
 """dpfast: exact differentially private training in PyTorch, in one backward pass."""
 
+from dpfast.analysis.explain import explain
 from dpfast.analysis.sensitivity import SensitivityReport, check_sensitivity
-from dpfast.clipping_functions import PSAC, Abadi, AutoS, AutoV, CustomClipping, Global
+from dpfast.clipping.functions import PSAC, Abadi, AutoS, AutoV, CustomClipping, Global
+from dpfast.data.physical_batches import BatchMemoryManager
+from dpfast.dropin.registry import register, unregister
 from dpfast.engine import PrivacyEngine
-from dpfast.explain import explain
 from dpfast.optim.ascent import DPSAT, DiSK, DPSATMomentum
-from dpfast.physical_batches import BatchMemoryManager
-from dpfast.registry import register, unregister
 
 __version__ = "0.1.0"
 

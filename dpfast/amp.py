@@ -49,7 +49,7 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__(device, init_scale=init_scale, growth_interval=2**31 - 1, enabled=enabled)
         self.optimizer = optimizer
         self._scaled = False
-        optimizer.book.loss_scale = init_scale if self.is_enabled() else 1.0
+        optimizer.clipped_sum.loss_scale = init_scale if self.is_enabled() else 1.0
 
     def scale(self, outputs: Any) -> Any:
         """The loss, or several, times the scale."""
@@ -67,7 +67,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if optimizer is not self.optimizer:
             raise ValueError("optimizer is not the one that this GradScaler was made for: give each its own")
-        if self.is_enabled() and not self._scaled and optimizer.book.used:
+        if self.is_enabled() and not self._scaled and optimizer.clipped_sum.used:
             raise ValueError("backward() of a loss that was not scaled: call scaler.scale(loss).backward()")
         self._scaled = False
         return optimizer.step(*args, **kwargs)
@@ -89,8 +89,8 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             ValueError: it is another than this one's.
         """
-        if self.is_enabled() and state_dict.get("scale") != self.optimizer.book.loss_scale:
+        if self.is_enabled() and state_dict.get("scale") != self.optimizer.clipped_sum.loss_scale:
             raise ValueError(
-                f"scale: saved as {state_dict.get('scale')}, and this GradScaler has {self.optimizer.book.loss_scale}; "
-                f"make it with init_scale={state_dict.get('scale')}"
+                f"scale: saved as {state_dict.get('scale')}, and this GradScaler has "
+                f"{self.optimizer.clipped_sum.loss_scale}; make it with init_scale={state_dict.get('scale')}"
             )

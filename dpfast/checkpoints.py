@@ -22,10 +22,10 @@ import torch
 from opacus.accountants import IAccountant
 from opacus.optimizers import DPOptimizer
 
-from dpfast.grad_sample import FusedHooks
+from dpfast.accounting.runs import ACCOUNTANT, RUNS, by_run, joined
+from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.planner import check_state as check_plan
-from dpfast.runs import ACCOUNTANT, RUNS, by_run, joined
+from dpfast.planning.planner import check_state as check_plan
 
 # In a checkpoint, beside Opacus' entries:
 PLAN, THRESHOLDS, ASCENT = "plan_state_dict", "max_grad_norms", "ascent_state_dict"
@@ -113,7 +113,7 @@ def contents(module: Any, optimizer: DPOptimizer | None, accountant: IAccountant
         if optimizer.adaptive is not None:
             found[THRESHOLDS] = optimizer.max_grad_norms
     if isinstance(module, FusedHooks):
-        found[PLAN] = module.book.planner.state_dict()
+        found[PLAN] = module.clipped_sum.planner.state_dict()
     return found
 
 
@@ -170,7 +170,7 @@ def take_over(
         if fused.adaptive is not None and THRESHOLDS in held:
             (fused.max_grad_norm,) = held.pop(THRESHOLDS)
     if isinstance(module, FusedHooks) and PLAN in held:
-        module.book.planner.load_state_dict(held.pop(PLAN))
+        module.clipped_sum.planner.load_state_dict(held.pop(PLAN))
     return held
 
 
@@ -188,7 +188,7 @@ def _check_groups(optimizer: DPOptimizer, state: Any) -> None:
 
 def _optimizer_of(module: Any) -> FusedDPOptimizer | None:
     """The private optimizer of ``module``, be it given or not: its noise must not go on either."""
-    known = module.book.optimizer if isinstance(module, FusedHooks) else None
+    known = module.clipped_sum.optimizer if isinstance(module, FusedHooks) else None
     return None if known is None else known()
 
 

@@ -21,20 +21,20 @@ from torch import nn, optim
 from torch.utils.data import DataLoader
 
 from dpfast import checkpoints
-from dpfast.accounting import check_budget, check_delta, epsilon_of, noise_multiplier_for
-from dpfast.clipping import Clipping
-from dpfast.clipping_functions import ClippingFunction, clipping_function
-from dpfast.compatibility import problems
-from dpfast.criterion import PerSampleCriterion
-from dpfast.grad_sample import FusedHooks, FusedModule, check_public_state, parameter_names
-from dpfast.loaders import poisson_loader, public_numbers, watched
-from dpfast.optim.adaptive import AdaptiveClipping
+from dpfast.accounting.epsilon import check_budget, check_delta, epsilon_of, noise_multiplier_for
+from dpfast.accounting.runs import shared_by
+from dpfast.clipping.adaptive import AdaptiveClipping
+from dpfast.clipping.functions import ClippingFunction, clipping_function
+from dpfast.clipping.thresholds import Clipping
+from dpfast.data.criterion import PerSampleCriterion
+from dpfast.data.loaders import poisson_loader, public_numbers, watched
+from dpfast.data.sampling import PoissonBatches, check_shares, system_generator
+from dpfast.distributed.ranks import Ranks, model_and_ranks
+from dpfast.model.private_model import FusedHooks, FusedModule, check_public_state, parameter_names
+from dpfast.model.unsupported import problems
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
-from dpfast.planner import Planner
-from dpfast.ranks import Ranks, apart
-from dpfast.runs import shared_by
-from dpfast.sampling import PoissonBatches, check_shares, system_generator
+from dpfast.planning.planner import Planner
 
 FUSED = "fused"
 
@@ -64,8 +64,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """As in Opacus, but for ``secure_mode=True``, which needs no further package in the fused mode.
 
         The noise is then ChaCha20's, keyed by the operating system, and guarded against attacks on floating-point
-        noise: see :class:`dpfast.noise.NoiseStream`. Batches are drawn by torchcsprng if it is installed, else by
-        torch's Mersenne Twister with its whole state from the operating system.
+        noise: see :class:`dpfast.noise.stream.NoiseStream`. Batches are drawn by torchcsprng if it is installed, else
+        by torch's Mersenne Twister with its whole state from the operating system.
         """
         with warnings.catch_warnings():
             if secure_mode:
@@ -143,9 +143,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 a dict of parameter-name prefixes to C.
             clipping: ``"flat"`` (one norm over all parameters), ``"per_layer"`` (one number is shared out, C/√M each),
                 a list of parameter-name prefixes (groups, C/√M each), or ``"adaptive"`` (C follows a quantile of the
-                norms; give the arguments of :class:`dpfast.optim.adaptive.AdaptiveClipping` too, as in Opacus).
+                norms; give the arguments of :class:`dpfast.clipping.adaptive.AdaptiveClipping` too, as in Opacus).
             clipping_fn: from norms to factors: ``"abadi"``, ``"global"``, ``"automatic"`` (AUTO-S), ``"normalised"``
-                (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping_functions`.
+                (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping.functions`.
             grad_sample_mode: ``"fused"``, or any mode of Opacus.
             wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
             module: the model; or the model in torch's ``DistributedDataParallel`` or Opacus' own, or after
@@ -164,7 +164,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ascent: where a step takes its gradients, if not at the weights: ``dpfast.DPSAT(rho=0.03)`` or another of
                 :mod:`dpfast.optim.ascent`. ε does not change.
             memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
-                choose: see :class:`dpfast.planner.Planner`. ``dpfast.explain`` shows the plan.
+                choose: see :class:`dpfast.planning.planner.Planner`. ``dpfast.explain`` shows the plan.
             public_state: names of buffers and parameters, or of modules that hold them, which forwards may change by
                 the samples. They are released without noise, and the guarantee does not cover them.
             expected_batch_size: what the update divides by under ``loss_reduction="mean"``; the loader's batch size if
@@ -250,9 +250,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         check_low_precision(low_precision, wrapped)
         check_ascent(ascent, wrapped, low_precision)
         optimizer = wrapped
-        module, ranks = apart(module)
+        module, ranks = model_and_ranks(module)
         if isinstance(module, FusedModule) and ranks.world_size == 1:  # it was taken apart when it was made private
-            ranks = module.book.ranks
+            ranks = module.clipped_sum.ranks
         if ascent is not None and ranks.sharded:
             raise ValueError(f"ascent={ascent!r}: a sharded model has no ascent; use DistributedDataParallel")
         model = module._module if isinstance(module, FusedModule) else module
@@ -287,10 +287,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             private_loader = self._prepare_data_loader(data_loader, poisson_sampling=False, distributed=False)
 
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
-        hooks.book.planner = planner
+        hooks.clipped_sum.planner = planner
         hooks.public_state = tuple(public_state)
         if per_sample is not None:
-            per_sample.recorder = hooks.book
+            per_sample.recorder = hooks.clipped_sum
         if poisson_sampling or isinstance(data_loader.batch_sampler, (PoissonBatches, UniformWithReplacementSampler)):
             hooks.forbid_grad_accumulation()  # a sample may be in two of such batches
         else:
@@ -299,7 +299,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             optimizer,
             noise_multiplier=noise_multiplier,
             clipping=thresholds,
-            book=hooks.book,
+            clipped_sum=hooks.clipped_sum,
             expected_batch_size=public.expected_batch_size,  # type: ignore[arg-type]
             loss_reduction=loss_reduction,
             generator=noise_generator,
@@ -310,7 +310,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ranks=ranks,
         )
         private_optimizer.accounting = self.accountant.get_optimizer_hook_fn(sample_rate=public.sample_rate)
-        private_loader = watched(private_loader, hooks.book)
+        private_loader = watched(private_loader, hooks.clipped_sum)
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
@@ -378,7 +378,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """ε of all steps so far at ``delta``; 0 before the first.
 
         Where the accountant fails, or would take minutes, it is an upper bound: see
-        :func:`dpfast.accounting.epsilon_of`.
+        :func:`dpfast.accounting.epsilon.epsilon_of`.
         """
         return epsilon_of(self.accountant, delta)
 
@@ -466,7 +466,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if clipping == "per_layer":
             return Clipping.per_layer(max_grad_norm, trained)
         if isinstance(clipping, Sequence) and not isinstance(clipping, str) and clipping:
-            return Clipping.shared_out(max_grad_norm, clipping, trained)
+            return Clipping.equal_shares(max_grad_norm, clipping, trained)
         raise ValueError(
             f"clipping={clipping!r}: the fused mode has 'flat', 'per_layer', 'adaptive' and lists of parameter-name "
             f"prefixes; other styles need an Opacus mode such as grad_sample_mode='hooks'"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.measure import markdown_table, on_device, percentiles, turns_of, why_not
 from bench.suites.kernel_cases import UNTIMED, gradients, relative_error, wrong
-from dpfast import planner
-from dpfast.layers.forms import Factored, by
+from dpfast.capture.forms import Factored, by
+from dpfast.planning import planner
 
 
 def title(shape: tuple[int, int, int, int]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.grad_sample import FusedHooks
-from dpfast.layers.forms import Form
+from dpfast.capture.forms import Form
+from dpfast.capture.trees import tensors
+from dpfast.model.private_model import FusedHooks
 from dpfast.separation import aside, observed, own_random_numbers
-from dpfast.trees import tensors
 
 ROWS = 4  # that are compared
 AMONG = 64  # the first of a data set, of which the shortest and the longest are taken
@@ -82,13 +82,13 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def _allowed(hooks: FusedHooks) -> float:
-    coarse = any(p.dtype.itemsize < 4 for p in hooks.book.names) or torch.is_autocast_enabled("cpu")
+    coarse = any(p.dtype.itemsize < 4 for p in hooks.clipped_sum.names) or torch.is_autocast_enabled("cpu")
     return 0.1 if coarse or (torch.cuda.is_available() and torch.is_autocast_enabled("cuda")) else 0.01
 
 
 def squared_norms(hooks: FusedHooks, loss: Callable[[], Tensor], samples: int) -> Tensor:
     """``[samples]`` squared norms of a loss's gradients, without dropout; each use of a weight counts by itself."""
-    book, module = hooks.book, hooks._module
+    clipped_sum, module = hooks.clipped_sum, hooks._module
     total = torch.zeros(samples, dtype=torch.float64)
 
     def observe(name: str, form: Form) -> None:
@@ -98,10 +98,10 @@ def squared_norms(hooks: FusedHooks, loss: Callable[[], Tensor], samples: int) -
 
     training = [m for m in module.modules() if m.training]
     try:
-        with aside(module), observed(book, observe), own_random_numbers(0), torch.enable_grad():
+        with aside(module), observed(clipped_sum, observe), own_random_numbers(0), torch.enable_grad():
             for m in training:
                 m.training = False
-            with book.setting(needs_model=False, verifies=False), uncompiled():
+            with clipped_sum.setting(needs_model=False, verifies=False), uncompiled():
                 loss().backward()
     finally:
         for m in training:

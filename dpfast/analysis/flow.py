@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dpfast.analysis.functional import Problem, check_memory, clipping_of, factors_of
 from dpfast.analysis.ntk import _ntk
-from dpfast.clipping import Clipping
+from dpfast.clipping.thresholds import Clipping
 
 RISE = 1e-9  # relative to the loss: rounding
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from dpfast.clipping import Clipping
-from dpfast.clipping_functions import clipping_function
-from dpfast.explain import pristine_copy
-from dpfast.grad_sample import FusedModule
+from dpfast.analysis.explain import pristine_copy
+from dpfast.clipping.functions import clipping_function
+from dpfast.clipping.thresholds import Clipping
+from dpfast.model.private_model import FusedModule
 
 GIB = 2.0**30
 SHARE = 0.8  # of the memory that is free now, unless memory_limit says otherwise
@@ -118,7 +118,7 @@ def clipping_of(
     elif clipping == "per_layer":
         found = Clipping.per_layer(max_grad_norm, parameters)
     elif isinstance(clipping, Sequence) and not isinstance(clipping, str) and clipping:
-        found = Clipping.shared_out(max_grad_norm, clipping, parameters)  # type: ignore[arg-type]
+        found = Clipping.equal_shares(max_grad_norm, clipping, parameters)  # type: ignore[arg-type]
     else:
         raise ValueError(f"clipping={clipping!r}: use 'flat', 'per_layer', or a list of parameter-name prefixes")
     found.function = function

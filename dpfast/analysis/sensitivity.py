@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.analysis.collation import is_random
-from dpfast.clipping import Clipping, check_threshold
-from dpfast.criterion import PerSampleCriterion, PerSampleLoss
-from dpfast.explain import call, pristine_copy
-from dpfast.grad_sample import FusedHooks, FusedModule
-from dpfast.layers.refusals import LayoutError, listed
-from dpfast.model_forward import normalises_over_batch
+from dpfast.analysis.explain import call, pristine_copy
+from dpfast.capture.refusals import LayoutError, listed
+from dpfast.capture.trees import map_tensors, tensors
+from dpfast.clipping.thresholds import Clipping, check_threshold
+from dpfast.data.criterion import PerSampleCriterion, PerSampleLoss
+from dpfast.model.model_forward import normalises_over_batch
+from dpfast.model.private_model import FusedHooks, FusedModule
 from dpfast.separation import Draws, Followed, observed, own_random_numbers
-from dpfast.trees import map_tensors, tensors
 
 MOST_LEFT_OUT = 32  # samples left out in turn; spread over a larger batch
 ROUNDING = 1e-4  # relative slack for float32 sums of a batch
@@ -83,8 +83,9 @@ def check_sensitivity(
     Args:
         model: plain or private; it is copied, not touched.
         loss_fn: a criterion module, called as ``loss_fn(model(x), y)`` on a batch ``(x, y)``; the criterion that
-            ``make_private(criterion=...)`` returned, or :class:`dpfast.criterion.PerSampleCriterion`, called in the
-            same way; or any callable ``loss_fn(model, batch)`` that returns the loss (per-sample losses are reduced).
+            ``make_private(criterion=...)`` returned, or :class:`dpfast.data.criterion.PerSampleCriterion`, called in
+            the same way; or any callable ``loss_fn(model, batch)`` that returns the loss (per-sample losses are
+            reduced).
         batch: nested tuples, lists and dicts of tensors with at least two samples; with ``collate_fn`` a list of at
             least two rows of the data set.
         max_grad_norm: C, the sensitivity to check against.
@@ -182,7 +183,7 @@ class _Runner:
         self, part: Callable[[Sequence[int]], Any], whole: Any, count: int, left_out: list[int], replayed: bool
     ) -> _Found:
         self.twin.train(replayed)
-        self.hooks.book.needs_model = replayed  # without random numbers gradients count in eval() too
+        self.hooks.clipped_sum.needs_model = replayed  # without random numbers gradients count in eval() too
         found = _Found(left_out, [], [], [], 0.0)
         for seed in range(SEEDS if replayed else 1):
             draws = Draws(count)
@@ -203,18 +204,18 @@ class _Runner:
 
     def _look(self, batch: Any, count: int) -> None:
         """What the operators of model and loss show, and whether the model would be refused."""
-        book = self.hooks.book
+        clipped_sum = self.hooks.clipped_sum
         try:
             with own_random_numbers(0), torch.enable_grad():
                 self._loss(batch)
             self.proof = f"the model: {self.hooks.separation}"
         except (LayoutError, ValueError) as refusal:
             self.refused = str(refusal)  # an error of the loss comes again where sums are made
-        book.batch_sizes = [count]
-        book.verifies = False  # what mixes samples is to be measured here, not refused
-        follow = Followed(book, self.twin, self.batch_dim, base="the loss")
+        clipped_sum.batch_sizes = [count]
+        clipped_sum.verifies = False  # what mixes samples is to be measured here, not refused
+        follow = Followed(clipped_sum, self.twin, self.batch_dim, base="the loss")
         try:
-            with observed(book, follow.sees), own_random_numbers(0), torch.enable_grad():
+            with observed(clipped_sum, follow.sees), own_random_numbers(0), torch.enable_grad():
                 follow.label(batch)
                 with follow.following():
                     loss = self._loss(batch)

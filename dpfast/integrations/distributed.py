@@ -13,10 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 
+from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
 from dpfast.engine import PrivacyEngine
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.runs import joined, state_of
 
 PRIVACY_NAME = "privacy.pt"
 

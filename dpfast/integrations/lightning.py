@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from dpfast.accounting.runs import joined, state_of
 from dpfast.analysis.collation import check_collation
+from dpfast.capture.trees import tensors
+from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
-from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import pieces
+from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.planner import check_state as check_plan
-from dpfast.runs import joined, state_of
-from dpfast.sampling import PoissonBatches, twister
-from dpfast.trees import tensors
+from dpfast.planning.planner import check_state as check_plan
 
 
 class DPCallback(Callback):
@@ -208,7 +208,7 @@ class DPCallback(Callback):
         if state is not None:
             assert self.optimizer is not None and self.hooks is not None
             self.optimizer.noise.renew()
-            self.hooks.book.planner.load_state_dict(state["plan"])
+            self.hooks.clipped_sum.planner.load_state_dict(state["plan"])
             joined(self.engine.accountant, state["accountant"]).take_over()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -227,7 +227,7 @@ class DPCallback(Callback):
             return {}
         return {
             "accountant": state_of(self.engine.accountant),
-            "plan": self.hooks.book.planner.state_dict(),
+            "plan": self.hooks.clipped_sum.planner.state_dict(),
             "sampled": (self._batches.num_samples, self._batches.steps_per_epoch),
         }
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.capture.trees import map_tensors, tensors
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.trees import map_tensors, tensors
 
 
 def pieces(batch: Any, size: int, count: int | None = None) -> Iterator[Any]:

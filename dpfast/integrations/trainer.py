@@ -19,21 +19,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpfast.accounting import noise_multiplier_for
+from dpfast.accounting.epsilon import noise_multiplier_for
+from dpfast.accounting.runs import joined, state_of
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
 from dpfast.checkpoints import read, written
+from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
-from dpfast.grad_sample import FusedHooks
 from dpfast.integrations.pieces import backward_in_pieces
 from dpfast.integrations.replayed import MODEL, Replayed, Rows, digest_of, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
-from dpfast.noise import as_text, check_state
+from dpfast.model.private_model import FusedHooks
+from dpfast.noise.stream import as_text, check_state
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.planner import check_state as check_plan
-from dpfast.runs import joined, state_of
-from dpfast.sampling import PoissonBatches, twister
+from dpfast.planning.planner import check_state as check_plan
 
 __all__ = ["DPArguments", "DPTrainer"]
 
@@ -347,7 +347,7 @@ class DPTrainer(Trainer):
                 )
                 noise = {**noise, "key": None}
             self.optimizer.noise.load_state_dict(noise)
-            self.hooks.book.planner.load_state_dict(self._resumed["plan"])
+            self.hooks.clipped_sum.planner.load_state_dict(self._resumed["plan"])
             joined(self.engine.accountant, self._resumed["accountant"]).take_over()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -359,7 +359,7 @@ class DPTrainer(Trainer):
         state = {
             "noise": self.optimizer.noise.state_dict(),
             "accountant": state_of(self.engine.accountant),
-            "plan": self.hooks.book.planner.state_dict(),
+            "plan": self.hooks.clipped_sum.planner.state_dict(),
             "settings": self._settings(),
             "noise_multiplier": self.optimizer.noise_multiplier,
             "batch_seed": batches.seed,
@@ -418,7 +418,7 @@ class DPTrainer(Trainer):
             return scaler.scale(losses.sum())
 
         total = backward_in_pieces(optimizer, {"rows": torch.arange(inputs["samples"])}, size, loss_of)
-        total = total / optimizer.book.loss_scale
+        total = total / optimizer.clipped_sum.loss_scale
         if not self.privacy.log_training_loss:
             return torch.zeros_like(total)
         return total * self.args.world_size / self._logical_batch_size

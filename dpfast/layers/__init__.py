@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from dpfast.layers.attention import AppendedRow, MultiheadAttention, OpacusAttention
 from dpfast.layers.base import Layer
 from dpfast.layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
-from dpfast.layers.embedding import Embedding, EmbeddingBag
+from dpfast.layers.embedding_tables import Embedding, EmbeddingBag
 from dpfast.layers.linear import Linear, TransposedLinear
-from dpfast.layers.norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
+from dpfast.layers.normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
 from dpfast.layers.overridden import OVERRIDDEN
-from dpfast.layers.rms import as_rms_norm
+from dpfast.layers.rms_norm import as_rms_norm
 from dpfast.layers.rnn import UNSERVED, Recurrent
 
 FAMILIES: tuple[Layer, ...] = (

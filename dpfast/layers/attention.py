@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from opacus.layers.dp_multihead_attention import DPMultiheadAttention, SequenceBias
 from torch import Tensor, nn
 
+from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.tap import Call, Tap
 from dpfast.layers.base import Layer, by_sample
-from dpfast.layers.forms import Form, Instantiated
 from dpfast.layers.linear import Linear, Rows
-from dpfast.layers.tap import Call, Tap
 
 
 class AppendedRow(Layer):

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dpfast import ops
-from dpfast.layers.forms import Form, Instantiated
-from dpfast.layers.tap import Call, Tap
+from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.tap import Call, Tap
 
 
 class Layer:

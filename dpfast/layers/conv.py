@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpfast.capture.forms import Convolved, Form
+from dpfast.capture.tap import Call, Tap
 from dpfast.layers.base import Layer, by_sample, sum_positions
-from dpfast.layers.forms import Convolved, Form
-from dpfast.layers.tap import Call, Tap
 from dpfast.ops import Geometry, compute_dtype
 
 

@@ -18,12 +18,13 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.recorder import Recorder
+from dpfast.capture.refusals import ONE_BY_ONE, LayoutError
+from dpfast.capture.shift import swapped
+from dpfast.capture.tap import Call
+from dpfast.capture.traced_tap import TracedTap
 from dpfast.layers.base import Layer
-from dpfast.layers.forms import Form, Instantiated
-from dpfast.layers.recorder import Recorder
-from dpfast.layers.refusals import ONE_BY_ONE, LayoutError
-from dpfast.layers.shift import swapped
-from dpfast.layers.tap import Call, Tap
 
 
 class FromParameters(Layer):
@@ -71,7 +72,7 @@ class Source:
 
     def copies(self, recorder: Recorder, token: Tensor, ran: bool) -> Tensor:
         """``[B, *shape]``; ``ran`` says that a hook of the owner has run for this forward."""
-        return Tap(recorder, FromParameters(), self.name)(token, *self.parameters, spec=self)
+        return TracedTap(recorder, FromParameters(), self.name)(token, *self.parameters, spec=self)
 
     @contextmanager
     def standing(self, value: Tensor) -> Iterator[None]:

@@ -21,15 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dpfast import layers
+from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.recorder import Recorder
+from dpfast.capture.refusals import ONE_BY_ONE, LayoutError, listed
+from dpfast.capture.shift import swapped
+from dpfast.capture.tap import Call
+from dpfast.capture.traced_tap import TracedTap
+from dpfast.capture.trees import map_tensors, tensors
+from dpfast.capture.value_branches import all_branches
 from dpfast.layers.base import Layer
-from dpfast.layers.branches import all_branches
 from dpfast.layers.derived import Source, standing
-from dpfast.layers.forms import Form, Instantiated
-from dpfast.layers.recorder import Recorder
-from dpfast.layers.refusals import ONE_BY_ONE, LayoutError, listed
-from dpfast.layers.shift import swapped
-from dpfast.layers.tap import Call, Tap
-from dpfast.trees import map_tensors, tensors
 
 EXPERTS = (
     "Experts that loop over those that the batch hits can do without: "
@@ -112,7 +113,7 @@ class Generic:
             raise LayoutError(f"{type(self.module).__name__} was called with nothing that has a batch of {batch}")
         token = torch.zeros(batch, device=next(self.module.parameters()).device)
         trained = {p: name for p, name in self.parameters.items() if p.requires_grad}
-        copies = [Tap(recorder, Copies(), name)(token, p) for p, name in trained.items()]
+        copies = [TracedTap(recorder, Copies(), name)(token, p) for p, name in trained.items()]
         values = [source.copies(recorder, token, source.owner is self.module) for source in self.sources]
         if self.whole_model is not None:  # its inputs' samples are the model's: nothing to verify
             made = {*trained.values(), *(source.name for source in self.sources)}

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
+from dpfast.capture.forms import Factored, Form, Instantiated
+from dpfast.capture.tap import Call, Tap
 from dpfast.layers.base import Layer, sum_positions, with_groups
-from dpfast.layers.forms import Factored, Form, Instantiated
-from dpfast.layers.tap import Call, Tap
 
 ALL = slice(0, None)
 

@@ -2,7 +2,7 @@
 
 Their forward runs as it is; where it applies the base class's op to the module's own parameters, that op goes through
 the tap. A forward that uses them in any other way is found out by the guards of the parameters, and the module is
-served by the generic path instead: see :func:`dpfast.forwards.lend`.
+served by the generic path instead: see :func:`dpfast.model.forwards.lend`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dpfast.capture.refusals import LayoutError
+from dpfast.capture.tap import Tap
 from dpfast.layers.base import Layer
-from dpfast.layers.embedding import Embedding
+from dpfast.layers.embedding_tables import Embedding
 from dpfast.layers.linear import Linear, Rows
-from dpfast.layers.refusals import LayoutError
-from dpfast.layers.tap import Tap
 
 
 class Overridden(Layer):

@@ -10,8 +10,8 @@ from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from dpfast.capture.tap import Tap
 from dpfast.layers.base import Layer
-from dpfast.layers.tap import Tap
 
 # Their kernels fuse all time steps; nothing inside them can be tapped, and vmap has no rule for them.
 UNSERVED = {nn.LSTM: DPLSTM, nn.GRU: DPGRU, nn.RNN: DPRNN}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpfast.layers.shift import Shift
+from dpfast.capture.shift import Shift
 from dpfast.ops import compute_dtype, is_native
 
 

@@ -1,4 +1,4 @@
-"""The optimizer side of the "fused" mode: noise and scale what the book has summed, then step."""
+"""The optimizer side of the "fused" mode: noise and scale the clipped sum, then step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from dpfast import ops
-from dpfast.bookkeeping import Book
-from dpfast.clipping import Clipping
-from dpfast.layers.refusals import listed
-from dpfast.noise import NoiseStream
-from dpfast.optim.adaptive import AdaptiveClipping
+from dpfast.capture.refusals import listed
+from dpfast.clipping.adaptive import AdaptiveClipping
+from dpfast.clipping.clipped_sum import ClippedSum
+from dpfast.clipping.thresholds import Clipping
+from dpfast.distributed.ranks import Ranks, first_element, like, local
+from dpfast.noise.stream import NoiseStream
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
-from dpfast.optim.update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
-from dpfast.ranks import Ranks, first_element, like, local
+from dpfast.optim.fused_update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 
 StepHook = Callable[[DPOptimizer], None]
 
@@ -43,11 +43,11 @@ class FusedDPOptimizer(DPOptimizer):
         optimizer: the wrapped optimizer.
         noise_multiplier: noise standard deviation over sensitivity; schedulers may change it.
         clipping: thresholds; ``max_grad_norm`` is its sensitivity, and setting it scales all thresholds.
-        book: where backward passes are summed up.
+        clipped_sum: where backward passes are summed up.
         expected_batch_size: divisor under ``loss_reduction="mean"``.
         loss_reduction: ``"mean"`` or ``"sum"``.
         generator: what the noise's key is made of; the operating system's if None.
-        secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.NoiseStream`.
+        secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.stream.NoiseStream`.
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
         adaptive: how C follows a quantile of the norms; it is part of the ``noise_multiplier``'s budget.
@@ -61,7 +61,7 @@ class FusedDPOptimizer(DPOptimizer):
         *,
         noise_multiplier: float,
         clipping: Clipping,
-        book: Book,
+        clipped_sum: ClippedSum,
         expected_batch_size: int | None,
         loss_reduction: str = "mean",
         generator: torch.Generator | None = None,
@@ -76,7 +76,7 @@ class FusedDPOptimizer(DPOptimizer):
             adaptive.of_sums(noise_multiplier)
         check_low_precision(low_precision, optimizer)
         check_ascent(ascent, optimizer, low_precision)
-        other = book.optimizer() if book.optimizer is not None else None
+        other = clipped_sum.optimizer() if clipped_sum.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         if other is not None and set(other._all_parameters()) != mine:
             raise ValueError(
@@ -87,14 +87,14 @@ class FusedDPOptimizer(DPOptimizer):
         self.noise = NoiseStream(generator, secure_mode, self.ranks)
         self.low_precision = low_precision
         self.adaptive = adaptive
-        self.ascending = Ascending(ascent, optimizer, book.names)
+        self.ascending = Ascending(ascent, optimizer, clipped_sum.names)
         self.clipping = clipping
-        self.book = book
+        self.clipped_sum = clipped_sum
         self._stepped = False  # and not cleared since
         self._bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
         self.accounting: StepHook | None = None  # called once a step, whatever other hooks there are
         self._called: list[StepHook] = []  # in this step
-        book.ranks = self.ranks
+        clipped_sum.ranks = self.ranks
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -105,11 +105,11 @@ class FusedDPOptimizer(DPOptimizer):
             secure_mode=secure_mode,
         )
         self._step_supports_amp_scaling = True  # torch's GradScaler then comes to step(), which refuses it
-        book.clipping = clipping
-        book.shift = self.ascending.shift
-        book.counts_unclipped = adaptive is not None
-        book.optimizer = weakref.ref(self)
-        book.tracked = set(self._all_parameters())
+        clipped_sum.clipping = clipping
+        clipped_sum.shift = self.ascending.shift
+        clipped_sum.counts_unclipped = adaptive is not None
+        clipped_sum.optimizer = weakref.ref(self)
+        clipped_sum.tracked = set(self._all_parameters())
 
     @property
     def max_grad_norm(self) -> float:
@@ -128,7 +128,7 @@ class FusedDPOptimizer(DPOptimizer):
     @property
     def accumulated_iterations(self) -> int:
         """Backward passes that one step accounts for: those between two calls of ``step`` (at least one)."""
-        return max(1, self.book.accumulated)
+        return max(1, self.clipped_sum.accumulated)
 
     @property
     def grad_samples(self) -> list[torch.Tensor]:
@@ -141,19 +141,19 @@ class FusedDPOptimizer(DPOptimizer):
         """Add parameters of the same model; they are clipped and noised from the next backward on."""
         given: Any = param_group["params"]
         added: list[Any] = [given] if isinstance(given, torch.Tensor) else list(given)
-        if strange := [list(p.shape) for p in added if p not in self.book.names]:
+        if strange := [list(p.shape) for p in added if p not in self.clipped_sum.names]:
             raise ValueError(
                 f"add_param_group: parameters of shapes {strange} are none of the model given to make_private, so "
                 f"nothing clips their gradients: give make_private a model that has them"
             )
         self.original_optimizer.add_param_group({**param_group, "params": added})
-        assert self.book.tracked is not None
-        self.book.tracked.update(added)
+        assert self.clipped_sum.tracked is not None
+        self.clipped_sum.tracked.update(added)
         for p in added:
             p.summed_grad = None
 
     def clip_and_accumulate(self) -> None:
-        """Nothing is left to do: the book has clipped and summed at the end of every backward."""
+        """Nothing is left to do: every backward has clipped and summed at its end."""
 
     def add_noise(self) -> None:
         """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
@@ -165,7 +165,7 @@ class FusedDPOptimizer(DPOptimizer):
                 p: total.view(local(p).shape) if p.dtype == total.dtype else torch.empty_like(total, dtype=p.dtype)
                 for p, total in summed.items()
             }
-            places = [self.book.index[p] for p in summed], noise, [first_element(p) for p in summed]
+            places = [self.clipped_sum.index[p] for p in summed], noise, [first_element(p) for p in summed]
             ops.noisy_grad_(list(summed.values()), list(grads.values()), *places)
             for p, grad in grads.items():
                 p.grad = like(grad, p)
@@ -181,7 +181,7 @@ class FusedDPOptimizer(DPOptimizer):
             assert self.expected_batch_size is not None
             divisor = self.expected_batch_size * self.accumulated_iterations
         trained = [p for p in self._all_parameters() if p.requires_grad]
-        sensitivity = self.book.sensitivity or self.clipping.sensitivity
+        sensitivity = self.clipped_sum.sensitivity or self.clipping.sensitivity
         elements = sum(p.numel() for p in trained)
         multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
         noise = self.noise.next(multiplier, sensitivity, elements, 1 / divisor)
@@ -202,8 +202,8 @@ class FusedDPOptimizer(DPOptimizer):
         multiplier = 2 * adaptive.unclipped_num_std if self.noise_multiplier > 0 else 0.0
         scale = 1 / (self.expected_batch_size * self.accumulated_iterations)
         beside = self.noise.beside(noise, multiplier, 0.5, 1, scale)
-        centred = torch.tensor([self.book.unclipped])
-        ops.noisy_grad_([centred], [centred], [len(self.book.index)], beside)
+        centred = torch.tensor([self.clipped_sum.unclipped])
+        ops.noisy_grad_([centred], [centred], [len(self.clipped_sum.index)], beside)
         self.clipping.sensitivity = adaptive.next_threshold(self.clipping.sensitivity, centred.item() + 0.5)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -253,7 +253,7 @@ class FusedDPOptimizer(DPOptimizer):
             key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
             with torch.no_grad():
                 for summed in self.ranks.totals(sums):
-                    noisy_step(self.original_optimizer, summed, self.book.index, noise, self.low_precision, key)
+                    noisy_step(self.original_optimizer, summed, self.clipped_sum.index, noise, self.low_precision, key)
                 self.ascending.see_gradients()
                 self.ascending.after_update()
         return None
@@ -271,22 +271,22 @@ class FusedDPOptimizer(DPOptimizer):
                 "you must call optimizer.zero_grad() on each step"
             )
         self._refuse_unknown_parameters()
-        self.book.start_physical_batch()
-        nothing = not (self.book.waits_for_step or (self.book.batches.tried and self.book.used))
-        self.book.end_physical_batch()
-        if self.book.evaluated and not self.book.accumulated:
+        self.clipped_sum.start_physical_batch()
+        nothing = not (self.clipped_sum.waits_for_step or (self.clipped_sum.batches.tried and self.clipped_sum.used))
+        self.clipped_sum.end_physical_batch()
+        if self.clipped_sum.evaluated and not self.clipped_sum.accumulated:
             raise ValueError(
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
-        if nothing and not self.book.batches.empty and any(p.requires_grad for p in self._all_parameters()):
+        if nothing and not self.clipped_sum.batches.empty and any(p.requires_grad for p in self._all_parameters()):
             raise ValueError(
                 "step: no backward pass of the private model has ended since the last step, and there is nothing to "
                 "release but noise. Call loss.backward() first, of an output of the model that make_private has "
                 "returned, with its hooks in place. For a batch without samples, which is a step too, take it from "
                 "the loader that make_private has returned, or call optimizer.expect_no_samples()"
             )
-        self.book.batches.tried = True  # what refuses from here on may be put right, and the step called again
+        self.clipped_sum.batches.tried = True  # what refuses from here on may be put right, and the step called again
         check_noise_multiplier(self.noise_multiplier)  # what can refuse does so before anything is used up
         if self.adaptive is not None:
             self.adaptive.of_sums(self.noise_multiplier)
@@ -294,21 +294,23 @@ class FusedDPOptimizer(DPOptimizer):
         self._look_for_bypass()
         self._is_last_step_skipped = self._check_skip_next_step(pop_next=False)
         if self._is_last_step_skipped:
-            self.book.batches.stepped()
-            if self.book.batches.of is not None and self.book.batches.of.dropped:
-                self.book.drop()
+            self.clipped_sum.batches.stepped()
+            if self.clipped_sum.batches.of is not None and self.clipped_sum.batches.of.dropped:
+                self.clipped_sum.drop()
             return False
         self._agree()
         return True
 
     def _refuse_unknown_parameters(self) -> None:
         """A parameter that came into the wrapped optimizer behind this one's back: it would get noise alone."""
-        tracked = self.book.tracked or set()
+        tracked = self.clipped_sum.tracked or set()
         params = self._all_parameters()
         if len(params) == len(tracked) and {id(p) for p in params} == {id(p) for p in tracked}:
             return
         if unknown := [p for p in params if p not in tracked]:
-            names = listed(self.book.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown)
+            names = listed(
+                self.clipped_sum.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown
+            )
             raise ValueError(
                 f"step: parameters {names} were added to the wrapped optimizer itself, so they are not clipped. Take "
                 f"them out of optimizer.original_optimizer.param_groups again, and call add_param_group of the private "
@@ -325,7 +327,7 @@ class FusedDPOptimizer(DPOptimizer):
         for p in self._all_parameters():
             grad = p.grad
             if p.requires_grad and grad is not None and bool(local(grad).any()):
-                self._bypassed = 1 + self.book.index[p]
+                self._bypassed = 1 + self.clipped_sum.index[p]
 
     def _agree(self) -> None:
         """What the noise depends on is the same on all ranks: the largest where shares may differ, else refused.
@@ -336,10 +338,10 @@ class FusedDPOptimizer(DPOptimizer):
         """
         if self.ranks.world_size == 1 and not self.ranks.sharded:
             return
-        book = self.book
-        own = book.sensitivity or self.clipping.sensitivity
-        mine = (own, float(book.accumulated), book.unclipped, float(self._bypassed))
-        trained = [book.index[p] for p in self._all_parameters() if p.requires_grad]
+        clipped_sum = self.clipped_sum
+        own = clipped_sum.sensitivity or self.clipping.sensitivity
+        mine = (own, float(clipped_sum.accumulated), clipped_sum.unclipped, float(self._bypassed))
+        trained = [clipped_sum.index[p] for p in self._all_parameters() if p.requires_grad]
         alike = {
             "noise_multiplier": float(self.noise_multiplier),
             "the noise's step": float(self.noise.step),
@@ -357,27 +359,27 @@ class FusedDPOptimizer(DPOptimizer):
                 )
         sensitivities, accumulated, unclipped, bypassed, *_ = zip(*rows, strict=True)
         if any(bypassed):
-            name = list(book.names.values())[int(max(bypassed)) - 1]
+            name = list(clipped_sum.names.values())[int(max(bypassed)) - 1]
             raise RuntimeError(
                 f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: the "
                 f"loss computes with it (for an L2 penalty use the optimizer's weight_decay), or other code does (call "
                 f"the module that owns it), or set requires_grad_(False)"
             )
-        book.sensitivity, book.accumulated = max(sensitivities), int(max(accumulated))
-        book.unclipped = sum(unclipped)
+        clipped_sum.sensitivity, clipped_sum.accumulated = max(sensitivities), int(max(accumulated))
+        clipped_sum.unclipped = sum(unclipped)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Whether the next ``step`` only ends a physical batch, which is not the last of its logical batch."""
-        self.book.batches.signal(last=not do_skip)
+        self.clipped_sum.batches.signal(last=not do_skip)
 
     def _check_skip_next_step(self, pop_next: bool = True) -> bool:
-        batches = self.book.batches
+        batches = self.clipped_sum.batches
         piece = batches.stepped() if pop_next else batches.piece
         return piece is not None and (not piece.last or piece.batch.dropped)
 
     def expect_no_samples(self) -> None:
         """The next step is of a batch without samples: noise alone, and no backward comes before it."""
-        self.book.batches.empty = True
+        self.clipped_sum.batches.empty = True
 
     def attach_step_hook(self, fn: StepHook | None) -> None:
         """Have ``fn(optimizer)`` called once a step too, with noisy gradients, before the update.
@@ -437,9 +439,9 @@ class FusedDPOptimizer(DPOptimizer):
             hook(self)
 
     def _end_logical_batch(self) -> None:
-        self.book.start_logical_batch()
-        self.book.batches.stepped()
-        self.book.batches.start_step()
+        self.clipped_sum.start_logical_batch()
+        self.clipped_sum.batches.stepped()
+        self.clipped_sum.batches.start_step()
         self._stepped = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -455,9 +457,9 @@ class FusedDPOptimizer(DPOptimizer):
 
         A physical batch whose backward came, and no step since, is dropped, and its logical batch with it.
         """
-        self.book.drop_physical_batch()
+        self.clipped_sum.drop_physical_batch()
         if not self._is_last_step_skipped:
-            self.book.drop()
+            self.clipped_sum.drop()
             self._stepped, self._bypassed = False, 0
         self.original_optimizer.zero_grad(set_to_none)
 
@@ -466,18 +468,18 @@ class FusedDPOptimizer(DPOptimizer):
 
         A sample of both would be counted twice in one step.
         """
-        self.book.batches.forget()
+        self.clipped_sum.batches.forget()
         self._is_last_step_skipped = False
         self.zero_grad()
 
     def leave_loop(self) -> None:
         """:meth:`abandon`, but gradients stay that a step has left, and a whole batch that waits for its step."""
-        waiting = self.book.batches.piece
-        if waiting is not None and waiting.last and not waiting.batch.dropped and self.book.waits_for_step:
+        waiting = self.clipped_sum.batches.piece
+        if waiting is not None and waiting.last and not waiting.batch.dropped and self.clipped_sum.waits_for_step:
             return
-        self.book.batches.forget()
-        if self.book.used:
-            self.book.drop()
+        self.clipped_sum.batches.forget()
+        if self.clipped_sum.used:
+            self.clipped_sum.drop()
         self._is_last_step_skipped = False
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

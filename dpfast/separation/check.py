@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.layers.branches import all_branches
-from dpfast.layers.recorder import Recorder
-from dpfast.layers.refusals import LayoutError, listed
-from dpfast.layers.shift import Shift
+from dpfast.capture.recorder import Recorder
+from dpfast.capture.refusals import LayoutError, listed
+from dpfast.capture.shift import Shift
+from dpfast.capture.trees import map_tensors, tensors
+from dpfast.capture.value_branches import all_branches
 from dpfast.separation import answers
 from dpfast.separation.draws import Draws
 from dpfast.separation.experiment import Experiment
@@ -30,7 +31,6 @@ from dpfast.separation.passes import own_random_numbers, own_saved_tensors, same
 from dpfast.separation.proof import Read
 from dpfast.separation.state import kept
 from dpfast.separation.texts import Left
-from dpfast.trees import map_tensors, tensors
 
 MOST_ANSWERS = 8  # questions of Python about samples that are answered otherwise, each by itself
 

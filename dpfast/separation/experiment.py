@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dpfast.layers.branches import all_branches
-from dpfast.layers.forms import Form, sketch
-from dpfast.layers.recorder import Recorder
-from dpfast.layers.refusals import BypassError, listed
+from dpfast.capture.forms import Form, sketch
+from dpfast.capture.recorder import Recorder
+from dpfast.capture.refusals import BypassError, listed
+from dpfast.capture.trees import map_tensors, tensors
+from dpfast.capture.value_branches import all_branches
 from dpfast.separation import inputs as given
 from dpfast.separation.draws import Draws
 from dpfast.separation.followed import Followed
@@ -25,7 +26,6 @@ from dpfast.separation.order import OrderWatch
 from dpfast.separation.passes import observed, own_random_numbers
 from dpfast.separation.state import kept
 from dpfast.separation.texts import left as left_behind
-from dpfast.trees import map_tensors, tensors
 
 SAME = 1e-5  # relative: what a sample's rows may change by when only other samples do (rounding)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dpfast.layers.forms import Form
-from dpfast.layers.recorder import Recorder
-from dpfast.layers.refusals import listed
+from dpfast.capture.forms import Form
+from dpfast.capture.recorder import Recorder
+from dpfast.capture.refusals import listed
 from dpfast.separation.inputs import label_inputs
 from dpfast.separation.labels import PICKED, Drawn, Label, Lost, Met, Rows, Unwritten
 from dpfast.separation.proof import Proof, Read

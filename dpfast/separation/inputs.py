@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from dpfast.capture.trees import map_tensors, packed_sequences, tensors
 from dpfast.separation.labels import Label, Labels, Lost
-from dpfast.trees import map_tensors, packed_sequences, tensors
 
 Axes = dict[tuple[int, int], int | None]  # by an input's place and number of dimensions: where its samples lie
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dpfast.layers.recorder import Recorder
-from dpfast.planner import KeepSides
+from dpfast.capture.recorder import Recorder
+from dpfast.capture.trees import map_tensors
+from dpfast.planning.planner import KeepSides
 from dpfast.separation.state import kept
-from dpfast.trees import map_tensors
 
 
 @contextmanager

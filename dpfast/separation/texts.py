@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from dpfast.layers.refusals import listed
+from dpfast.capture.refusals import listed
 
 
 class Left(str):

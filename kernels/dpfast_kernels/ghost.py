@@ -123,13 +123,13 @@ def ghost_kernel(
     diagonal = rows[:, None] == columns[None, :]
 
     out = partials + n * pairs + pair
-    next_row = wide(N) * pairs
+    stats_stride = wide(N) * pairs
     tl.store(out, times * tl.sum(aa * gg))
-    tl.store(out + next_row, times * tl.sum(tl.abs(aa * gg)))
-    tl.store(out + 2 * next_row, tl.sum(tl.where(diagonal, aa, 0.0)))
-    tl.store(out + 3 * next_row, tl.sum(tl.where(diagonal, gg, 0.0)))
-    tl.store(out + 4 * next_row, times * tl.sum(gg))
-    tl.store(out + 5 * next_row, times * tl.sum(tl.abs(gg)))
+    tl.store(out + stats_stride, times * tl.sum(tl.abs(aa * gg)))
+    tl.store(out + 2 * stats_stride, tl.sum(tl.where(diagonal, aa, 0.0)))
+    tl.store(out + 3 * stats_stride, tl.sum(tl.where(diagonal, gg, 0.0)))
+    tl.store(out + 4 * stats_stride, times * tl.sum(gg))
+    tl.store(out + 5 * stats_stride, times * tl.sum(tl.abs(gg)))
 
 
 def run(A: torch.Tensor, G: torch.Tensor, config: Config | None = None) -> torch.Tensor:

@@ -129,12 +129,12 @@ def gradient_kernel(
         # once for each column of A and of G, where the tile is of the first row or column
         energy_A, _ = energy(A + n * a_n, j, tl.where(row == 0, T, 0), d, a_t, a_d, BLOCK_T)
         energy_G, bias_squared = energy(G + n * g_n, i, tl.where(column == 0, T, 0), p, g_t, g_p, BLOCK_T)
-        next_row = wide(N) * tiles
-        tl.store(out + next_row, squared)
-        tl.store(out + 2 * next_row, energy_A)
-        tl.store(out + 3 * next_row, energy_G)
-        tl.store(out + 4 * next_row, bias_squared)
-        tl.store(out + 5 * next_row, bias_squared)
+        stats_stride = wide(N) * tiles
+        tl.store(out + stats_stride, squared)
+        tl.store(out + 2 * stats_stride, energy_A)
+        tl.store(out + 3 * stats_stride, energy_G)
+        tl.store(out + 4 * stats_stride, bias_squared)
+        tl.store(out + 5 * stats_stride, bias_squared)
 
 
 def run(A: torch.Tensor, G: torch.Tensor, samples: torch.Tensor | None, config: Config | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from dpfast.analysis.ntk import (
     convergence_report,
     ntk,
 )
-from dpfast.clipping import Clipping
+from dpfast.clipping.thresholds import Clipping
 from dpfast.engine import PrivacyEngine
 
 CE = nn.CrossEntropyLoss()
@@ -172,7 +172,7 @@ def test_loss_derivative_is_a_finite_difference(batch, clipping, function):
     how = {
         "flat": lambda: Clipping.flat(3.0),
         "per_layer": lambda: Clipping.per_layer(3.0, problem.trainable),
-    }.get(str(clipping), lambda: Clipping.shared_out(3.0, ["0", "2"], problem.trainable))()
+    }.get(str(clipping), lambda: Clipping.equal_shares(3.0, ["0", "2"], problem.trainable))()
     direction = {
         name: torch.einsum("n,n...->...", report.factors[how.group_of(problem.trainable[name])], g)
         for name, g in problem.sample_gradients(problem.start).items()

@@ -15,9 +15,10 @@ from bench import measure, roofline
 from bench.record import Record
 from bench.suites import Options, kernel_cases, kernels, memory_cases, noise_cases, planner_cases
 from bench.suites.kernel_cases import SMALL, Case, CaseSet
-from dpfast import ops, planner
-from dpfast.layers.forms import Factored
-from dpfast.rates import BUILT_IN
+from dpfast import ops
+from dpfast.capture.forms import Factored
+from dpfast.planning import planner
+from dpfast.planning.rates import BUILT_IN
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, seconds=0.01, small=True)

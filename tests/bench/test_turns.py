@@ -186,7 +186,7 @@ def test_on_a_lost_device_nobody_else_has_failed(when, monkeypatch):
 
 @pytest.mark.parametrize("model", [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))])
 def test_a_plan_can_be_given_back(model):
-    """Also that of a model which is one layer: its name in the book is no module's."""
+    """Also that of a model which is one layer: its name in a plan is no module's."""
     work = replace(WORK, build=lambda variant: copy.deepcopy(model), inputs=lambda n: torch.randn(n, 3, 8))
     work = replace(work, classes=4, tokens=3)
     step = start_training(work, "dpfast", "plain", CPU)()

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dpfast import PrivacyEngine
-from dpfast.ranks import RankLostError, Ranks, Replicated, _buckets
-from dpfast.sampling import PoissonBatches
+from dpfast.data.sampling import PoissonBatches
+from dpfast.distributed.ranks import RankLostError, Ranks, Replicated, _buckets
 from tests.integrations.processes import Processes
 
 STEPS, N, PER_EPOCH, SEED = 6, 24, 8, 21

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import PrivacyEngine
+from dpfast.data.physical_batches import BatchMemoryManager
+from dpfast.data.sampling import PoissonBatches
+from dpfast.distributed.ranks import first_element
 from dpfast.integrations.distributed import load_checkpoint, save_checkpoint
-from dpfast.physical_batches import BatchMemoryManager
-from dpfast.ranks import first_element
-from dpfast.sampling import PoissonBatches
 
 STEPS, N, PER_EPOCH, SEED, V, T = 6, 24, 8, 21, 11, 5
 

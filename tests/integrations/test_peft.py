@@ -184,7 +184,7 @@ def test_frozen_weights_keep_no_activations(base, method):
     target = targets(plain, given)
     sum_loss(logits(wrapped, given), target).backward()  # the first forward also checks
     recorded = set()
-    record = type(wrapped.book).record
+    record = type(wrapped.clipped_sum).record
 
     def seen(self, parameter, form, call=None):
         recorded.add(self.names[parameter])
@@ -194,7 +194,7 @@ def test_frozen_weights_keep_no_activations(base, method):
         p.summed_grad = None
     out, kept = Kept(private).run(wrapped, given)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(wrapped.book), "record", seen)
+        patch.setattr(type(wrapped.clipped_sum), "record", seen)
         sum_loss(out, target).backward()
     trained = {name for name, p in private.named_parameters() if p.requires_grad}
     assert recorded == trained

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from dpfast.layers import family
 from dpfast.layers.linear import TransposedLinear
 from dpfast.layers.overridden import OverriddenEmbedding, OverriddenLinear
-from dpfast.layers.rms import ForeignRMSNorm
+from dpfast.layers.rms_norm import ForeignRMSNorm
 from tests.helpers import BF16, F32, F64, assert_exact, assert_sensitivity, check_layer, make_private, mse
 
 D = 6
@@ -214,8 +214,8 @@ def test_tables_with_a_forward_of_their_own(make, dtype):
 
 def test_no_per_sample_table_is_written(monkeypatch):
     """A scaled embedding is as cheap as a plain one: rows, not ``[B, V, d]``."""
-    from dpfast.layers.forms import EmbeddingRows
-    from dpfast.layers.recorder import Recorder
+    from dpfast.capture.forms import EmbeddingRows
+    from dpfast.capture.recorder import Recorder
 
     forms, record = [], Recorder.record
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ def new_key() -> list[int]:
 
 
 def new_noise(mode: str = "fast", std: float = 1.37, scale: float = 1 / 37, step: int | None = None) -> ops.Noise:
-    """Noise with a key of its own; the grid of the secure mode is that of :class:`dpfast.noise.NoiseStream`."""
+    """Noise with a key of its own; the grid of the secure mode is that of :class:`dpfast.noise.stream.NoiseStream`."""
     step = int(torch.randint(1 << 32, ())) if step is None else step
     grid = math.ldexp(1.0, math.frexp(std)[1] - 25) if mode == "secure" and std else 0.0
     return ops.Noise(tuple(new_key()), step, std, grid, scale)

@@ -18,7 +18,7 @@ DRAWS = 10_000_000
 SHORT = 2_000_000  # draws of every further stream
 # Digits of π: fixed, and chosen by nobody.
 KEY = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89]
-SCALE = 1.37 * 2**24  # secure mode: steps of the grid in a standard deviation, as in dpfast/noise.py
+SCALE = 1.37 * 2**24  # secure mode: steps of the grid in a standard deviation, as in dpfast/noise/stream.py
 MODES = ("fast", "secure")
 
 

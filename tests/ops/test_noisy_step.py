@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 
 from dpfast import ops
-from dpfast.optim.update import noisy_step, why_not_fused
+from dpfast.optim.fused_update import noisy_step, why_not_fused
 from tests.ops.noisy import F32, MODES, apart, assert_guards, guarded, new_noise, require, same
 
 SIZES = (0, 1, 5, 127, 129, 1000, 40_001)  # the last is cut in two pieces

@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 
 from dpfast import ops
-from dpfast.optim.update import MASTER, noisy_step, why_not_fused
+from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
 from tests.ops.noisy import BF16, F16, MODES, apart, new_noise, require, same, units
 
 SIZES = (0, 1, 127, 129, 1000, 40_001)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast import native, ops, planner, reference
-from dpfast.rates import BUILT_IN
+from dpfast import native, ops, reference
+from dpfast.planning import planner
+from dpfast.planning.rates import BUILT_IN
 from tests.helpers import F32, assert_exact, assert_sensitivity, mse
 from tests.zoo import TinyGPT
 

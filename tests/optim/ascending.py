@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dpfast
 from dpfast import ops
-from dpfast.noise import NoiseStream
+from dpfast.noise.stream import NoiseStream
 from tests.helpers import F64, loader_of, make_private
 
 B, T, V, E = 6, 5, 7, 4

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, RMSprop
 
 from dpfast import ops
-from dpfast.optim.update import MASTER
+from dpfast.optim.fused_update import MASTER
 from tests.helpers import engine_of, make_private
 from tests.ops.noisy import BF16, F16, F32, F64, require, same
 from tests.optim.private import OPTIMIZERS, Plain, Run, batch, each_optimizer, net, python

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW, RMSprop
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dpfast.optim.update import why_not_fused
+from dpfast.optim.fused_update import why_not_fused
 from tests.helpers import make_private
 from tests.ops.noisy import F64, same
 from tests.optim.private import OPTIMIZERS, B, Plain, Run, assert_close, batch, each_optimizer, net

@@ -12,9 +12,9 @@ from opacus.accountants import PRVAccountant, RDPAccountant, create_accountant
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpfast.accounting import epsilon_of, noise_multiplier_for, quietly
-from dpfast.runs import _of as runs_of
-from dpfast.runs import joined, state_of
+from dpfast.accounting.epsilon import epsilon_of, noise_multiplier_for, quietly
+from dpfast.accounting.runs import _of as runs_of
+from dpfast.accounting.runs import joined, state_of
 from tests.helpers import engine_of, make_private
 from tests.privacy.test_noise_checkpoint import Run, batches
 

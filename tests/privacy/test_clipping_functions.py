@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import dpfast
-from dpfast.clipping import Clipping
-from dpfast.clipping_functions import NAMED, clipping_function
+from dpfast.clipping.functions import NAMED, clipping_function
+from dpfast.clipping.thresholds import Clipping
 from tests.helpers import F32, F64, SLACK, distance, engine_of, make_private, mse, sums_of
 from tests.oracle import take
 

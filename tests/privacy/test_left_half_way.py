@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import BatchMemoryManager, PrivacyEngine
-from dpfast.sampling import PoissonBatches
+from dpfast.data.sampling import PoissonBatches
 
 C, N, B, MOST = 1e-3, 24, 12, 5
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpfast.clipping import Clipping
-from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Instantiated
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Instantiated
+from dpfast.clipping.thresholds import Clipping
 from dpfast.ops import Geometry
 from tests.helpers import BF16, F32
 

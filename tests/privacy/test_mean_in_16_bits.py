@@ -301,7 +301,7 @@ C = 0.05
 def test_one_sample_moves_the_sum_by_at_most_C(many, alike, way, dtype):
     """The issue's model, 20-32-10, with the two remedies of the refusal.
 
-    Of 1024 sums in float32 the last digit is 1e-4 C: see :class:`dpfast.bookkeeping.Book`.
+    Of 1024 sums in float32 the last digit is 1e-4 C: see :class:`dpfast.clipping.clipped_sum.ClippedSum`.
     """
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 10))
     options = dict(noise_multiplier=0.0, max_grad_norm=C, poisson_sampling=False, data_loader=loader_of(many))

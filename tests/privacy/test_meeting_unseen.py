@@ -96,7 +96,7 @@ def test_a_mask_that_comes_later():
 
 def test_no_check_is_repeated_without_need(monkeypatch):
     """Constant inputs stay unchecked, and are looked at only."""
-    from dpfast import model_forward
+    from dpfast.model import model_forward
 
     checks, check = [], model_forward.Check.whole
     monkeypatch.setattr(model_forward.Check, "whole", lambda self: checks.append(1) or check(self))

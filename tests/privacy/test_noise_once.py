@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dpfast.noise import NoiseStream
+from dpfast.noise.stream import NoiseStream
 from tests.helpers import engine_of
 from tests.ops.noisy import same
 from tests.privacy.test_noise_stream import B, D, each_mode, net, noise_of, private

@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 
+from dpfast.accounting.runs import ACCOUNTANT, RUNS
 from dpfast.checkpoints import OPTIMIZER, PLAN
-from dpfast.noise import NoiseStream
-from dpfast.runs import ACCOUNTANT, RUNS
+from dpfast.noise.stream import NoiseStream
 from tests.ops.noisy import same
 from tests.privacy.test_noise_checkpoint import Run, batches
 

@@ -9,7 +9,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpfast.noise import NoiseStream
+from dpfast.noise.stream import NoiseStream
 from tests.helpers import engine_of, loader_of, make_private
 from tests.ops.noisy import BF16, F32, F64, require, same
 
@@ -63,7 +63,7 @@ def test_no_seed_of_torchs_repeats_the_noise(when, optimizer):
 def test_keys_are_made_of_64_bits_of_the_system(monkeypatch):
     """And of nothing else: no generator is asked, and keys are as many as the system's numbers."""
     drawn = iter(range(1, 99))
-    monkeypatch.setattr("dpfast.noise.secrets.randbits", lambda bits: next(drawn) if bits == 32 else 0)
+    monkeypatch.setattr("dpfast.noise.stream.secrets.randbits", lambda bits: next(drawn) if bits == 32 else 0)
     streams = [NoiseStream() for _ in range(3)]
     assert [s.next(1.0, 1.0, 1, 1.0).key[:3] for s in streams] == [(1, 2, 0), (3, 4, 0), (5, 6, 0)]
     assert streams[0].rounding_key() == (7, 8)

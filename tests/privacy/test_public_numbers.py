@@ -6,8 +6,8 @@ from opacus.data_loader import DPDataLoader
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from dpfast.accounting import noise_multiplier_for
-from dpfast.sampling import PoissonBatches
+from dpfast.accounting.epsilon import noise_multiplier_for
+from dpfast.data.sampling import PoissonBatches
 from tests.helpers import engine_of, make_private
 
 D = 3

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpfast.noise import NoiseStream
+from dpfast.noise.stream import NoiseStream
 from tests.ops.noisy import same
 from tests.privacy.test_noise_stream import D, net, noise_of, private
 

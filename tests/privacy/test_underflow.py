@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dpfast.amp import GradScaler
-from dpfast.clipping import Clipping
-from dpfast.layers.forms import Convolved, EmbeddingRows, Factored, Instantiated
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Instantiated
+from dpfast.clipping.thresholds import Clipping
 from dpfast.ops import Geometry
 from tests.helpers import BF16, F32, F64, SLACK, make_private, sums_of
 from tests.privacy.judging import Private

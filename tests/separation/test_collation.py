@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import dpfast
-from dpfast.criterion import PerSampleCriterion
+from dpfast.data.criterion import PerSampleCriterion
 from tests.integrations.transformer_models import SMALL, model
 
 D = 4

@@ -111,7 +111,7 @@ DPFAST_FN void fast_normals(f32 z[N][4], const Stream& stream, uint64_t first) {
 DPFAST_FN i32 sum_of_halves(u32 x) { return (bits_as<i32>(x) >> 16) + (bits_as<i32>(x << 16) >> 16); }
 
 // Secure noise, in whole steps of a grid: K = round(scale · z) + two signed 16-bit words, eight of them from a block.
-// The uniform words fill the low bits that a float32 z leaves empty (dpfast/noise.py says what that guards against);
+// The uniform words fill the low bits that a float32 z leaves empty (dpfast/noise/stream.py says what that guards against);
 // their variance is 2²⁹, a millionth of K's or less. Words 0 to 7 make z, words 8 to 15 fill. The quads 32 i + j and 32 i + 16 + j (j < 16) share
 // block 16 i + j; `first` is the first block, a multiple of W.
 DPFAST_FN void secure_integers(i32 K[2][4], const Stream& stream, uint32_t first, float scale) {

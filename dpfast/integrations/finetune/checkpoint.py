@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpfast.checkpoints import NOISE_STATE, PLAN, read
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.finetune.config import FinetuneError, option
-from dpfast.noise import check_state
+from dpfast.noise.stream import check_state
 
 FOLDER = "checkpoints"
 KEEP = 2
@@ -48,7 +48,7 @@ def save(folder: Path, step: int, suffix: str, engine: PrivacyEngine, module: An
     path = folder / name_of(step, suffix)
     held = {
         RUN: {**run, "step": step},
-        PLAN: module.book.planner.state_dict(),
+        PLAN: module.clipped_sum.planner.state_dict(),
         NOISE_STATE: optimizer.noise.state_dict(),  # batches and dropout are functions of the seed and the step
     }
     try:
@@ -113,7 +113,7 @@ def load(path: Path, engine: PrivacyEngine, module: Any, optimizer: Any, device:
         raise FinetuneError(f"{path} does not fit this run ({str(error).partition(chr(10))[0]}): start anew") from error
     optimizer.noise.load_state_dict(noise)
     if PLAN in rest:
-        module.book.planner.load_state_dict(rest[PLAN])
+        module.clipped_sum.planner.load_state_dict(rest[PLAN])
 
 
 class TrainedPart:

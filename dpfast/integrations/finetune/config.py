@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dpfast.clipping_functions import clipping_function
+from dpfast.clipping.functions import clipping_function
 
 TASKS = ("causal-lm", "classification")
 SCHEDULES = ("constant", "linear", "cosine")

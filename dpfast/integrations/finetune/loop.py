@@ -15,17 +15,17 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dpfast.accounting import quietly
+from dpfast.accounting.epsilon import quietly
 from dpfast.analysis.collation import check_collation
+from dpfast.capture.refusals import LayoutError
+from dpfast.data.sampling import PoissonBatches
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.finetune import checkpoint, fit, privacy
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import IGNORED, Collate, Samples
-from dpfast.integrations.finetune.processes import Place, shared_out
+from dpfast.integrations.finetune.processes import Place, over_ranks
 from dpfast.integrations.pieces import backward_in_pieces, pieces
-from dpfast.layers.refusals import LayoutError
 from dpfast.losses import causal_lm_loss, sequence_classification_loss
-from dpfast.sampling import PoissonBatches
 
 # In a checkpoint: what the run's sums depend on that no option decides, and whether the key is no longer the seed's.
 REPLAY, RENEWED = "replay", "renewed"
@@ -73,7 +73,7 @@ class Job:
         model = self.model.to(place.device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore
-        shared = shared_out(model, config, place)
+        shared = over_ranks(model, config, place)
         trained = [p for p in model.parameters() if p.requires_grad]
         inner = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.engine = PrivacyEngine(accountant=config.accountant, secure_mode=config.secure)
@@ -94,7 +94,7 @@ class Job:
         except UnsupportedModuleError as error:
             reasons = "; ".join(line for line in str(error).splitlines() if line.strip())
             raise FinetuneError(f"--model cannot be trained privately: {reasons}") from error
-        # The book sees a sum over samples, which keeps them apart in 16 bits; the step divides by the expected size.
+        # The loss is a sum over samples, which keeps them apart in 16 bits; the step divides by the expected size.
         self.optimizer.loss_reduction = "mean"
         if config.compile:
             self.private.compile()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpfast.accounting import noise_multiplier_for
+from dpfast.accounting.epsilon import noise_multiplier_for
+from dpfast.data.sampling import twister
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
-from dpfast.noise import NoiseStream
-from dpfast.sampling import twister
+from dpfast.noise.stream import NoiseStream
 
 # What a seed is used for: independent streams of one seed.
 BATCHES, NOISE, WEIGHTS, HELD_OUT, DROPOUT = range(5)

@@ -71,7 +71,7 @@ def take_place(config: FinetuneConfig) -> Place:
     return Place(dist.get_rank(), dist.get_world_size(), device, started)
 
 
-def shared_out(model: nn.Module, config: FinetuneConfig, place: Place) -> nn.Module:
+def over_ranks(model: nn.Module, config: FinetuneConfig, place: Place) -> nn.Module:
     """The model as its ranks share it: sharded, replicated, or as it is."""
     if config.fsdp:
         return sharded(model)

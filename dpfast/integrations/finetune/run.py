@@ -9,13 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dpfast.distributed.ranks import RankLostError
 from dpfast.integrations.finetune import checkpoint, model, privacy, result
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import Collate, Rows, Samples, class_names, read_rows, tokenised
 from dpfast.integrations.finetune.loop import RENEWED, Job
 from dpfast.integrations.finetune.processes import Place, take_place
 from dpfast.integrations.replayed import fingerprint
-from dpfast.ranks import RankLostError
 
 # Of these the model that comes out depends: a resumed run must have the same.
 DECISIVE = (

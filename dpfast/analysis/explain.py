@@ -1,0 +1,119 @@
+"""The plan of a model on a batch, as a table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, by
+from dpfast.capture.trees import tensors
+from dpfast.model.forwards import Forward
+from dpfast.model.private_model import FusedHooks, FusedModule
+from dpfast.planning.planner import Plan, Planner, segments, small
+from dpfast.planning.rates import seconds
+from dpfast.separation import Verdict, observed
+
+_COLUMNS = ("layer", "T", "d", "p", "way", "predicted ms", "measured ms", "kept bytes")
+
+
+def explain(model: nn.Module, batch: Any) -> str:
+    """Print and return how every parameter's norm and clipped sum would be computed on ``batch``.
+
+    Args:
+        model: a plain or private model; it is not touched.
+        batch: the model's input as the loader gives it: a tensor, a dict of keyword arguments, or a sequence, of
+            which the first element is the input and the rest (targets) is ignored.
+
+    Returns:
+        A table: layer, T positions, d and p (the sides of its per-sample gradient), way, what its norm and clipped sum
+        were predicted to take and took here (the ordinary weight gradient, which they replace, is in these), and the
+        bytes of per-sample gradients that are kept until the factors are known. Below it: whether the model keeps the
+        samples apart, proved from its operators or tried, and which operators in which modules are not proved.
+    """
+    plain = model._module if isinstance(model, FusedModule) else model
+    planner = model.clipped_sum.planner if isinstance(model, FusedModule) else Planner()
+    planner = Planner(planner.memory_budget, planner.pins)
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    total = [0.0, 0.0, 0]
+    with torch.no_grad():
+        forms, separation = _forms(plain, batch)
+        for name, kept in forms.items():
+            for form in kept:
+                plan, took = _measured(name, form, planner)
+                total = [sum(pair) for pair in zip(total, (plan.seconds, took, plan.kept), strict=True)]
+                sizes = map(str, (plan.T, plan.d, plan.p, plan.way))
+                rows.append((name, *sizes, *_numbers(plan.seconds, took, plan.kept)))
+    rows.append(("total", "", "", "", "", *_numbers(*total)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    table += f"\n{separation}" if separation else ""
+    print(table)
+    return table
+
+
+def _numbers(predicted: float, measured: float, kept: float) -> tuple[str, str, str]:
+    return f"{1e3 * predicted:.3g}", f"{1e3 * measured:.3g}", f"{kept:.3g}"
+
+
+def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
+    """The form's plan, and seconds that its norm and clipped sum take."""
+    if isinstance(form, Factored | Convolved):
+        plan = planner.choose(name, form.shape)
+    elif isinstance(form, EmbeddingRows):
+        B, T, d = form.G.shape
+        plan = segments(B, T, d, max(4, form.G.element_size()), form.G.device)
+    else:
+        samples = form.samples
+        plan = small(form.batch, samples[:1].numel(), samples.element_size(), samples.device)
+    device = next(iter(tensors(vars(form)))).device
+    factors = torch.ones(form.batch, device=device)
+
+    def run() -> None:
+        planned = by(form, plan) if isinstance(form, Factored | Convolved) else form
+        planned.squared_norm()
+        planned.clipped_sum(factors)
+
+    return plan, seconds(run, device)
+
+
+def _forms(plain: nn.Module, batch: Any) -> tuple[dict[str, list[Form]], Verdict | None]:
+    """What a backward pass on a copy of the model hands over, by layer; and whether samples are kept apart."""
+    found: dict[str, list[Form]] = {}
+    twin = pristine_copy(plain).train()
+    hooks = FusedHooks(twin)
+
+    def observe(layer: str, form: Form) -> None:
+        found.setdefault(layer, []).append(form)
+
+    with torch.enable_grad(), torch.random.fork_rng():
+        outputs = [x for x in tensors(call(twin, batch)) if x.requires_grad]
+        if not outputs:
+            raise ValueError("explain: the model has no trainable parameter that its output depends on")
+        with observed(hooks.clipped_sum, observe):
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    return found, hooks.separation
+
+
+def pristine_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model`` with nothing of ours attached, whether or not the original has."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(forward := vars(module).get("forward"), Forward):
+            forward.remove()
+    return twin
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model`` on the input part of a loader's batch."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Sequence) and len(batch):
+        return call(model, batch[0])
+    raise ValueError(f"batch of type {type(batch).__name__}: give a tensor, a dict of inputs, or (inputs, targets)")

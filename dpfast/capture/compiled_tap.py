@@ -1,0 +1,178 @@
+"""A tapped layer under ``torch.compile``: an operator of the graph and one of the backward graph, looked into by none.
+
+The compiler traces the model once and never runs the recording of :class:`~dpfast.capture.tap.LayerOp`; these operators
+do the same when the graph runs. Each is given the batch's *token*, a tensor ``[B]`` whose gradient only the backward
+operator makes, so that no compiler drops an operator that is there for what it records.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.capture.forms import Form
+from dpfast.capture.recorder import running_backward
+from dpfast.capture.tap import Call, Tap, Use, accumulators, reaches, taps
+
+# A graph that is replayed without Python would record nothing.
+TAGS = (torch.Tag.cudagraph_unsafe,)
+with torch._C._AutoDispatchBelowAutograd():
+    _BELOW_AUTOGRAD = torch._C._dispatch_tls_local_exclude_set()
+_sites = itertools.count()  # no two backward operators of a graph are the same call: compilers merge those that are
+
+
+@torch.library.custom_op("dpfast::tapped", mutates_args=(), tags=TAGS)
+def tapped(
+    token: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    handle: str,
+    number: int,
+    shared: bool,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """A layer's output; ``x`` has the samples first, and was one row for all of them if ``shared``."""
+    tap = taps[handle]
+    use = tap.uses[number]
+    tap.recorder.start_forward()
+    tap.recorder.check_inside(tap.name)
+    params = use.owned(weight, bias)
+    tap.forward_pass = running_backward()
+    with _autograd():  # a parameter that was cast to another dtype has a new one
+        use.accumulators.update(accumulators(params))
+    call = _call(tap, use, token, x, shared)
+    with _autocast(x, autocast):
+        return call.forward(x, *tap.recorder.shift.at(params))
+
+
+@tapped.register_fake
+def _(
+    token: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    handle: str,
+    number: int,
+    shared: bool,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    tap = taps[handle]
+    use = tap.uses[number]
+    with _autocast(x, autocast):
+        return tap.layer.forward(Call(tap, use.spec), x, *(weight, bias)[: len(use.params)])
+
+
+@torch.library.custom_op("dpfast::tapped_backward", mutates_args=(), tags=TAGS)
+def tapped_backward(
+    token: Tensor,
+    G: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    handle: str,
+    number: int,
+    shared: bool,
+    autocast: torch.dtype | None,
+    site: int,
+    wants_gx: bool,
+) -> tuple[Tensor, Tensor]:
+    """The input gradient (empty unless wanted) and the token's; per-sample gradients are recorded."""
+    tap = taps[handle]
+    use = tap.uses[number]
+    owned = use.owned(weight, bias)
+    call = _call(tap, use, token, x, shared)
+    points = tap.recorder.shift.at(owned)
+    if tap.layer.saves:
+        with _autocast(x, autocast):
+            call.forward(x, *points)
+    reached = [i for i, node in use.accumulators.items() if reaches(node, tap.name)]
+    call.record(owned, reached, G, x, points, lambda form: _own(form, (G, x)))
+    gx = call.input_gradient(G, x, *points).contiguous() if wants_gx else x.new_empty(0)
+    return gx, torch.zeros_like(token)
+
+
+@tapped_backward.register_fake
+def _(
+    token: Any,
+    G: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    handle: str,
+    number: int,
+    shared: bool,
+    autocast: torch.dtype | None,
+    site: int,
+    wants_gx: bool,
+) -> Any:
+    gx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_gx else x.new_empty(0)
+    return gx, torch.empty_like(token)
+
+
+def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    token, x, weight, bias, *rest = inputs
+    ctx.rest = (*rest, next(_sites))
+    ctx.save_for_backward(token, x, weight, bias)
+
+
+def _backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
+    token, x, weight, bias = ctx.saved_tensors
+    gx, gradient = tapped_backward(token, G, x, weight, bias, *ctx.rest, ctx.needs_input_grad[1])
+    return gradient, gx if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+
+
+tapped.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.compiler.disable
+def out_of_graph(tap: Tap, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
+    """The tap as it is without a compiler."""
+    return tap(x, *params, spec=spec)
+
+
+def _call(tap: Tap, use: Use, token: Tensor, x: Tensor, shared: bool) -> Call:
+    """What :meth:`Tap.__call__` makes of the batch."""
+    batch, layout = len(token), None
+    if batch:
+        batch, layout = tap.recorder.resolve_rows(tap, 1 if shared else x.shape[0], x.dim(), batch)
+    return Call(tap, use.spec, batch, layout, forward_pass=tap.forward_pass)
+
+
+def _autograd() -> Any:
+    """Tensors as autograd sees them, which an operator runs below."""
+    excluded = torch._C._dispatch_tls_local_exclude_set() - _BELOW_AUTOGRAD
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _autocast(x: Tensor, dtype: torch.dtype | None) -> Any:
+    """The autocasting that the graph was traced under; a compiled graph runs without."""
+    return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
+
+
+def _own(form: Form, given: Sequence[Tensor]) -> Form:
+    """The form with memory of its own: the graph uses that of its tensors again when the operator is done."""
+    theirs = {x.untyped_storage()._cdata for x in given}
+    held = {item.name: getattr(form, item.name) for item in fields(form)}
+    shared = {
+        name: _copy(x) for name, x in held.items() if isinstance(x, Tensor) and x.untyped_storage()._cdata in theirs
+    }
+    return replace(form, **shared) if shared else form  # type: ignore[arg-type]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy that is made when either is written to: whatever writes asks a tensor for its address first.
+
+    On a GPU a replayed CUDA graph does not ask.
+    """
+    if x.device.type != "cpu":
+        return x.clone()
+    try:
+        return torch._lazy_clone(x)
+    except RuntimeError:  # memory that is not PyTorch's own, as that of an array
+        return x.clone()

@@ -1,0 +1,257 @@
+"""What one backward pass records, until it ends; and what is known of the forward that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.capture import running_pass
+from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.refusals import LayoutError, RowsError, called_outside, listed, used_by_the_loss
+from dpfast.capture.shift import Shift
+from dpfast.distributed.ranks import Ranks
+from dpfast.planning.planner import Planner
+
+if TYPE_CHECKING:
+    from dpfast.capture.tap import Call, Tap
+
+OUTSIDE = -1  # torch's id of "no backward pass is running in this thread"
+SHARDED_AS = "dpfast_sharded_as"  # attribute of a gathered parameter: the one of which each rank has a shard
+RowLayout = tuple[str, int, str]  # a layer, its input's number of dimensions, and what its rows are taken for
+
+
+def running_backward() -> int:
+    """Id of the backward pass that this thread is in, or -1; a compiler that traces this takes it to be in none."""
+    if torch.compiler.is_compiling():
+        return OUTSIDE
+    return torch._C._current_graph_task_id()
+
+
+class Recorder:
+    """Collects the forms that one backward pass produces and calls :meth:`close` when it ends.
+
+    What a use needs is kept in the autograd graph and recorded during backward only, so an exception, an evaluation
+    or a forward without a backward leaves nothing behind.
+    """
+
+    def __init__(self, names: Mapping[nn.Parameter, str]):
+        self.names = dict(names)
+        self.planner = Planner()
+        self.ranks = Ranks()
+        self.shift = Shift()
+        # Set by the model's forward:
+        self.batch_sizes: list[int] = []  # candidates, from its inputs; [B] once there is no doubt
+        self.model: nn.Module | None = None  # the one whose layers these are
+        self.alone = False  # it is trained one sample at a time: ordinary gradients are per-sample gradients
+        self.input_axes: dict[tuple[int, int], int | None] = {}  # of each of its inputs: where its samples lie
+        self.needs_model = False  # layers may run inside of the model's forward only
+        self.inside = False  # and this is inside
+        self.under_way: Any = None  # the ForwardPass that the model's forward is
+        self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
+        self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
+        self.follows_rows = False  # the model picks rows of samples: whose they are is noted
+        self.paused = False  # layers run their own forward, untapped
+        self.evaluating = False  # the last forward was in eval(): its gradients are not for training
+        self.evaluated = False  # and some reached a parameter since the last step
+        self.loss_is_mean = False  # over the batch: backprops carry 1/B
+        self.narrowed: tuple[str, torch.dtype] | None = None  # where the running backward has gone through 16 bits
+        # Which layouts have been seen to keep the samples apart:
+        self.verifies = False
+        self.verified: set[RowLayout] = set()
+        self.new_layouts: set[RowLayout] = set()
+        # The backward pass that is being recorded:
+        self.passing: dict[
+            Any, list[Any]
+        ] = {}  # the forwards that it is of, with nodes of its graph below their outputs
+        self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
+        self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
+        self._forms: dict[nn.Parameter, list[Form]] = {}
+        self._untrusted: list[tuple[RowLayout, Form]] = []
+        self._bypassed: dict[nn.Parameter, list[Tensor]] = {}  # ordinary gradients, which autograd has brought
+        self._pass: int | None = None
+        self._pass_batch: int | None = None
+
+    @contextmanager
+    def setting(self, **values: Any) -> Iterator[None]:
+        """Attributes of the recorder for the time within."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def close(self) -> None:
+        """What is to happen at the end of the backward pass."""
+        raise NotImplementedError
+
+    @property
+    def batch_size(self) -> int | None:
+        """The physical batch size of the last forward, where the model's inputs leave no doubt about it."""
+        return self.batch_sizes[0] if len(self.batch_sizes) == 1 else None
+
+    def take(self) -> dict[nn.Parameter, list[Form]]:
+        """The recorded forms; the recorder is empty afterwards."""
+        forms, self._forms = self._forms, {}
+        self._untrusted, self._bypassed = [], {}
+        self._pass = self._pass_batch = None
+        return forms
+
+    def suspend(self) -> tuple[Any, ...]:
+        """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
+        state = (self._forms, self._untrusted, self._bypassed, self.passing, self._pass, self._pass_batch)
+        self._forms, self._untrusted, self._bypassed, self.passing = {}, [], {}, {}
+        self._pass = self._pass_batch = None
+        return state
+
+    def resume(self, state: tuple[Any, ...]) -> None:
+        """Go on with a pass that was put aside."""
+        self._forms, self._untrusted, self._bypassed, self.passing, self._pass, self._pass_batch = state
+
+    def start_forward(self) -> None:
+        """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
+
+        A reentrant checkpoint runs its layers' backward in an inner pass. Its forward is recomputed in the outer
+        one, which is thus opened (and closed) here, once for all inner passes.
+        """
+        if running_backward() != OUTSIDE:
+            if running_pass.is_whole():
+                self.open()
+        elif self._pass is not None:
+            self.take()
+
+    def open(self, batch: int | None = None) -> None:
+        """Have :meth:`close` called when the running backward pass ends; ``batch`` is its forward's batch size."""
+        if self._pass is None:
+            self._pass = running_backward()
+            self.planner.start_pass()
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if batch is not None:
+            self._pass_batch = batch
+
+    def drop_failed(self) -> None:
+        """What a pass has left that failed half-way; the running one is within no other."""
+        if self._pass not in (None, running_backward()):
+            self.take()
+
+    def opens(self) -> bool:
+        """Whether :meth:`open` would open a pass."""
+        return self._pass is None
+
+    def _finish(self) -> None:
+        if self._pass is None:
+            return
+        for p in self._bypassed:  # autograd has put their unclipped gradient there
+            p.grad = None
+        if self.observer is not None:
+            self.take()
+            return
+        if mixed := sorted({layout[0] for layout, form in self._untrusted if bool(form.touched().any())}):
+            self.take()
+            raise LayoutError(
+                f"layer{'s' if len(mixed) > 1 else ''} {listed(mixed)} got gradients from a part of the loss that does "
+                f"not come from what the model's forward returned in the check of its samples (a hidden state or an "
+                f"auxiliary loss kept as an attribute, a branch that the check did not take), so nothing has shown "
+                f"that they keep the samples apart there. Let forward return that part as well, and make the loss of "
+                f"what it returns"
+            )
+        self._take_whole()
+        self.close()
+
+    def _take_whole(self) -> None:
+        """Ordinary gradients of the pass that ends are the per-sample gradients at a physical batch of one alone."""
+        whole, self._bypassed = self._bypassed, {}
+        batch = self._pass_batch
+        if batch is None and self.alone:  # the loss depends on no output: it is made of gradients
+            batch = self.batch_size
+        if not whole or batch == 0:
+            return
+        if batch != 1:
+            self.take()
+            raise used_by_the_loss(self.names, whole)
+        if self.shift.in_use:
+            self.take()
+            are = "parameters {} were" if len(whole) > 1 else "parameter {} was"
+            raise RuntimeError(
+                f"{are.format(listed(self.names[p] for p in whole))} used outside of its module's forward, where an "
+                f"ascent's shift does not reach. Call the module that owns it, or set requires_grad_(False), or leave "
+                f"ascent out"
+            )
+        for p, gradients in whole.items():
+            for gradient in gradients:
+                self.record(p, Instantiated(gradient.unsqueeze(0)))
+
+    def record(self, parameter: Any, form: Form, call: Call | None = None) -> None:
+        """Keep one use's form."""
+        if self.ranks.sharded:
+            parameter = getattr(parameter, SHARDED_AS, parameter)
+        if self.observer is not None:
+            self.open()
+            self.observer(call.tap.name if call else self.names[parameter], form)
+            return
+        if call and call.forward_pass == OUTSIDE:
+            self.drop_failed()
+        self.open()
+        if call and call.of is not None:
+            self.passing.setdefault(call.of, [])
+        self._forms.setdefault(parameter, []).append(form)
+        if call and call.layout and call.batch > 1 and self.verifies and call.layout not in self.verified:
+            self._untrusted.append((call.layout, form))
+
+    def record_whole(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """An ordinary gradient that reached ``parameter``: some use of it bypassed every tapped layer.
+
+        At a physical batch of one it is the per-sample gradient. At any other it cannot be clipped: refused when the
+        pass ends, all of them by name. Gradients of a model in eval() are left alone, in ``p.grad``, where the
+        optimizer's step overwrites them. ``torch.autograd.grad`` gives them to its caller and trains nothing.
+        """
+        if not running_pass.arrives(parameter):
+            return
+        if self.evaluating and self._pass is None:
+            self.evaluated = True
+            return
+        self.open()
+        kept = self._bypassed.setdefault(parameter, [])
+        if self.observer is not None:  # told at the end of the backward, all of them at once
+            self.bypassed.append(parameter)
+        elif self._pass_batch in (None, 1):
+            kept.append(gradient.detach().clone())
+
+    def link(self, whole: Mapping[str, Any], sharded: Mapping[str, Any]) -> None:
+        """Parameters that ``fully_shard`` has gathered for a module stand for those that the optimizer has."""
+        for name, p in whole.items():
+            if p is not None and p is not sharded[name] and not hasattr(p, SHARDED_AS):
+                setattr(p, SHARDED_AS, sharded[name])
+
+    def check_inside(self, name: str) -> None:
+        """Layers are called inside of the model's forward, or when a checkpoint computes it again."""
+        if self.needs_model and not self.inside and running_backward() == OUTSIDE:
+            raise called_outside(name, self.model)
+
+    def resolve_rows(self, tap: Tap, rows: int, ndim: int, batch: int | None = None) -> tuple[int, RowLayout | None]:
+        """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.
+
+        ``batch`` is the batch size where the caller knows it.
+
+        Raises:
+            LayoutError: if the rows cannot be attributed to samples.
+        """
+        if batch is None:
+            if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
+                self.batch_sizes = [rows]
+            batch = rows if self.batch_size is None else self.batch_size
+        if batch == 0:
+            return 0, None
+        if rows == batch or rows % batch == 0:
+            layout = (tap.name, ndim, "per sample" if rows == batch else "samples first")
+        elif rows == 1:
+            layout = (tap.name, ndim, "shared")
+        else:
+            raise RowsError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
+        if layout not in self.verified:
+            self.new_layouts.add(layout)
+        return batch, layout

@@ -1,0 +1,151 @@
+"""``BatchMemoryManager``: logical batches a physical batch at a time, in loops that may be left anywhere."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import opacus.utils.batch_memory_manager
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from dpfast.capture.which_samples import Samples
+from dpfast.clipping.clipped_sum import ClippedSum
+from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
+from dpfast.data.loaders import arguments_of, distinct
+from dpfast.data.sampling import PoissonBatches, split
+
+
+class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
+    """Opacus' ``BatchMemoryManager``, whose loops may be left in the middle of a logical batch.
+
+    That batch is then dropped as a whole: the next loop, or a loop over the private loader itself, begins a new one.
+    The optimizer is told of a physical batch when it is handed out, not when a worker begins to load it.
+
+    All ranks run equally many physical batches, some of them empty. A model after ``fully_shard`` needs that: its ranks
+    gather parameters together in every forward and backward.
+
+    An optimizer of another mode than "fused" gets Opacus' own loader.
+    """
+
+    def __enter__(self) -> DataLoader:
+        clipped_sum = getattr(self.optimizer, "clipped_sum", None)
+        if not isinstance(clipped_sum, ClippedSum):
+            return super().__enter__()
+        self.optimizer.abandon()
+        return PhysicalLoader(self.data_loader, self.max_physical_batch_size, clipped_sum)
+
+    def __exit__(self, *exception: Any) -> None:
+        if isinstance(getattr(self.optimizer, "clipped_sum", None), ClippedSum):
+            self.optimizer.leave_loop()
+
+
+class PhysicalLoader(DataLoader):
+    """A loader of at most ``size`` samples at a time, in the batches of another loader."""
+
+    clipped_sum: ClippedSum
+    _loop: Loop
+    _drawn: deque[Piece]
+
+    def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum):
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"max_physical_batch_size={size!r}: give a whole number of at least 1")
+        if loader.batch_sampler is None:
+            raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
+        self.clipped_sum = clipped_sum
+        parts = PhysicalBatches(loader.batch_sampler, size, loader.dataset, clipped_sum)
+        super().__init__(loader.dataset, batch_sampler=parts, **arguments_of(loader))
+
+    @property
+    def _index_sampler(self) -> Any:
+        return _Noting(self)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        loop = self._loop = Loop()
+        drawn = self._drawn = deque()
+        iterator, finished = super().__iter__(), False
+        try:
+            while True:
+                # Persistent workers have one iterator, which another loop has begun anew.
+                if loop.left or (self._iterator is iterator and self._loop is not loop):
+                    raise ValueError(
+                        "this loop over BatchMemoryManager's loader cannot go on: another one was begun in the middle "
+                        "of it"
+                    )
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    finished = True
+                    return
+                self.clipped_sum.batches.give_piece(drawn.popleft(), self.clipped_sum.waits_for_step, batch)
+                yield batch
+        finally:
+            self.clipped_sum.batches.end(loop, finished)
+
+
+class _Noting(Sampler[list[Any]]):
+    """The physical batches of one loop over ``loader``, noted in the order in which they are drawn."""
+
+    def __init__(self, loader: PhysicalLoader):
+        self.parts: Any = loader.batch_sampler
+        self.loader = weakref.ref(loader)  # as in dpfast.data.loaders: an iterator keeps this
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loader = self.loader()
+        assert loader is not None  # it is what asks
+        return self._draw(loader._loop, loader._drawn)  # those of now, not of when the first is asked for
+
+    def _draw(self, loop: Loop, drawn: deque[Piece]) -> Iterator[list[Any]]:
+        for piece, indices in self.parts.pieces(loop):
+            drawn.append(piece)
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+class PhysicalBatches(Sampler[list[Any]]):
+    """The batches of ``batches`` in parts; ``clipped_sum`` hears of each one drawn from here, without a loader."""
+
+    def __init__(self, batches: Any, size: int, dataset: Any, clipped_sum: ClippedSum):
+        self.batches, self.size, self.dataset, self.clipped_sum = batches, size, dataset, clipped_sum
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loop, finished = Loop(), False
+        try:
+            for piece, indices in self.pieces(loop):
+                self.clipped_sum.batches.give_piece(piece, self.clipped_sum.waits_for_step)
+                yield list(indices)
+            finished = True
+        finally:
+            self.clipped_sum.batches.end(loop, finished)
+
+    def pieces(self, loop: Loop) -> Iterator[tuple[Piece, list[Any]]]:
+        """Each physical batch, with its place in its logical batch, and the indices to load."""
+        for parts in self._logical_batches():
+            batch = LogicalBatch()
+            for k, part in enumerate(parts):
+                yield Piece(batch, k == 0, k == len(parts) - 1, Samples.given(self.dataset, part), loop), part
+
+    def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
+        if isinstance(self.batches, PoissonBatches):
+            first = self.batches.step
+            for step, _ in enumerate(self.batches, first):
+                yield self.batches.physical_batches(step, self.size)
+            return
+        for batch in self.batches:
+            indices = distinct(batch, self.dataset)
+            yield split(indices, max(1, -(-len(indices) // self.size)))
+
+    def __len__(self) -> int:
+        """About: of Poisson batches it is known only how large they are on average."""
+        size = getattr(self.batches, "batch_size", None)
+        if size is None and hasattr(self.batches, "sample_rate"):
+            size = self.batches.sample_rate * self.batches.num_samples / getattr(self.batches, "world_size", 1)
+        if not size or not isinstance(size, (int, float)):
+            return len(self.batches)
+        if isinstance(self.batches, BatchSampler):
+            return len(self.batches) * -(-int(size) // self.size)
+        return max(len(self.batches), round(len(self.batches) * size / self.size))

@@ -1,0 +1,426 @@
+"""What stands in for the whole model's ``forward``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType
+
+from dpfast.capture import running_pass
+from dpfast.capture.picked_rows import PickedRows
+from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
+from dpfast.capture.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsError
+from dpfast.capture.shift import Shift, inside_checkpoint
+from dpfast.capture.traced_tap import batch_token
+from dpfast.capture.trees import map_tensors, packed_sequences, tensors
+from dpfast.layers.generic import Generic
+from dpfast.model import graph_inputs
+from dpfast.model.forwards import Forward, lend, on_nobody, trains
+from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, unvarying, without_autocast
+from dpfast.separation.schedule import Schedule
+from dpfast.separation.texts import Left
+
+logger = logging.getLogger(__name__)
+MOST_KINDS = 32  # of calls that are checked: an argument that counts steps makes no more
+
+
+class ModelForward(Forward):
+    """The model's entry: learns the batch size, and makes sure that every gradient belongs to one sample.
+
+    No layer is trusted in a layout (its input's number of dimensions, and what its rows are taken for) before a check
+    has shown that it keeps the samples apart there: see :mod:`dpfast.separation`. A model that fails, or in which a
+    layer's rows cannot be the samples', is run sample by sample under vmap, if that computes the same; else it is
+    refused. It is checked again at steps 2, 4, 8 and so on, and when it is called in another way.
+
+    ``public_state`` names parameters, buffers and modules with such that forwards may change by the samples.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inner: Forward | None,
+        by_sample: Generic,
+        batch_dim: int,
+        one_by_one: bool = False,
+    ):
+        super().__init__(module)
+        self.inner = inner
+        self.by_sample = by_sample
+        self.recorder = by_sample.recorder
+        self.batch_dim = batch_dim
+        self.one_by_one = one_by_one
+        self.runs_by_sample = False
+        self._guards: dict[Any, Any] = {}
+        self._guarded: list[bool] = []  # which parameters were trained when guards were looked at
+        self._normalising: list[tuple[str, nn.Module]] | None = None  # layers that may use statistics of the batch
+        self._compiler: Any = None  # what torch.compile compiles with, if it does
+        self._kinds: set[Any] = set()  # of inputs that were checked
+        self._untested: set[int] = set()  # inputs that were the same for all samples whenever there was a check
+        self._agreed = False  # the ranks of a sharded model have made the first check
+        self._state_seen = False  # what a forward of one sample leaves in the model was looked at
+        self._schedule = Schedule()
+        self.public_state: tuple[str, ...] = ()
+        self.verdict: Verdict | None = None  # of the last check
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_guards": {},
+            "_guarded": [],
+            "_compiler": None,
+        }  # hooks stay with the parameters that they are on
+
+    def remove(self) -> None:
+        super().remove()
+        for guard in self._guards.values():
+            guard.remove()
+        self._guards, self._guarded = {}, []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            from dpfast.model import compiling
+
+            return compiling.outside_graph(self._call, args, kwargs)
+        return self._call(None, args, kwargs)
+
+    def _call(self, compiler: Any, args: Any, kwargs: Any) -> Any:
+        self._compiler = compiler
+        if "torch._dynamo" in sys.modules:  # blocks of the model may be compiled, if it is not
+            from dpfast.model import compiling  # noqa: F401
+        recorder = self.recorder
+        if recorder.paused or recorder.inside or recorder.token is not None:
+            return self._run(args, kwargs)
+        if not trains(self.module):
+            return self._run_without_gradients(args, kwargs)
+        self._guard_parameters()
+        recorder.evaluating = not self.module.training and recorder.needs_model
+        if recorder.evaluating:
+            with recorder.setting(paused=True):
+                return self._run(args, kwargs)
+        self._refuse_transforms()
+        recorder.shift.start_forward()
+        if recorder.verifies:
+            self._refuse_batch_statistics()
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
+        one = self.one_by_one and 1 in sizes
+        if one:
+            recorder.batch_sizes = [1]
+        recorder.start_forward()
+        if len(sizes) > 1 and not one:
+            graph_inputs.refuse_one(self.module, args, kwargs, self.one_by_one)
+        with (
+            graph_inputs.told_of(self.module, args, kwargs),
+            batch_token(recorder.batch_size),
+            recorder.setting(inside=True),
+        ):
+            out = self._run_checked(args, kwargs)
+        if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
+            raise ValueError(
+                f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"
+            )
+        batch = recorder.batch_size
+        for x in tensors(out):
+            if x.requires_grad:  # the outermost backward comes by here before any checkpoint's inner one
+                x.register_hook(partial(_opens, recorder, batch, running_backward() == OUTSIDE))
+        return out
+
+    def install(self) -> None:
+        super().install()
+        self._guard_parameters()
+        if self.recorder.ranks.sharded:  # before its parameters are gathered
+            self._guards[self.module] = self.module.register_forward_pre_hook(
+                self._check_together, prepend=True, with_kwargs=True
+            )
+
+    def _check_together(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The first check of a sharded model: every rank runs it, on the batch of the rank that has most samples.
+
+        Its forwards and backwards gather parameters, which takes all ranks. A layout that comes up later stays
+        untrusted: gradients through it are refused.
+        """
+        recorder = self.recorder
+        if self._agreed or recorder.paused or recorder.observer or not (module.training and trains(module)):
+            return
+        given = tensors((args, kwargs))
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        rows = [row[0] for row in recorder.ranks.gathered([max(sizes, default=0)])]
+        if max(rows) < 2:
+            return
+        device = given[0].device if given else torch.device("cpu")
+        held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
+        held = recorder.ranks.from_rank(rows.index(max(rows)), held)
+        args, kwargs = map_tensors(lambda x: x.to(device), held)
+        sizes = input_sizes(args, kwargs, self.batch_dim)
+        recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
+        recorder.new_layouts = set()
+        if why := self._why_mixed(args, kwargs, lambda args, kwargs: module(*args, **kwargs)):
+            raise LayoutError(f"{why}, and a sharded model cannot be run sample by sample: use DistributedDataParallel")
+        self._agreed = True
+
+    def _run_checked(self, args: Any, kwargs: Any) -> Any:
+        if self.recorder.ranks.sharded:
+            return self._run(args, kwargs)
+        if self.recorder.batch_size == 0:
+            return on_nobody(self._run, args, kwargs, self.batch_dim, self.module)
+        while True:
+            try:
+                return self._try_to_run(args, kwargs)
+            except BypassError as error:
+                if not lend(self.module, self.inner, self.by_sample, error.parameters):
+                    if self.runs_by_sample:
+                        raise
+                    self._switch_to_samples(str(error), args, kwargs)
+
+    def _try_to_run(self, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        recorder.new_layouts = set()
+        self._forget_what_no_longer_holds(args, kwargs)
+        if recorder.batch_size == 1 and recorder.verifies and not self._state_seen and not running_pass.transforms():
+            self._state_seen = True
+            with self._uncompiled():
+                if left := self._check(args, kwargs).state():
+                    raise LayoutError(left)
+        picks, due = False, self._is_checked and running_backward() == OUTSIDE and self._schedule.due()
+        try:
+            why = ""
+            if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory
+                why = self._why_mixed(args, kwargs)
+            elif due:
+                why = self._why_mixed_now(args, kwargs)
+            if not why:
+                out = self._run(args, kwargs)
+                why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
+            picks = why != "" and self.verdict is not None and self.verdict.picks
+        except LayoutError as error:
+            why, picks = str(error), isinstance(error, RowsError)
+        except BypassError:
+            raise
+        except RuntimeError as error:
+            if self._compiler is not None or not any(rows == "shared" for _, _, rows in recorder.new_layouts):
+                raise
+            # Copies of what all samples share have a batch dimension, which the model's code may not expect.
+            why = f"inputs shared by all samples do not fit ({error})"
+        if picks and self._follow_rows():
+            return self._try_to_run(args, kwargs)
+        if why:
+            self._switch_to_samples(why, args, kwargs)
+            return self._run(args, kwargs)
+        return out
+
+    def _follow_rows(self) -> bool:
+        """Note from now on whose the rows are that the model picks; False if that is done, or cannot be."""
+        recorder = self.recorder
+        if recorder.follows_rows or not self._is_checked:
+            return False
+        recorder.follows_rows, recorder.verified = True, set()
+        return True
+
+    def _forget_what_no_longer_holds(self, args: Any, kwargs: Any) -> None:
+        """A check has shown nothing of inputs that were the same for all samples (masks without padding), or absent."""
+        recorder = self.recorder
+        if not recorder.verified or not self._is_checked:
+            return
+        tested = not self._untested or self._untested <= self._unvarying(args, kwargs, self._untested)
+        if not tested or (len(self._kinds) < MOST_KINDS and self._kind(args, kwargs) not in self._kinds):
+            recorder.verified, self._untested = set(), set()
+
+    @property
+    def _is_checked(self) -> bool:
+        """Whether this batch can show anything, and needs to."""
+        return self.recorder.verifies and not self.runs_by_sample and self.recorder.batch_size not in (None, 0, 1)
+
+    def _kind(self, args: Any, kwargs: Any) -> Any:
+        return kind(args, kwargs, self.recorder.batch_size, self.batch_dim)
+
+    def _is_public(self, name: str) -> bool:
+        return any(name == prefix or name.startswith(f"{prefix}.") for prefix in self.public_state)
+
+    def _unvarying(self, args: Any, kwargs: Any, among: set[int] | None = None) -> set[int]:
+        return unvarying((args, kwargs), self.recorder.batch_size or 0, self.batch_dim, among)
+
+    def _why_mixed(self, args: Any, kwargs: Any, run: Any = None) -> str:
+        """Why samples are not kept apart, or an empty string."""
+        recorder = self.recorder
+        if not recorder.verifies or self.runs_by_sample or recorder.batch_size in (0, 1):
+            return ""
+        if recorder.batch_size is None and len(recorder.batch_sizes) == 0:
+            raise LayoutError(
+                f"the batch size cannot be told from the inputs of {type(self.module).__name__}: pass tensors with the "
+                f"batch first"
+            )
+        with self._uncompiled():
+            self.verdict = self._check(args, kwargs, run).whole()
+        if not self.verdict.mixed:
+            self._kinds.add(self._kind(args, kwargs))
+            self._untested |= self._unvarying(args, kwargs)
+        return self.verdict.mixed
+
+    def _why_mixed_now(self, args: Any, kwargs: Any) -> str:
+        """The same of a model that was found clean, on this batch."""
+        began = perf_counter()
+        with self._uncompiled():
+            verdict = self._check(args, kwargs).again()
+        self._schedule.checked(perf_counter() - began)
+        if verdict.mixed:
+            self.verdict = verdict
+        return verdict.mixed
+
+    def _check(self, args: Any, kwargs: Any, run: Any = None) -> Check:
+        seed = self._schedule.steps
+        return Check(run or self._run, args, kwargs, self.recorder, self.batch_dim, self.module, seed, self._is_public)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:
+            with self._uncompiled():
+                return self.by_sample(self.plain, *args, **kwargs)
+        if self._compiler is None or self.runs_by_sample or self.recorder.follows_rows:
+            batch = self.recorder.batch_size
+            with PickedRows(batch, self.module) if self.recorder.follows_rows and batch else nullcontext():
+                return (self.inner or self.plain)(*args, **kwargs)
+        from dpfast.model import compiling
+
+        own = self.inner or compiling.of_one_model(self.module, self.previous, self.plain)
+        return compiling.within(self._compiler, own, *args, **kwargs)
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Within, nothing is compiled: what runs a few times is not worth it."""
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        from dpfast.model import compiling
+
+        compiler, self._compiler = self._compiler, None
+        try:
+            with compiling.uncompiled():
+                yield
+        finally:
+            self._compiler = compiler
+
+    def _run_without_gradients(self, args: Any, kwargs: Any) -> Any:
+        """An evaluation, unless a reentrant checkpoint around the model is to run this again in the backward."""
+        recorder = self.recorder
+        if not recorder.shift:
+            return self._run(args, kwargs)
+        training = self.module.training and inside_checkpoint()
+        if training:
+            recorder.shift.start_forward()
+        with recorder.setting(inside=training, paused=not training):
+            return self._run(args, kwargs)
+
+    def _guard_parameters(self) -> None:
+        """Autograd must never reach a parameter past its tap: see :meth:`Recorder.record_whole`."""
+        trained = [p.requires_grad for p in self.recorder.names]
+        if trained == self._guarded:
+            return
+        self._guarded = trained
+        for p in self.recorder.names:
+            if p.requires_grad and p not in self._guards:
+                self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))
+
+    def _same_by_sample(self, inputs: Any) -> bool:
+        """Whether the model computes the same for each sample by itself."""
+        self.runs_by_sample = False
+        with self.recorder.setting(paused=True), kept(self.module):
+            expected = tensors(self._run(*inputs))
+        self.runs_by_sample = True
+        return same(expected, tensors(self._run(*inputs)))
+
+    def _refuse_transforms(self) -> None:
+        """Inside of ``torch.func`` taps cannot record; and vmap hides how many samples a batch of one stands for."""
+        around = running_pass.transforms()
+        if around and (not self.recorder.alone or TransformType.Vmap in around):
+            raise LayoutError(
+                f"{type(self.module).__name__} was called inside of torch.func.{around[-1].name.lower()}, where its "
+                f"samples cannot be followed: for gradients of its inputs use torch.autograd.grad(..., "
+                f"create_graph=True) on the batch, which is exact"
+            )
+
+    def _refuse_batch_statistics(self) -> None:
+        if self._normalising is None:
+            kinds = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.instancenorm._InstanceNorm
+            self._normalising = [(n, m) for n, m in self.module.named_modules() if isinstance(m, kinds)]
+        for name, module in self._normalising:
+            if normalises_over_batch(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) normalises every sample by the others in its batch: call eval() "
+                    f"on it, or replace it with opacus.validators.ModuleValidator.fix(model)"
+                )
+
+    def _switch_to_samples(self, why: str, args: Any, kwargs: Any) -> None:
+        """Run by sample from now on, provided that this computes the same function."""
+        recorder = self.recorder
+        if not recorder.verifies or isinstance(why, Left):  # what is left behind is left by one sample, too
+            raise LayoutError(why)
+        hint = (
+            f"{why}, so it cannot be told which gradient is whose. Inputs that all samples share (position ids, "
+            f"masks) may have shape [1, ...]; layers must see the batch along one dimension"
+        )
+        if recorder.batch_size is None:
+            raise LayoutError(f"{hint}. {ONE_BY_ONE}")
+        try:
+            full_precision = without_autocast(self.module, args, kwargs)
+            with aside(self.module), recorder.setting(shift=Shift()), full_precision as full:
+                self.runs_by_sample = self._same_by_sample(full) and self._same_by_sample(noisy(full))
+        except Exception as error:
+            self.runs_by_sample = False
+            raise LayoutError(
+                f"{hint}. Running the model sample by sample failed too ({error}). {ONE_BY_ONE}"
+            ) from error
+        if not self.runs_by_sample:
+            raise LayoutError(
+                f"{hint}. Run sample by sample, the model computes something else: its forward mixes samples (a mean "
+                f"over the batch), depends on the batch size, or draws random numbers. {ONE_BY_ONE}"
+            )
+        try:
+            with self._uncompiled():
+                self.verdict = self._check(args, kwargs).by_sample()
+        except BypassError as error:
+            self.runs_by_sample = False
+            if not lend(self.module, self.inner, self.by_sample, error.parameters):
+                raise
+            return self._switch_to_samples(why, args, kwargs)
+        logger.warning("%s is run sample by sample from now on: %s", type(self.module).__name__, why)
+
+
+def normalises_over_batch(module: nn.Module) -> bool:
+    """Whether ``module``, as it stands, uses statistics of the batch."""
+    batch_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    instance_norm = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+    return batch_norm and not instance_norm and (module.training or module.running_mean is None)
+
+
+def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
+    """The sizes along the batch dimension of the inputs with most dimensions: which of them is the batch's?"""
+    if packed := packed_sequences((args, kwargs)):
+        return [int(packed[0].batch_sizes[0])]
+    given = [x for x in tensors((args, kwargs)) if x.dim()]
+    most = max((x.dim() for x in given), default=0)
+    sizes = [x.shape[batch_dim if x.dim() > max(batch_dim, 1) else 0] for x in given if x.dim() == most]
+    return list(dict.fromkeys(sizes))
+
+
+def _opens(recorder: Recorder, batch: int | None, before: bool, gradient: Tensor) -> None:
+    """``before``: the forward ran before all passes, so that the pass is one of its own, not within another."""
+    if before:
+        recorder.drop_failed()
+    if recorder.opens():  # checkpoints may run compiled layers again
+        during = ExitStack()
+        during.enter_context(batch_token(batch))
+        torch.autograd.Variable._execution_engine.queue_callback(during.close)
+    if running_pass.trains(recorder.names):  # torch.autograd.grad(output, x) is no backward
+        recorder.open(batch)
+
+
+def _past_the_tap(recorder: Recorder, p: nn.Parameter, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        recorder.record_whole(p, gradient)

@@ -1,0 +1,1 @@
+"""The noise: a pure function of key, step, parameter and element."""

@@ -1,0 +1,216 @@
+"""Whether and how the wrapped optimizer's own update is made in the pass that adds the noise."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from dpfast import ops
+from dpfast.distributed.ranks import first_element, like, local
+
+LOW_PRECISION = ("nearest", "stochastic", "master")
+MASTER = "master_param"  # in the optimizer's state, beside torch's own
+
+
+def why_not_fused(optimizer: Optimizer) -> str | None:
+    """Why torch's own step must run after the noise; None if noise and update can be one pass."""
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        return f"{type(optimizer).__name__} has no fused update"
+    if _step_replaced(optimizer):
+        return "its step method was replaced"
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return "it has step hooks"
+    op = "noisy_sgd_" if type(optimizer) is SGD else "noisy_adam_"
+    for group in optimizer.param_groups:
+        if group.get("capturable") or group.get("differentiable"):
+            return "capturable and differentiable keep torch's own step"
+        numbers = [group["lr"], group["weight_decay"], *group.get("betas", ())]
+        if any(isinstance(number, Tensor) for number in numbers):
+            return "a hyperparameter is a tensor"
+    key = _key(optimizer)
+    known = _found.get(optimizer)
+    if known is None or known[0] != key:
+        known = _found[optimizer] = key, _why_not_these(optimizer, op)
+    return known[1]
+
+
+# Of each optimizer: what its parameters and state were when they were looked at, and what was found.
+_found: WeakKeyDictionary[Optimizer, tuple[Any, str | None]] = WeakKeyDictionary()
+
+
+def _key(optimizer: Optimizer) -> Any:
+    """Another one when a parameter, its memory or the state is another one."""
+    params = [
+        (id(p), p.requires_grad, p.dtype, p.data_ptr()) for group in optimizer.param_groups for p in group["params"]
+    ]
+    fused = [bool(group.get("fused")) for group in optimizer.param_groups]
+    return params, fused, id(optimizer.state), len(optimizer.state)
+
+
+def _why_not_these(optimizer: Optimizer, op: str) -> str | None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            if p.dtype not in ops.PARAMETER_DTYPES or not local(p).is_contiguous():
+                return f"a parameter is {p.dtype if local(p).is_contiguous() else 'not contiguous'}"
+            if not ops.is_native(op, p.device):
+                return f"no compiled library for {p.device.type}"
+            if p.device.type != "cpu" and group.get("fused"):
+                return "fused=True keeps its step counter on the device"
+            moments = (value for name, value in optimizer.state.get(p, {}).items() if name not in ("step", MASTER))
+            if any(isinstance(m, Tensor) and (m.dtype != p.dtype or not local(m).is_contiguous()) for m in moments):
+                return "optimizer state of another dtype or layout"
+    if _share_memory([local(p) for group in optimizer.param_groups for p in group["params"]]):
+        return "parameters share memory"
+    return None
+
+
+def _step_replaced(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has a step method of its own, be it beneath what a scheduler has wrapped around it."""
+    step: Any = optimizer.step
+    # By where the wrapper is defined: its attributes go over to whatever is wrapped around it.
+    while getattr(step, "__globals__", None) is vars(lr_scheduler):
+        step = step.__wrapped__
+    return getattr(step, "__func__", step) is not type(optimizer).step
+
+
+def _share_memory(params: Sequence[Tensor]) -> bool:
+    spans: dict[torch.device, list[tuple[int, int]]] = defaultdict(list)
+    for p in params:
+        start, length = p.data_ptr(), p.nbytes
+        if length:
+            spans[p.device].append((start, start + length))
+    return any(b[0] < a[1] for its in spans.values() for a, b in pairwise(sorted(its)))
+
+
+def noisy_step(
+    optimizer: Optimizer,
+    summed: Mapping[Any, Tensor],
+    index: Mapping[Any, int],
+    noise: ops.Noise,
+    low_precision: str = "nearest",
+    rounding_key: tuple[int, int] = (0, 0),
+) -> None:
+    """Noise, scale and update in one pass; ``p.grad`` then holds the noisy gradient. Needs :func:`why_not_fused` None.
+
+    Args:
+        summed: float32 clipped sums of the parameters to update.
+        index: each parameter's index in the noise stream.
+        low_precision: how 16-bit parameters take an update: ``"nearest"``, ``"stochastic"`` rounding, or through a
+            float32 ``"master"`` copy, which is kept in the optimizer's state.
+    """
+    key = _key(optimizer)
+    checked, _checked[optimizer] = _checked.get(optimizer) == key, key
+    for group in optimizer.param_groups:
+        by_dtype: dict[torch.dtype, list[Any]] = defaultdict(list)
+        for p in group["params"]:
+            if p in summed:
+                by_dtype[p.dtype].append(p)
+        for dtype, same in by_dtype.items():
+            for rule, params in _by_rule(optimizer, group, same):
+                narrow = dtype != torch.float32
+                parts = [local(p.detach()) for p in params]
+                sums = [summed[p] for p in params]
+                grads = [torch.empty_like(part) for part in parts] if narrow else _shaped(sums, parts)
+                masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
+                all_states = _states(optimizer, group, params)
+                ops.noisy_step_(
+                    rule,
+                    parts,
+                    sums,
+                    grads,
+                    all_states,
+                    masters,
+                    [index[p] for p in params],
+                    noise,
+                    "stochastic" if narrow and low_precision == "stochastic" else "nearest",
+                    rounding_key,
+                    [first_element(p) for p in params],
+                    checked=checked,
+                )
+                changed = [*params, *masters, *(state for states in all_states for state in states)]
+                torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = like(grad, p)
+    if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+_checked: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()  # what the last step's tensors were
+
+
+def _shaped(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    return [x if x.shape == part.shape else x.view(part.shape) for x, part in zip(sums, parts, strict=True)]
+
+
+def _by_rule(
+    optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]
+) -> Iterator[tuple[ops.SGD | ops.Adam, Sequence[Any]]]:
+    """The group's hyperparameters, with those of ``params`` that have the same history; states are torch's own."""
+    if isinstance(optimizer, SGD):
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        numbers = {name: group[name] for name in names}
+        new = []
+        if group["momentum"] != 0:  # without it torch's SGD makes no state
+            new = [p for p in params if optimizer.state[p].get("momentum_buffer") is None]
+            for p in new:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if new:
+            yield ops.SGD(**numbers, first=True), new
+        seen = {id(p) for p in new}
+        if rest := [p for p in params if id(p) not in seen]:
+            yield ops.SGD(**numbers), rest
+        return
+    for p in params:
+        state = optimizer.state[p]
+        if len(state) == 0 or set(state) == {MASTER}:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p)
+    steps = [optimizer.state[p]["step"] for p in params]
+    torch._foreach_add_(steps, 1)
+    by_time: dict[float, list[Any]] = defaultdict(list)
+    for p, t in zip(params, torch.stack(steps).tolist(), strict=True):
+        by_time[t].append(p)
+    beta1, beta2 = group["betas"]
+    for t, same in by_time.items():
+        yield (
+            ops.Adam(
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+                t=t,
+                decoupled=group["decoupled_weight_decay"],
+                maximize=group["maximize"],
+            ),
+            same,
+        )
+
+
+def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]) -> list[list[Tensor]]:
+    """A list for each state that the op takes, empty where the group does without it."""
+    if isinstance(optimizer, SGD):
+        used = {"momentum_buffer": group["momentum"] != 0}
+    else:
+        used = {"exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": group["amsgrad"]}
+    return [[local(optimizer.state[p][name]) for p in params] if here else [] for name, here in used.items()]
+
+
+def _master(optimizer: Optimizer, p: Any) -> Tensor:
+    state = optimizer.state[p]
+    if MASTER not in state or state[MASTER].dtype != torch.float32:  # torch's load_state_dict rounds it
+        state[MASTER] = p.detach().float()
+    return local(state[MASTER])

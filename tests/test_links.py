@@ -1,0 +1,25 @@
+"""Pages name files that are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
+NAMED = re.compile(r"(?<![\w/.-])((?:dpfast|tests|bench|docs|kernels|csrc)/[\w/.-]*\w)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths(page):
+    text = page.read_text()
+    targets = [page.parent / link for link in LINK.findall(text) if "://" not in link]
+    targets += [ROOT / name for name in NAMED.findall(text) if not name.endswith(".so")]
+    assert not [str(target) for target in targets if not target.exists()]
+
+
+def test_there_are_links():
+    """Guards the guard."""
+    assert {page.name for page in PAGES} >= {"README.md", "CONTRIBUTING.md", "one_step.md"}
+    assert LINK.findall((ROOT / "docs/one_step.md").read_text())
