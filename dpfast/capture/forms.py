@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -64,7 +65,7 @@ class Factored:
     def batch(self) -> int:
         return self.A.shape[0]
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         B, groups, T, d = self.A.shape
         return Shape(B, groups, T, d, self.G.shape[-1], self.A.dtype, self.A.device, self.A.nbytes + self.G.nbytes)
@@ -139,7 +140,7 @@ class Convolved:
     batch: int
     plan: Plan | None = None
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         groups, positions, d, p = ops.convolution_sizes(self.x, self.G, self.weight, self.geometry)
         T = positions * (len(self.x) // self.batch)
@@ -173,8 +174,8 @@ Form = Instantiated | Factored | EmbeddingRows | Convolved
 
 def by(form: Factored | Convolved, plan: Plan) -> Form:
     """The form as the plan says: kept, or written out now so that its sides can go."""
-    planned = replace(form, plan=plan)
-    return planned.instantiate() if plan.way == "instantiate" else planned
+    form.plan = plan
+    return form.instantiate() if plan.way == "instantiate" else form
 
 
 def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:

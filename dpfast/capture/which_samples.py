@@ -138,7 +138,7 @@ class ForwardPass:
         self.whole = 0  # rows that the group has
         self.repeats = False  # some sample is in it more than once
         self.astray = False  # it is over another batch than the physical one that waits
-        self._inputs: list[Tensor] = []  # until the backward, up to which the graph keeps most of them too
+        self._inputs: list[Tensor] = []  # until another backward or a step
         self._keys: list[tuple[bytes, ...]] | None = None  # of its rows, where no loader has said which they are
 
     def saw(self, args: Any, kwargs: Any, batch: int | None, batch_dim: int) -> None:
@@ -159,7 +159,7 @@ class ForwardPass:
                 self._inputs.append(x)
 
     def let_go(self) -> None:
-        """Its backward has come: its inputs may go, and are known again by where they lay, and by some values."""
+        """Another backward has come: its inputs may go, and are known again by where they lay, and by some values."""
         if self._inputs and not self.group and self._keys is None:
             self._keys = self._row_keys()
         self._inputs.clear()

@@ -141,7 +141,7 @@ class ClippedSum(Recorder):
         parameters = self.tracked if self.tracked is not None else self.names
         if self.batches.used and all(getattr(p, "summed_grad", None) is None for p in parameters):
             self.batches.drop()  # the sums were cleared by hand
-        self.batches.use(self.passing, reached=bool(taken))
+        self.batches.use(self.passing, bool(taken), drawn=not self.accumulation_allowed)
         try:
             self._sum_up(uses, batch)
         except BaseException:

@@ -69,6 +69,7 @@ class Batches:
     used: list[ForwardPass] = field(default_factory=list)  # whose backward passes have ended since the last step
     passes: int = 0  # how many these were
     forwards: int = 0  # training forwards since the last of them
+    earlier: deque[Samples] = field(default_factory=lambda: deque(maxlen=RECENT))  # of steps before
     unseen: bool = False  # and one was of a forward that nobody knows
     forwarded: bool = False  # a training forward ran since the last physical batch was given
     cleared: bool = False  # gradients were cleared since then
@@ -86,6 +87,7 @@ class Batches:
 
     def start_step(self) -> None:
         """What was given was used."""
+        self.earlier.extend(samples for forward in self.used for samples in forward.group)
         self.drop()
         self.of, self.given, self.fresh, self.empty, self.forwards = None, [], [], False, 0
         self.newest.clear()
@@ -281,15 +283,16 @@ class Batches:
         self.forwarded, self.empty = True, forward.batch == 0
         self.unclear |= self.aside
 
-    def use(self, passing: Iterable[ForwardPass], reached: bool) -> None:
+    def use(self, passing: Iterable[ForwardPass], reached: bool, drawn: bool = False) -> None:
         """A backward pass of the step ends, of the forwards ``passing``; ``reached``: it reached parameters.
+
+        ``drawn``: batches are Poisson samples, and each step is accounted for as of a new one.
 
         Raises:
             ValueError: some sample was in another of them, and would count twice at the noise of once; or samples of
                 several forwards would be clipped as if they were one.
         """
-        every = list(passing)
-        passing = [forward for forward in every if forward.batch != 0]
+        passing = [forward for forward in passing if forward.batch != 0]
         unseen = reached and not passing
         several = unseen and self.forwards > 1
         for forward in passing[1:]:
@@ -322,9 +325,15 @@ class Batches:
                 "optimizer.step() or optimizer.zero_grad() in between. Parts of a batch are told apart by where they "
                 "lie in the tensors that the loader gave, or by their values; BatchMemoryManager makes such parts"
             )
-        for forward in every:
+        for forward in self.used:  # a step with one backward asks no input for its values
             forward.let_go()
         self.used += passing
+        if drawn and any(samples in self.earlier for forward in passing for samples in forward.group):
+            self.warn(
+                "again",
+                "a step over a Poisson batch that an earlier step has used: the accountant counts it as one that was "
+                "drawn anew, and its ε is too small. Take the next batch from the loader for each step",
+            )
         self.passes, self.forwards, self.unseen = number, 0, self.unseen or unseen
         self._look_for_rows(max((forward.batch or 0 for forward in passing), default=0))
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import warnings
 import weakref
 
 import pytest
@@ -529,6 +530,27 @@ def test_loops_in_which_each_sample_counts_once(loop):
     data = DataLoader(TensorDataset(*batch(12 if many else 2 * B)), batch_size=1 if many else B, shuffle=True)
     _, _, wrapped, _, loader = private(loader=data)
     loop(wrapped, loader)
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_a_batch_in_several_steps(poisson):
+    """Each step is accounted for as of a batch of its own: under Poisson sampling another one is warned of, once."""
+    _, _, wrapped, optimizer, loader = private(poisson_sampling=poisson, sample_rate=0.9, expected_batch_size=B)
+
+    def step(x, y):
+        sse(wrapped(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in loader:
+            step(x, y)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step(x, y)
+        assert [("drawn anew" in str(each.message)) for each in seen] == [True] * (poisson and not _)
 
 
 def test_nothing_of_a_batch_is_kept():
