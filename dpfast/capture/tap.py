@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 taps: WeakValueDictionary[str, Tap] = WeakValueDictionary()  # by what a compiler takes for a constant
 _handles = itertools.count()
-OF_THIS_PROCESS = ("uses", "_ways", "forward_pass", "handle")  # attributes of a tap that no copy has
-MOST_WAYS = 8  # that a tap knows at once: an attention layer has some for each of its projections
+OF_THIS_PROCESS = ("uses", "forward_pass", "handle")  # attributes of a tap that no copy has
 
 
 class Use(NamedTuple):
@@ -38,12 +37,7 @@ class Use(NamedTuple):
     spec: Any
     params: tuple[Any, ...]
     trained: tuple[bool, ...]
-    kinds: tuple[Any, ...]  # dtype and device of each
     accumulators: dict[int, Any]  # where gradients of the trained ones arrive
-
-    @classmethod
-    def of(cls, spec: Any, params: Sequence[Any]) -> Use:
-        return cls(spec, tuple(params), _trained(params), _kinds(params), accumulators(params))
 
     def owned(self, *given: Tensor | None) -> tuple[Any, ...]:
         """The module's parameters, for those that a compiled graph was given: they are known by identity."""
@@ -67,7 +61,6 @@ class Tap:
 
     def __post_init__(self) -> None:
         self.uses: list[Use] = []
-        self._ways: list[Use] = []
         self.forward_pass = OUTSIDE  # in which the last forward of a compiled graph ran
         self.handle = str(next(_handles))
         taps[self.handle] = self
@@ -98,29 +91,16 @@ class Tap:
             return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
         if recorder.follows_rows and (owners := owners_of(x)) is not None:
             return self._on_picked_rows(x, owners, *params, spec=spec)
-        use = self._use_of(spec, params)
+        if self._use(spec, params) is None:
+            self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
         dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
         if dim:
             x = x.movedim(dim, 0)
         batch, layout = recorder.resolve_rows(self, x.shape[0], x.dim())
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
             x = x.expand(batch, *x.shape[1:])
-        y = applied(Call(self, spec, batch, layout, use=use), None, x, *params)
+        y = applied(Call(self, spec, batch, layout), None, x, *params)
         return y.movedim(0, dim) if dim else y
-
-    def _use_of(self, spec: Any, params: tuple[Any, ...]) -> Use:
-        """This use: where gradients arrive is asked once, as long as the parameters are the same."""
-        trained, kinds = _trained(params), _kinds(params)
-        for use in self._ways:
-            same = use.spec == spec and use.trained == trained and use.kinds == kinds
-            if same and all([p is q for p, q in zip(use.params, params, strict=True)]):
-                return use
-        use = Use.of(spec, params)
-        if not self.recorder.ranks.sharded:  # there parameters are gathered anew for every forward
-            self._ways = [*self._ways[1 - MOST_WAYS :], use]
-        if self._use(spec, params) is None:
-            self.uses.append(use)
-        return use
 
     def _use(self, spec: Any, params: Sequence[Any]) -> int | None:
         """The number of such a use, if there was one."""
@@ -165,7 +145,6 @@ class Call:
     saved: tuple[Tensor, ...] = ()
     forward_pass: int = field(default_factory=running_backward)
     of: Any = None  # the model's forward that it is a part of; None where a checkpoint computes it again
-    use: Use | None = None
 
     def __post_init__(self) -> None:
         if self.of is None and self.tap is not None:
@@ -221,10 +200,6 @@ def _trained(params: Sequence[Any]) -> tuple[bool, ...]:
     return tuple([p is not None and p.requires_grad for p in params])
 
 
-def _kinds(params: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([None if p is None else (p.dtype, p.device) for p in params])
-
-
 def accumulators(params: Sequence[Any]) -> dict[int, Any]:
     """The nodes of the graph at which gradients of the trained ones arrive, by their place in ``params``."""
     return {index: torch.autograd.graph.get_gradient_edge(p).node for index, p in enumerate(params) if _trained([p])[0]}
@@ -248,13 +223,14 @@ class _Op(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, token: Tensor | None, x: Tensor, *params: Any) -> Tensor:  # type: ignore[override]
         points = call.tap.recorder.shift.at(params)
-        _keep(ctx, call, x, points, params)
+        _keep(ctx, call, x, points, params, None)
         return call.forward(x, *points)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         call, (x, *params) = ctx.call, ctx.saved_tensors
-        needed = [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)]
+        edges = _edges(ctx) if ctx.accumulators is None else ctx.accumulators
+        needed = [i for i, node in edges.items() if reaches(node, call.tap.name)]
         none = (None,) * len(params)
         if not torch.is_grad_enabled():
             call.record(ctx.params, needed, G, x, params)
@@ -276,7 +252,7 @@ class LayerOp(_Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         call, _, x, *params = inputs
-        _keep(ctx, call, x, call.tap.recorder.shift.at(params), params)
+        _keep(ctx, call, x, call.tap.recorder.shift.at(params), params, accumulators(params))
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], call: Call, token: Any, x: Tensor, *params: Any) -> Any:
@@ -290,12 +266,17 @@ class LayerOp(_Op):
         return (y.unflatten(0, x.shape[:2]) if merge else y), 0
 
 
-def _keep(ctx: Any, call: Call, x: Tensor, points: Sequence[Any], params: Sequence[Any]) -> None:
-    """For the backward."""
-    ctx.call = call
+def _keep(ctx: Any, call: Call, x: Tensor, points: Sequence[Any], params: Sequence[Any], found: Any) -> None:
+    """For the backward. ``found``: where gradients of the parameters arrive, if the function's own edges do not say."""
+    ctx.call, ctx.accumulators = call, found
     ctx.save_for_backward(x, *points)
     ctx.params = params  # a checkpoint gives back copies of what is saved; parameters are known by identity
-    ctx.accumulators = accumulators(params) if call.use is None else call.use.accumulators
+
+
+def _edges(ctx: Any) -> dict[int, Any]:
+    """Where gradients of those parameters arrive that are trained: the edges after that of ``x``."""
+    given = [i for i, p in enumerate(ctx.params) if p is not None]
+    return {i: node for i, (node, _) in zip(given, ctx.next_functions[1:], strict=True) if node is not None}
 
 
 def applied(*args: Any) -> Any:

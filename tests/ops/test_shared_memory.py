@@ -24,7 +24,8 @@ READ = {
     "one position": (lambda: [draw(F32, B, 1, 1, D), draw(F32, B, 1, 1, P)], ops.one_position_squared_norm),
     "ghost": (linear, ops.ghost_squared_norm),
     "instantiate": (linear, ops.grad_samples),
-    "clipped sum": (lambda: [*linear(), torch.rand(B)], ops.clipped_weight_gradient),
+    # Factors are a step's own: nobody shares their memory.
+    "clipped sum": (linear, lambda A, G: ops.clipped_weight_gradient(A, G, torch.rand(B))),
     "positions": (lambda: [draw(F32, B, T, D)], ops.sum_positions),
     "normalised": (
         lambda: [draw(F32, B, T, D), draw(F32, B, T, D), draw(F32, B, T), torch.rand(B, T)],
