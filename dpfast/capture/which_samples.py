@@ -220,7 +220,7 @@ class ForwardPass:
         """Whether it has the rows of the group's last batch in another order."""
         possible, _ = self._alike(self.group[-1])
         taken = sorted(k for places in possible for k in places)
-        return len(possible) == len(self.group[-1]) and taken == [*range(len(taken))] and len(taken) == len(possible)
+        return len(possible) == len(self.group[-1]) and taken == [*range(len(possible))]
 
     def _part_of_a_view(self) -> None:
         """A part of a tensor that has as many rows as the group: of a view of it, as a whole."""
@@ -246,10 +246,12 @@ class ForwardPass:
                 alike: dict[bytes, set[int]] = {}
                 for k, key in enumerate(keys(theirs.to(x.dtype), dim)):
                     alike.setdefault(key, set()).add(k)
+                any_here = False
                 for k, key in enumerate(keys(x, dim)):
                     if same := alike.get(key):
+                        any_here = True
                         found[k] = same if found[k] is None else found[k] & same  # type: ignore[operator]
-                        telling = telling or (x.is_floating_point() and bool((x != x.round()).any()))
+                telling |= any_here and x.is_floating_point() and bool((x != x.round()).any())
         return [set() if each is None else each for each in found], telling
 
     # ------------------------------------------------------------------ two of them
@@ -265,8 +267,10 @@ class ForwardPass:
 
     def has_a_sample_twice(self) -> bool:
         """Whether one of the loader's samples is several of its rows."""
+        if self.repeats or (isinstance(self.rows, range) and len(self.group) == 1):  # a batch has each once
+            return self.repeats
         order = self.order()
-        return self.repeats or (order is not None and len(set(order)) < len(order))
+        return order is not None and len(set(order)) < len(order)
 
     def _samples(self) -> set[Any]:
         known = [name for samples in self.group for name in samples.names]
@@ -300,11 +304,8 @@ class ForwardPass:
         taken for two views of the same samples.
         """
         pairs = [(a, b, dim) for (a, dim), (b, _) in zip(self.given, other.given, strict=False)]
-        if (
-            pairs
-            and len(self.given) == len(other.given)
-            and all(a.is_in(b) and a.place == b.place for a, b, _ in pairs)
-        ):
+        as_many = len(self.given) == len(other.given) > 0
+        if as_many and all(a.is_in(b) and a.place == b.place for a, b, _ in pairs):
             return True
         if self.group or other.group:
             mine, theirs = self.order(), other.order()

@@ -371,7 +371,7 @@ sys.exit(main(["bench", *sys.argv[2:]]))
 """
 
 
-@pytest.mark.parametrize("number, again", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize("number, again", [(signal.SIGINT, True)])
 def test_a_signal_is_not_lost(number, again, tmp_path):
     arguments = [*BASICS, "--suite", "models", "--model", "mlp", "--method", "nonprivate", "dpfast"]
     command = [sys.executable, "-c", CHILD, "again" if again else "once", *arguments, "--out", str(tmp_path)]

@@ -1,6 +1,7 @@
 """Every kernel compiled for sm_80 and sm_90, GPU or none: no spills, shared memory that fits, wgmma where it is due.
 
-Compiled in processes of their own, without the interpreter. Run with ``-s`` to see registers and shared memory.
+For sm_90 in every case of its file, for sm_80 in the first case that has it. Compiled in processes of their own,
+without the interpreter. Run with ``-s`` to see registers and shared memory.
 """
 
 import importlib
@@ -46,7 +47,8 @@ def test_compiled(compiled, family):
     done = compiled[family]
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {(k["case"], k["target"]) for k in found} == set(itertools.product(CASES[family], SHARED))
+    assert {k["case"] for k in found if k["target"] == 90} == set(CASES[family])
+    assert len({frozenset(k["kernel"] for k in found if k["target"] == target) for target in SHARED}) == 1
     for kernel in found:
         print("sm_{target} {case} {kernel}: {registers} registers, {shared} bytes shared".format(**kernel))
         assert kernel["spills"] == 0, kernel
@@ -61,11 +63,16 @@ def compile_family(family: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    on_80 = set()
     seen = {}  # what Triton has compiled before it does not compile again, and ptxas says nothing
     for target, case in itertools.product(SHARED, importlib.import_module(f"dpfast_kernels.{family}").COMPILES):
         launches = case.launches(target)
         assert launches, case
         for launch in launches:
+            name = launch.kernel.__name__
+            if target == 80 and name in on_80:
+                continue
+            on_80.add(name)
             chip = GPUTarget("cuda", target, 32)
             options, *source = specialised(launch, chip)
             with redirect_stdout(io.StringIO()) as said:  # by ptxas
@@ -73,7 +80,7 @@ def compile_family(family: str) -> None:
             said = seen.setdefault(binary.hash, said.getvalue())
             line = {
                 "case": case.name,
-                "kernel": launch.kernel.__name__,
+                "kernel": name,
                 "target": target,
                 "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
                 "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),

@@ -104,7 +104,7 @@ def test_recurrent_last_state(cell, T):
 
 @CELLS
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("lengths", [[2, 6, 1, 4], [6, 6, 6, 6], [1, 1, 1, 1], [3, 1, 2, 6]], ids=str)
+@pytest.mark.parametrize("lengths", [[6, 6, 6, 6], [1, 1, 1, 1], [3, 1, 2, 6]], ids=str)
 def test_packed_sequences_in_any_order(lengths, options, cell):
     """Inside the layer the samples are sorted by length; outside they are as the user gave them.
 
