@@ -76,8 +76,7 @@ class Factored:
 
     def has_stats(self) -> bool:
         """Whether its norm is a ghost norm, from :meth:`stats`."""
-        tiles = self.plan is not None and self.plan.way == "norm-GEMM" and ops.has_tiles(self.A, self.G)
-        return self.A.shape[2] > 1 and not tiles and ops.has_ghost_stats(self.A, self.G)
+        return self.A.shape[2] > 1 and not self._in_tiles() and ops.has_ghost_stats(self.A, self.G)
 
     def stats(self) -> Tensor:
         return ops.ghost_stats(self.A, self.G)
@@ -85,9 +84,12 @@ class Factored:
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         if self.A.shape[2] == 1:
             return ops.one_position_squared_norm(self.A, self.G)
-        if self.plan is not None and self.plan.way == "norm-GEMM" and ops.has_tiles(self.A, self.G):
+        if self._in_tiles():
             return ops.tile_squared_norm(self.A, self.G)
         return ops.ghost_squared_norm(self.A, self.G)
+
+    def _in_tiles(self) -> bool:
+        return self.plan is not None and self.plan.way == "norm-GEMM" and ops.has_tiles(self.A, self.G)
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         return self.placed(ops.clipped_weight_gradient(self.A, self.G, factors))

@@ -47,9 +47,7 @@ def convolution_squared_norm(
         return _from_tiles(x, G, weight, geometry, batch, T)
     if not has_convolution_stats(x, G, T):
         return reference.convolution_squared_norm(x, G, weight, geometry, batch)
-    stats = convolution_stats(x, G, weight, geometry, batch).unsqueeze(0)
-    squared, bound = reference.certified_ghosts(stats, [(T, d, p)], G.dtype)
-    return squared[0], bound[0]
+    return reference.certified_ghost(convolution_stats(x, G, weight, geometry, batch), (T, d, p), G.dtype)
 
 
 def has_convolution_stats(x: Tensor, G: Tensor, T: int) -> bool:

@@ -109,8 +109,11 @@ def noisy_step(
         low_precision: how 16-bit parameters take an update: ``"nearest"``, ``"stochastic"`` rounding, or through a
             float32 ``"master"`` copy, which is kept in the optimizer's state.
     """
-    key = _key(optimizer)
-    checked, _checked[optimizer] = _checked.get(optimizer) == key, key
+    key, part = _key(optimizer), tuple(map(id, summed))
+    known = _checked.get(optimizer)
+    if known is None or known[0] != key:
+        known = _checked[optimizer] = key, set()
+    checked = part in known[1]
     for group in optimizer.param_groups:
         by_dtype: dict[torch.dtype, list[Any]] = defaultdict(list)
         for p in group["params"]:
@@ -142,11 +145,13 @@ def noisy_step(
                 torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
                 for p, grad in zip(params, grads, strict=True):
                     p.grad = like(grad, p)
+    known[1].add(part)
     if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-_checked: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()  # what the last step's tensors were
+# Of each optimizer: what its tensors were, and the parameters of each call (a bucket of ranks') that was checked so.
+_checked: WeakKeyDictionary[Optimizer, tuple[Any, set[tuple[int, ...]]]] = WeakKeyDictionary()
 
 
 def _shaped(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from dpfast.reference.embedding import (
     embedding_times_grad_samples,
 )
 from dpfast.reference.matmul import (
+    certified_ghost,
     certified_ghosts,
     clipped_weight_gradient,
     clipped_weight_gradients,
@@ -44,6 +45,7 @@ from dpfast.reference.rounding import compute_dtype, left_in
 __all__ = [
     "Geometry",
     "alike_for_every_batch",
+    "certified_ghost",
     "certified_ghosts",
     "channel_sums",
     "clipped_weight_gradient",

@@ -52,8 +52,7 @@ def one_position_bound(squared: Tensor, a: Tensor, g: Tensor, sizes: tuple[int, 
 
 def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, no per-sample gradient formed."""
-    squared, bound = certified_ghosts(ghost_stats(A, G).unsqueeze(0), [(A.shape[2], A.shape[3], G.shape[3])], G.dtype)
-    return squared[0], bound[0]
+    return certified_ghost(ghost_stats(A, G), (A.shape[2], A.shape[3], G.shape[3]), G.dtype)
 
 
 def gram_stats(products: Tensor, other: Tensor, lost: float, other_lost: float) -> Tensor:
@@ -115,6 +114,12 @@ def certified_ghosts(stats: Tensor, sizes: Sequence[tuple[int, int, int]], dtype
     of_norm, of_g, of_a, of_both, of_sum = (column(each, stats.device, 3) for each in constants)
     bound = of_norm * absolute + (of_g * lengths_g**2 + of_a * lengths_a**2 + of_both) + of_slip(signed, of_sum * reach)
     return with_safety(signed.sum(2), bound.sum(2), dtype)
+
+
+def certified_ghost(stats: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`certified_ghosts` of one weight: ``[B]`` each, from its :func:`ghost_stats`."""
+    squared, bound = certified_ghosts(stats.unsqueeze(0), [sizes], dtype)
+    return squared[0], bound[0]
 
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
