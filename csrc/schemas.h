@@ -27,6 +27,11 @@ inline constexpr const char* kSchemas[] = {
     "-> (Tensor factors, Tensor nonfinite)",
     // samples [B, *] each → squared norms [len(samples), B] float64
     "squared_norms(Tensor[] samples) -> Tensor",
+    // sides [batch, *] each; of more sides, squared norms [batch] float64 and the elements of a sample → squared norms and
+    // bounds on their errors, [2, count, batch] float64, summed over the parameters of each group: parameter j is side
+    // first[j], written out, or the product of sides first[j] and second[j]; on the CPU alone
+    "side_norms(Tensor[] sides, Tensor[] squares, int[] sizes, int[] first, int[] second, int[] groups, int count, "
+    "int batch, bool wide) -> Tensor",
     // products, other [R, t, s], rows t of two Gram matrices from the diagonal on, s ≥ t; what an element of either side
     // may lose to underflow → [5, R] float64: Σ products · other, the sum of absolute values, each doubled past column
     // t, Σ_t √(products_tt + lost), Σ_t √(other_tt + other_lost), and the sum of their products
@@ -36,10 +41,19 @@ inline constexpr const char* kSchemas[] = {
     "weighted_sums(Tensor[] samples, Tensor factors) -> Tensor[]",
     // G [B, T, d] → Σ_t g_t [B, d] float32 and its squared norms [B] float64
     "sum_positions(Tensor G) -> (Tensor samples, Tensor squared)",
-    // G, x [B, T, d], mean, rstd [B, T] → Σ_t g_t ∘ x̂_t and Σ_t g_t [B, d] float32, each with squared norms [B]
+    // G, x [B, T, d], mean, rstd [B, T] (or so many elements) → Σ_t g_t ∘ x̂_t and Σ_t g_t [B, d] float32, each with squared norms [B]
     // (RMSNorm has no mean: an empty tensor)
     "normalised_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) "
     "-> (Tensor weight, Tensor weight_squared, Tensor bias, Tensor bias_squared)",
+    // the same of n layers with one B, for which one call a layer would take longer than its work; on the CPU alone
+    "all_position_sums(Tensor[] G) -> (Tensor[] samples, Tensor squared)",
+    "all_normalised_sums(Tensor[] G, Tensor[] x, Tensor[] mean, Tensor[] rstd) "
+    "-> (Tensor[] weights, Tensor[] biases, Tensor squared)",
+    // A [B, *, d], G [B, *, p] of n small weights, float32, factors [B] float32 or [n, B] → Σ_i factor_i G_iᵀ A_i,
+    // [p, d] each; a sample whose factor is 0 is left out, not multiplied; on the CPU alone
+    "weighted_products(Tensor[] A, Tensor[] G, Tensor factors) -> Tensor[]",
+    // the same sides → G_iᵀ A_i [B, p, d] of each, and squared norms [n, B] float64; on the CPU alone
+    "product_samples(Tensor[] A, Tensor[] G) -> (Tensor[] samples, Tensor squared)",
     // G, x [R, C, T], mean, rstd [R, groups] → Σ_t g_t · x̂_t and Σ_t g_t [R, C] float32
     "channel_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) -> (Tensor weight, Tensor bias)",
     // x [rows, g·c, *], G [rows, g·p, *], three spatial dimensions each, rows of a sample side by side → per-sample

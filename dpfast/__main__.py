@@ -23,7 +23,7 @@ import dpfast
 from dpfast import native
 from dpfast.analysis import reproduce
 from dpfast.integrations.finetune import command
-from dpfast.native import build, cache
+from dpfast.native import allocator, build, cache
 
 MEANT = ("native", "triton", "torch")  # backends in dpfast.ops.backends() that nothing better stands above
 
@@ -78,6 +78,7 @@ def report(strict: bool) -> int:
     rows = backends()
     section("versions", versions())
     section("devices", devices())
+    section("memory", [("freed memory", kept_memory())])
     section("native libraries", [*map(library_row, libraries), ("cache", "in", cache_folder())])
     section("ops", rows)
     fallen = [(op, device) for op, device, backend, _ in rows if backend not in MEANT]
@@ -115,6 +116,11 @@ def devices() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB"
+
+
+def kept_memory() -> str:
+    why_not = allocator.keep_freed_memory()
+    return "goes back to the system: " + why_not if why_not else "stays with a process that trains on the CPU"
 
 
 def cpu_model() -> str:

@@ -32,6 +32,7 @@ from dpfast.data.sampling import PoissonBatches, check_shares, system_generator
 from dpfast.distributed.ranks import Ranks, model_and_ranks
 from dpfast.model.private_model import FusedHooks, FusedModule, check_public_state, parameter_names
 from dpfast.model.unsupported import problems
+from dpfast.native import allocator
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
@@ -183,28 +184,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 were.
         """
         if grad_sample_mode != FUSED:
-            if memory_budget is not None or plan is not None or clipping_fn != "abadi" or public_state:
-                raise ValueError(
-                    f"memory_budget, plan, public_state and clipping_fn are of the fused mode, not of "
-                    f"{grad_sample_mode!r}"
-                )
-            if ascent is not None:
-                raise ValueError(f"ascent={ascent!r}: the fused mode has it, not {grad_sample_mode!r}")
-            if expected_batch_size is not None or sample_rate is not None:
-                raise ValueError(
-                    f"expected_batch_size and sample_rate are of the fused mode, not of {grad_sample_mode!r}"
-                )
-            if isinstance(module, FusedModule):
-                raise ValueError(
-                    f"grad_sample_mode={grad_sample_mode!r} with a model that is private in the fused mode already: "
-                    f"pass module.to_standard_module()"
-                )
-            if self.secure_mode and importlib.util.find_spec("torchcsprng") is None:
-                raise ImportError(
-                    f"secure_mode=True with grad_sample_mode={grad_sample_mode!r}: Opacus' modes need the package "
-                    f"torchcsprng; the fused mode has secure noise of its own"
-                )
-            ModuleValidator.validate(module, strict=True)
+            fused_only: dict[str, Any] = dict(
+                memory_budget=memory_budget, plan=plan, public_state=public_state or None, ascent=ascent
+            )
+            fused_only |= dict(expected_batch_size=expected_batch_size, sample_rate=sample_rate)
+            fused_only |= dict(clipping_fn=None if clipping_fn == "abadi" else clipping_fn)
+            self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
             return super().make_private(
                 module=module,
                 optimizer=optimizer,
@@ -222,22 +207,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 rand_on_empty=rand_on_empty,
                 **kwargs,
             )
-        adaptive = None
-        if clipping == "adaptive":
-            names = [field.name for field in fields(AdaptiveClipping)]
-            if missing := [name for name in names if name not in kwargs]:
-                raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
-            adaptive = AdaptiveClipping(**{name: kwargs.pop(name) for name in names})
-            adaptive.of_sums(noise_multiplier)
+        adaptive = _adaptive(noise_multiplier, kwargs) if clipping == "adaptive" else None
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
-        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
-            raise ValueError(
-                f"noise_generator={noise_generator!r}: give a torch.Generator, such as "
-                f"torch.Generator().manual_seed(seed)"
-            )
-        if noise_generator is not None and self.secure_mode:
-            raise ValueError("noise_generator: passing a seed is prohibited in secure mode")
+        self._check_generator(noise_generator)
         if max_physical_batch_size not in (None, 1):
             raise ValueError(
                 f"max_physical_batch_size={max_physical_batch_size!r}: only 1 changes anything here; to split batches "
@@ -272,22 +245,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         shared_by(ranks, self.accountant)
         check_shares(data_loader, ranks, poisson_sampling, (public, drawn))
-        private_loader = data_loader
-        if drawn is not None:
-            private_loader = poisson_loader(
-                data_loader,
-                drawn,
-                public,
-                secure_generator=self.secure_rng,
-                rand_on_empty=rand_on_empty,
-                ranks=ranks,
-            )
-            self._note_dataset(data_loader.dataset)
-        elif not isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
-            private_loader = self._prepare_data_loader(data_loader, poisson_sampling=False, distributed=False)
-
+        private_loader = self._private_loader(data_loader, drawn, public, rand_on_empty, ranks)
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.clipped_sum.planner = planner
+        if any(p.device.type == "cpu" for p in model.parameters()):
+            allocator.keep_freed_memory()
         hooks.public_state = tuple(public_state)
         if per_sample is not None:
             per_sample.recorder = hooks.clipped_sum
@@ -314,6 +276,50 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
+
+    def _check_mode_of_opacus(self, mode: str, module: nn.Module, fused_only: Mapping[str, Any]) -> None:
+        """What Opacus' own modes cannot serve."""
+        if given := [name for name, value in fused_only.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: an argument of the fused mode, not of {mode!r}")
+        if isinstance(module, FusedModule):
+            raise ValueError(
+                f"grad_sample_mode={mode!r} with a model that is private in the fused mode already: "
+                f"pass module.to_standard_module()"
+            )
+        if self.secure_mode and importlib.util.find_spec("torchcsprng") is None:
+            raise ImportError(
+                f"secure_mode=True with grad_sample_mode={mode!r}: Opacus' modes need the package "
+                f"torchcsprng; the fused mode has secure noise of its own"
+            )
+        ModuleValidator.validate(module, strict=True)
+
+    def _check_generator(self, noise_generator: Any) -> None:
+        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+            raise ValueError(
+                f"noise_generator={noise_generator!r}: give a torch.Generator, such as "
+                f"torch.Generator().manual_seed(seed)"
+            )
+        if noise_generator is not None and self.secure_mode:
+            raise ValueError("noise_generator: passing a seed is prohibited in secure mode")
+
+    def _private_loader(
+        self, data_loader: DataLoader, drawn: Any, public: Any, rand_on_empty: bool, ranks: Ranks
+    ) -> DataLoader:
+        """The loader to train with: Poisson batches of the samples ``drawn`` from, else the given one's own batches."""
+        if drawn is not None:
+            loader = poisson_loader(
+                data_loader,
+                drawn,
+                public,
+                secure_generator=self.secure_rng,
+                rand_on_empty=rand_on_empty,
+                ranks=ranks,
+            )
+            self._note_dataset(data_loader.dataset)
+            return loader
+        if isinstance(data_loader.batch_sampler, PoissonBatches):  # they are private as they are
+            return data_loader
+        return self._prepare_data_loader(data_loader, poisson_sampling=False, distributed=False)
 
     def make_private_with_epsilon(
         self,
@@ -504,3 +510,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             max_physical_batch_size=max_physical_batch_size,
             ranks=ranks,
         )
+
+
+def _adaptive(noise_multiplier: float, arguments: dict[str, Any]) -> AdaptiveClipping:
+    """Adaptive clipping of those of the ``arguments`` that are its own, which are taken out."""
+    names = [field.name for field in fields(AdaptiveClipping)]
+    if missing := [name for name in names if name not in arguments]:
+        raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
+    adaptive = AdaptiveClipping(**{name: arguments.pop(name) for name in names})
+    adaptive.of_sums(noise_multiplier)
+    return adaptive

@@ -103,6 +103,34 @@ inline std::vector<double> factors_of(const Tensor& factors, Type type) {
   return out;
 }
 
+// samples[k] is [B, *]; B of the first.
+inline int64_t check_samples(const Tensors& samples) {
+  STD_TORCH_CHECK(!samples.empty(), "dpfast: samples is an empty list");
+  for (size_t k = 0; k < samples.size(); ++k) {
+    const std::string name = "samples[" + std::to_string(k) + "]";
+    check_floats(samples[k], name);
+    STD_TORCH_CHECK(samples[k].dim() >= 1 && samples[k].size(0) == samples[0].size(0), "dpfast: ", name,
+                    " must be [B, *] with the B of samples[0], not ", shape_of(samples[k]));
+  }
+  return samples[0].size(0);
+}
+
+// Elements of one sample: the product of the other dimensions, for B = 0 too.
+inline int64_t row_size(const Tensor& samples) {
+  int64_t n = 1;
+  for (int64_t i = 1; i < samples.dim(); ++i) n *= samples.size(i);
+  return n;
+}
+
+// squared_i = Σ of the parts of sample i, in one order, whoever computed them: parts [n, count].
+inline void add_parts(const double* parts, int64_t count, double* squared, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    Sum sum;
+    for (int64_t k = 0; k < count; ++k) sum.add(parts[i * count + k]);
+    squared[i] = sum.total();
+  }
+}
+
 // f(k) for every piece k of work, the pieces divided among the threads by their weights, in elements read.
 template <class F>
 void share(const Integers& weights, const F& f) {

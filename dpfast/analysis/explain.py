@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, by
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, OuterProduct, by
 from dpfast.capture.trees import tensors
 from dpfast.model.forwards import Forward
 from dpfast.model.private_model import FusedHooks, FusedModule
@@ -62,6 +62,8 @@ def _numbers(predicted: float, measured: float, kept: float) -> tuple[str, str, 
 
 def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     """The form's plan, and seconds that its norm and clipped sum take."""
+    if isinstance(form, OuterProduct):
+        form = form.factored()
     if isinstance(form, Factored | Convolved):
         plan = planner.choose(name, form.shape)
     elif isinstance(form, EmbeddingRows):

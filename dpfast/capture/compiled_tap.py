@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpfast.capture.forms import Form
 from dpfast.capture.recorder import running_backward
-from dpfast.capture.tap import Call, Tap, Use, accumulators, reaches, taps
+from dpfast.capture.tap import Call, Tap, Use, accumulators, reached, taps
 
 # A graph that is replayed without Python would record nothing.
 TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -91,8 +91,7 @@ def tapped_backward(
     if tap.layer.saves:
         with _autocast(x, autocast):
             call.forward(x, *points)
-    reached = [i for i, node in use.accumulators.items() if reaches(node, tap.name)]
-    call.record(owned, reached, G, x, points, lambda form: _own(form, (G, x)))
+    call.record(owned, reached(use.accumulators, tap.name), G, x, points, lambda form: _own(form, (G, x)))
     gx = call.input_gradient(G, x, *points).contiguous() if wants_gx else x.new_empty(0)
     return gx, torch.zeros_like(token)
 
@@ -132,7 +131,8 @@ tapped.register_autograd(_backward, setup_context=_setup)
 
 @torch.compiler.disable
 def out_of_graph(tap: Tap, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
-    """The tap as it is without a compiler."""
+    """The tap as it is without a compiler; the next graph may know such a use."""
+    tap.note_use(spec, params)
     return tap(x, *params, spec=spec)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from dpfast import ops
 from dpfast.planning.planner import Plan, Planner, Shape
 
 SMALL = 1 << 20  # bytes of a form whose memory can wait for others of its kind
+LEAST = 1 << 18  # and of one that is made of what would be freed else
 
 
 @dataclass
@@ -52,6 +54,38 @@ class Instantiated:
 
 
 @dataclass
+class OuterProduct:
+    """``g_i = g aᵀ``, a layer's only position: ``A [B, d]``, ``G [B, p]``, for rows ``[row, row + p)`` of ``rows``."""
+
+    A: Tensor
+    G: Tensor
+    rows: int
+    row: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.A.shape[0]
+
+    def factored(self) -> Factored:
+        return Factored(self.A[:, None, None], self.G[:, None, None], self.rows, self.row)
+
+    def squared_norm(self) -> tuple[Tensor, Tensor]:
+        return self.factored().squared_norm()
+
+    def clipped_sum(self, factors: Tensor) -> Tensor:
+        return self.factored().clipped_sum(factors)
+
+    def placed(self, summed: Tensor) -> Tensor:
+        return _place_rows(summed, self.row, self.rows, 0)
+
+    def instantiate(self) -> Instantiated:
+        return self.factored().instantiate()
+
+    def touched(self) -> Tensor:
+        return _any_nonzero(self.G)
+
+
+@dataclass
 class Factored:
     """``g_i = G_iᵀ A_i``, with ``A [B, g, T, d]``, ``G [B, g, T, p]``, for rows ``[row, row + g·p)`` of ``rows``."""
 
@@ -70,16 +104,21 @@ class Factored:
         B, groups, T, d = self.A.shape
         return Shape(B, groups, T, d, self.G.shape[-1], self.A.dtype, self.A.device, self.A.nbytes + self.G.nbytes)
 
-    def is_product(self) -> bool:
-        """Whether its norm is a product of its sides' norms, as an op has them for many sides at once."""
-        return ops.has_products(self.A, self.G)
-
     def has_stats(self) -> bool:
         """Whether its norm is a ghost norm, from :meth:`stats`."""
         return self.A.shape[2] > 1 and not self._in_tiles() and ops.has_ghost_stats(self.A, self.G)
 
     def stats(self) -> Tensor:
         return ops.ghost_stats(self.A, self.G)
+
+    def waits(self) -> bool:
+        """Whether it is to be written out, and may be with others of its kind."""
+        B, _, _, d = self.A.shape
+        small = max(self.A.nbytes + self.G.nbytes, 4 * B * d * self.G.shape[-1]) < LEAST
+        return small and self.is_to_be_written() and ops.are_small([(self.A, self.G)])
+
+    def is_to_be_written(self) -> bool:
+        return self.plan is not None and self.plan.way == "instantiate"
 
     def squared_norm(self) -> tuple[Tensor, Tensor]:
         if self.A.shape[2] == 1:
@@ -99,7 +138,14 @@ class Factored:
         return _place_rows(summed, self.row, self.rows, 0)
 
     def instantiate(self) -> Instantiated:
-        samples, squares = ops.grad_samples(self.A, self.G)
+        return self._written(*ops.grad_samples(self.A, self.G))
+
+    @staticmethod
+    def all_made(them: Sequence[Factored]) -> list[Instantiated]:
+        made = ops.all_grad_samples([(form.A, form.G) for form in them])
+        return [form._written(*one) for form, one in zip(them, made, strict=True)]
+
+    def _written(self, samples: Tensor, squares: Tensor | None) -> Instantiated:
         return Instantiated(_place_rows(samples, self.row, self.rows, 1), self.plan, squares)
 
     def touched(self) -> Tensor:
@@ -171,19 +217,126 @@ class Convolved:
         return _any_nonzero(self.G.unflatten(0, (self.batch, -1)))
 
 
-Form = Instantiated | Factored | EmbeddingRows | Convolved
+@dataclass
+class PositionSum:
+    """``g_i = Σ_t G_t``, with ``G [B, T, d]``: written out with all others of a backward pass, where it is small."""
+
+    G: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.G.shape[0]
+
+    def waits(self) -> bool:
+        return self.G.nbytes < LEAST
+
+    def is_to_be_written(self) -> bool:
+        return True
+
+    def instantiate(self) -> Instantiated:
+        samples, squares = ops.sum_positions(self.G)
+        return Instantiated(samples, squares=squares)
+
+    @staticmethod
+    def all_made(them: Sequence[PositionSum]) -> list[Instantiated]:
+        made = ops.all_position_sums([form.G for form in them])
+        return [Instantiated(samples, squares=squares) for samples, squares in made]
 
 
-def by(form: Factored | Convolved, plan: Plan) -> Form:
-    """The form as the plan says: kept, or written out now so that its sides can go."""
+@dataclass
+class NormalisedSides:
+    """``G`` and ``x [B, T, d]`` of a layer that normalises each position; mean (or None) and rstd of each, in order."""
+
+    G: Tensor
+    x: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+    sums: tuple[Instantiated, Instantiated] | None = None
+
+    def made(self) -> tuple[Instantiated, Instantiated]:
+        if self.sums is None:
+            weight, weight_squares, bias, bias_squares = ops.normalised_sums(self.G, self.x, self.mean, self.rstd)
+            self.sums = Instantiated(weight, squares=weight_squares), Instantiated(bias, squares=bias_squares)
+        return self.sums
+
+    @staticmethod
+    def all_made(them: Sequence[NormalisedSides]) -> list[tuple[Instantiated, Instantiated]]:
+        made = ops.all_normalised_sums([(sides.G, sides.x, sides.mean, sides.rstd) for sides in them])
+        return [
+            (Instantiated(weight, squares=weight_squares), Instantiated(bias, squares=bias_squares))
+            for weight, weight_squares, bias, bias_squares in made
+        ]
+
+
+@dataclass
+class NormalisedSum:
+    """``Σ_t g_t ∘ x̂_t`` (``which`` 0) or ``Σ_t g_t`` (1) of a normalisation layer, waiting as :class:`PositionSum`."""
+
+    sides: NormalisedSides
+    which: int
+
+    @property
+    def batch(self) -> int:
+        return self.sides.G.shape[0]
+
+    def waits(self) -> bool:
+        return self.sides.G.nbytes < LEAST
+
+    def is_to_be_written(self) -> bool:
+        return True
+
+    def instantiate(self) -> Instantiated:
+        return self.sides.made()[self.which]
+
+
+Form = Instantiated | OuterProduct | Factored | EmbeddingRows | Convolved
+PRODUCTS = (OuterProduct, Factored)
+WAITING = (PositionSum, NormalisedSum, Factored)
+Waiting = PositionSum | NormalisedSum | Factored  # a backward pass may write these out at its end
+
+
+def form_of(given: Form | Waiting) -> Form:
+    """What ``given`` is kept as, without waiting."""
+    if isinstance(given, WAITING) and given.is_to_be_written():
+        return given.instantiate()
+    return given  # type: ignore[return-value]
+
+
+def forms_of(given: Sequence[list[Form | Waiting]]) -> list[list[Form]]:
+    """The same of all parameters of a backward pass, in one call of an op for all of a kind."""
+    waiting: dict[tuple[Any, int, torch.dtype], dict[int, Any]] = {}
+    for forms in given:
+        for form in forms:
+            if isinstance(form, WAITING) and form.is_to_be_written():
+                what = form.sides if isinstance(form, NormalisedSum) else form
+                waiting.setdefault((type(what), form.batch, what.G.dtype), {})[id(what)] = what
+    if not waiting:
+        return given  # type: ignore[return-value]
+    made: dict[int, Any] = {}
+    for (kind, _, _), alike in waiting.items():
+        made.update(zip(alike, kind.all_made([*alike.values()]), strict=True))
+
+    def one(form: Form | Waiting) -> Form:
+        if isinstance(form, NormalisedSum):
+            return made[id(form.sides)][form.which]
+        return made.get(id(form), form)
+
+    return [[one(form) for form in forms] for forms in given]
+
+
+def by(form: Factored | Convolved, plan: Plan, may_wait: bool = False) -> Form:
+    """The form as the plan says: kept, or written out now so that its sides can go; a small one ``may_wait``."""
     form.plan = plan
-    return form.instantiate() if plan.way == "instantiate" else form
+    if plan.way != "instantiate" or (may_wait and isinstance(form, Factored) and form.waits()):
+        return form
+    return form.instantiate()
 
 
 def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
     """The same per-sample gradient in at most one form of each kind: factored, embedding rows, instantiated."""
     if len(forms) == 1:
         return list(forms)
+    forms = [form.factored() if isinstance(form, OuterProduct) else form for form in forms]
     factored = [form for form in forms if isinstance(form, Factored)]
     embedded = [form for form in forms if isinstance(form, EmbeddingRows)]
     written = [form.instantiate().samples for form in forms if isinstance(form, (Instantiated, Convolved))]
@@ -225,26 +378,27 @@ def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor
 
     ``parts`` is emptied on the way: what a sum was made of can go.
     """
-    written: dict[tuple[object, ...], list[tuple[int, Instantiated, Tensor]]] = {}
-    products: dict[torch.device, list[tuple[int, Factored, Tensor]]] = {}
-    while parts:
+    written: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = {}
+    products: list[tuple[int, OuterProduct | Factored, Tensor]] = []
+    for place in reversed(range(len(parts))):
         form, factors = parts.pop()
         if isinstance(form, Instantiated):
-            kind = (form.samples.dtype, form.samples.device, form.batch)
-            written.setdefault(kind, []).append((len(parts), form, factors))
-        elif isinstance(form, Factored) and form.G.nbytes + form.A.nbytes < SMALL:
-            products.setdefault(form.G.device, []).append((len(parts), form, factors))
+            samples = form.samples
+            kind = samples.dtype, samples.get_device(), samples.shape[0]
+            written.setdefault(kind, []).append((place, samples, factors))
+        elif isinstance(form, PRODUCTS) and form.G.nbytes + form.A.nbytes < SMALL:
+            products.append((place, form, factors))
         else:
-            yield len(parts), form.clipped_sum(factors)
+            yield place, form.clipped_sum(factors)
         del form
-    for small in products.values():
-        places, factored, weights = zip(*small, strict=True)
-        sums = ops.clipped_weight_gradients([(form.A, form.G) for form in factored], weights)
-        for place, form, summed in zip(places, factored, sums, strict=True):
-            yield place, form.placed(summed)
+    if products:
+        sides = [(form.A, form.G) for _, form, _ in products]
+        sums = ops.clipped_weight_gradients(sides, [factors for _, _, factors in products])
+        for (place, form, _), summed in zip(products, sums, strict=True):
+            yield place, summed if summed.shape[0] == form.rows else form.placed(summed)
     for group in written.values():
-        places, forms, weights = zip(*group, strict=True)
-        yield from zip(places, ops.weighted_sums([form.samples for form in forms], weights), strict=True)
+        places, samples_of, factors_of = zip(*group, strict=True)
+        yield from zip(places, ops.weighted_sums(samples_of, factors_of), strict=True)
 
 
 def _cross_term(one: Form, other: Form) -> tuple[Tensor, Tensor]:
@@ -293,7 +447,7 @@ def sketch(form: Form) -> Tensor:
         sides = [form.samples]
     elif isinstance(form, EmbeddingRows):
         sides = [form.ids, form.G]
-    elif isinstance(form, Factored):
+    elif isinstance(form, PRODUCTS):
         sides = [form.A, form.G]
     else:
         sides = [side.unflatten(0, (form.batch, -1)) for side in (form.x, form.G)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.capture import running_pass
-from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.forms import WAITING, Form, Instantiated, Waiting, form_of
 from dpfast.capture.refusals import LayoutError, RowsError, called_outside, listed, used_by_the_loss
 from dpfast.capture.shift import Shift
 from dpfast.distributed.ranks import Ranks
@@ -69,9 +69,9 @@ class Recorder:
         ] = {}  # the forwards that it is of, with nodes of its graph below their outputs
         self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
         self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
-        self._forms: dict[nn.Parameter, list[Form]] = {}
+        self._forms: dict[nn.Parameter, list[Form | Waiting]] = {}
         self._untrusted: list[tuple[RowLayout, Form]] = []
-        self._bypassed: dict[nn.Parameter, list[Tensor]] = {}  # ordinary gradients, which autograd has brought
+        self._ordinary: dict[nn.Parameter, list[Tensor]] = {}  # ordinary gradients, which autograd has brought
         self._pass: int | None = None
         self._pass_batch: int | None = None
 
@@ -94,23 +94,23 @@ class Recorder:
         """The physical batch size of the last forward, where the model's inputs leave no doubt about it."""
         return self.batch_sizes[0] if len(self.batch_sizes) == 1 else None
 
-    def take(self) -> dict[nn.Parameter, list[Form]]:
+    def take(self) -> dict[nn.Parameter, list[Form | Waiting]]:
         """The recorded forms; the recorder is empty afterwards."""
         forms, self._forms = self._forms, {}
-        self._untrusted, self._bypassed = [], {}
+        self._untrusted, self._ordinary = [], {}
         self._pass = self._pass_batch = None
         return forms
 
     def suspend(self) -> tuple[Any, ...]:
         """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
-        state = (self._forms, self._untrusted, self._bypassed, self.passing, self._pass, self._pass_batch)
-        self._forms, self._untrusted, self._bypassed, self.passing = {}, [], {}, {}
+        state = (self._forms, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch)
+        self._forms, self._untrusted, self._ordinary, self.passing = {}, [], {}, {}
         self._pass = self._pass_batch = None
         return state
 
     def resume(self, state: tuple[Any, ...]) -> None:
         """Go on with a pass that was put aside."""
-        self._forms, self._untrusted, self._bypassed, self.passing, self._pass, self._pass_batch = state
+        self._forms, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch = state
 
     def start_forward(self) -> None:
         """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
@@ -145,7 +145,7 @@ class Recorder:
     def _finish(self) -> None:
         if self._pass is None:
             return
-        for p in self._bypassed:  # autograd has put their unclipped gradient there
+        for p in self._ordinary:  # autograd has put their unclipped gradient there
             p.grad = None
         if self.observer is not None:
             self.take()
@@ -164,7 +164,7 @@ class Recorder:
 
     def _take_whole(self) -> None:
         """Ordinary gradients of the pass that ends are the per-sample gradients at a physical batch of one alone."""
-        whole, self._bypassed = self._bypassed, {}
+        whole, self._ordinary = self._ordinary, {}
         batch = self._pass_batch
         if batch is None and self.alone:  # the loss depends on no output: it is made of gradients
             batch = self.batch_size
@@ -185,22 +185,38 @@ class Recorder:
             for gradient in gradients:
                 self.record(p, Instantiated(gradient.unsqueeze(0)))
 
-    def record(self, parameter: Any, form: Form, call: Call | None = None) -> None:
-        """Keep one use's form."""
-        if self.ranks.sharded:
-            parameter = getattr(parameter, SHARDED_AS, parameter)
-        if self.observer is not None:
+    def record(self, parameter: Any, form: Form) -> None:
+        """Keep a form of one parameter."""
+        parameter = self._owner(parameter)
+        if self.opens():
             self.open()
-            self.observer(call.tap.name if call else self.names[parameter], form)
+        if self.observer is not None:
+            self.observer(self.names[parameter], form)
+        else:
+            self._forms.setdefault(parameter, []).append(form)
+
+    def record_call(self, call: Call, forms: Iterable[tuple[Any, Form | Waiting]]) -> None:
+        """Keep the forms of the parameters of one call of a layer."""
+        if self.observer is not None:
+            for _, form in forms:
+                self.observer(call.tap.name, form_of(form))
             return
-        if call and call.forward_pass == OUTSIDE:
+        if call.forward_pass == OUTSIDE:
             self.drop_failed()
-        self.open()
-        if call and call.of is not None:
-            self.passing.setdefault(call.of, [])
-        self._forms.setdefault(parameter, []).append(form)
-        if call and call.layout and call.batch > 1 and self.verifies and call.layout not in self.verified:
-            self._untrusted.append((call.layout, form))
+        if self.opens():
+            self.open()
+        if call.of is not None and call.of not in self.passing:
+            self.passing[call.of] = []
+        unseen = call.layout if self.verifies and call.batch > 1 and call.layout not in self.verified else None
+        for parameter, form in forms:
+            if isinstance(form, WAITING) and (unseen is not None or not form.waits()):
+                form = form_of(form)
+            self._forms.setdefault(self._owner(parameter), []).append(form)
+            if unseen is not None:
+                self._untrusted.append((unseen, form))  # type: ignore[arg-type]
+
+    def _owner(self, parameter: Any) -> Any:
+        return getattr(parameter, SHARDED_AS, parameter) if self.ranks.sharded else parameter
 
     def record_whole(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """An ordinary gradient that reached ``parameter``: some use of it bypassed every tapped layer.
@@ -215,7 +231,7 @@ class Recorder:
             self.evaluated = True
             return
         self.open()
-        kept = self._bypassed.setdefault(parameter, [])
+        kept = self._ordinary.setdefault(parameter, [])
         if self.observer is not None:  # told at the end of the backward, all of them at once
             self.bypassed.append(parameter)
         elif self._pass_batch in (None, 1):

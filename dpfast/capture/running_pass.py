@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+_is_whole = torch.autograd.Variable._execution_engine.is_checkpoint_valid
+
 
 def is_whole() -> bool:
     """Whether ``backward()`` runs for all that the loss depends on: not ``torch.autograd.grad``, nor for some inputs.
 
     Only such a pass may run a reentrant checkpoint again, so the engine keeps count of it.
     """
-    return torch.autograd.Variable._execution_engine.is_checkpoint_valid()
+    return _is_whole()
 
 
 def arrives(parameter: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dpfast.capture.forms import Convolved, Factored, Form, by
+from dpfast.capture import running_pass
+from dpfast.capture.forms import Convolved, Factored, Form, OuterProduct, by, form_of
 from dpfast.capture.mean_in_16_bits import NARROW
 from dpfast.capture.picked_rows import owned, owners_of, places
 from dpfast.capture.recorder import OUTSIDE, Recorder, RowLayout, running_backward
@@ -77,13 +78,16 @@ class Tap:
         if torch.compiler.is_compiling():
             return self._in_graph(x, *params, spec=spec)
         recorder = self.recorder
-        recorder.start_forward()
+        if not recorder.inside:  # the model's forward has started it, and layers run in no other
+            recorder.start_forward()
         if recorder.token is not None:
             return applied(Call(self, spec), recorder.token, x, *params)
-        recorder.check_inside(self.name)
+        if not recorder.inside:
+            recorder.check_inside(self.name)
+        dims, least = x.dim(), self.layer.least_dims
         if recorder.batch_size == 0:
             return applied(Call(self, spec), None, x, *params)
-        if x.dim() < self.layer.least_dims:
+        if dims < least:
             raise LayoutError(
                 f"layer {self.name!r} got an input of shape {list(x.shape)}, which has no batch dimension"
             )
@@ -91,12 +95,12 @@ class Tap:
             return self._on_packed_rows(x, recorder.row_order, *params, spec=spec)
         if recorder.follows_rows and (owners := owners_of(x)) is not None:
             return self._on_picked_rows(x, owners, *params, spec=spec)
-        if self._use(spec, params) is None:
-            self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
-        dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
+        dim = self.batch_dim if dims > least else 0
         if dim:
             x = x.movedim(dim, 0)
-        batch, layout = recorder.resolve_rows(self, x.shape[0], x.dim())
+        batch, layout = recorder.resolve_rows(self, x.shape[0], dims)
+        if layout not in recorder.verified:
+            self.note_use(spec, params)
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
             x = x.expand(batch, *x.shape[1:])
         y = applied(Call(self, spec, batch, layout), None, x, *params)
@@ -104,10 +108,16 @@ class Tap:
 
     def _use(self, spec: Any, params: Sequence[Any]) -> int | None:
         """The number of such a use, if there was one."""
+        trained = _trained(params)
         for number, use in enumerate(self.uses):
-            if use.spec == spec and use.trained == _trained(params):
+            if use.trained == trained and (use.spec is spec or use.spec == spec):
                 return number
         return None
+
+    def note_use(self, spec: Any, params: tuple[Any, ...]) -> None:
+        """A compiler that traces the tap can serve such a use from now on."""
+        if self._use(spec, params) is None:
+            self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
 
     def _in_graph(self, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """:meth:`__call__` as ``torch.compile`` traces it: see :class:`~dpfast.capture.traced_tap.TracedTap`."""
@@ -132,39 +142,42 @@ class Tap:
         return applied(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index)
 
 
-@dataclass
 class Call:
     """One call of a layer: what its backward needs besides the saved tensors."""
 
+    __slots__ = ("accumulators", "batch", "forward_pass", "layout", "of", "params", "saved", "spec", "tap")
     twice: ClassVar[Any] = None  # a function of autograd: its input gradient, to be differentiated again
 
-    tap: Tap
-    spec: Any
-    batch: int = 0
-    layout: RowLayout | None = None
-    saved: tuple[Tensor, ...] = ()
-    forward_pass: int = field(default_factory=running_backward)
-    of: Any = None  # the model's forward that it is a part of; None where a checkpoint computes it again
+    def __init__(
+        self, tap: Tap, spec: Any, batch: int = 0, layout: RowLayout | None = None, forward_pass: int | None = None
+    ):
+        self.tap, self.spec, self.batch, self.layout = tap, spec, batch, layout
+        self.saved: tuple[Tensor, ...] = ()
+        self.params: Sequence[Any] = ()  # a checkpoint gives back copies of what is saved; these are the ones known
+        self.accumulators: dict[int, Any] | None = None  # where their gradients arrive, if no edge of the graph says
+        self.forward_pass = running_backward() if forward_pass is None else forward_pass
+        # The model's forward that it is a part of; None where a checkpoint computes it again.
+        self.of: Any = None if tap is None else tap.recorder.under_way
 
-    def __post_init__(self) -> None:
-        if self.of is None and self.tap is not None:
-            self.of = self.tap.recorder.under_way
+    def like(self, tap: Tap, spec: Any, batch: int) -> Call:
+        """Another one of the same forward of the model, without what a forward of its own has saved."""
+        other = Call(tap, spec, batch, self.layout)
+        other.of = self.of
+        return other
 
     def forward(self, x: Tensor, *params: Any) -> Tensor:
         """The layer's output."""
-        with alike_for_every_batch(x.device):
-            return self.tap.layer.forward(self, x, *params)
+        return alike_for_every_batch(x, self.tap.layer.forward, self, x, *params)
 
     def input_gradient(self, G: Tensor, x: Tensor, *params: Any) -> Tensor:
         """The gradient with respect to ``x``."""
-        with alike_for_every_batch(G.device):
-            return self.tap.layer.input_gradient(self, G, x, *params)
+        return alike_for_every_batch(G, self.tap.layer.input_gradient, self, G, x, *params)
 
-    def planned(self, form: Factored | Convolved) -> Form:
+    def planned(self, form: OuterProduct | Factored | Convolved) -> Form:
         """The form as the model's planner wants it."""
-        if isinstance(form, Factored) and form.A.shape[2] == 1:  # there is no choice
+        if isinstance(form, OuterProduct):  # there is no choice
             return form
-        return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape))
+        return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape), may_wait=True)
 
     def record(
         self,
@@ -173,27 +186,24 @@ class Call:
         G: Tensor,
         x: Tensor,
         points: Sequence[Any],
-        keep: Callable[[Form], Form] = lambda form: form,
+        keep: Callable[[Form], Form] | None = None,
     ) -> None:
         """Hand over the per-sample gradients of the ``needed`` ones of the ``owners``, which computed as ``points``."""
         recorder = self.tap.recorder
         if not needed:
             return
-        recorder.open()
+        if recorder.opens():
+            recorder.open()
         if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
             recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
         if self.batch == 0:
             return
-        if torch.is_autocast_enabled(G.device.type):  # a backward inside of such a region would make sums in 16 bits
+        if torch._C._is_any_autocast_enabled():  # a backward inside of such a region would make sums in 16 bits
             with torch.autocast(G.device.type, enabled=False):
-                self._record(owners, needed, G, x, points, keep)
+                forms = [*self.tap.layer.forms(self, needed, G, x, *points)]
         else:
-            self._record(owners, needed, G, x, points, keep)
-
-    def _record(self, owners: Any, needed: Any, G: Tensor, x: Tensor, points: Any, keep: Any) -> None:
-        record = self.tap.recorder.record
-        for index, form in self.tap.layer.forms(self, needed, G, x, *points):
-            record(owners[index], keep(form), self)
+            forms = [*self.tap.layer.forms(self, needed, G, x, *points)]
+        recorder.record_call(self, [(owners[index], keep(form_of(form)) if keep else form) for index, form in forms])
 
 
 def _trained(params: Sequence[Any]) -> tuple[bool, ...]:
@@ -205,10 +215,10 @@ def accumulators(params: Sequence[Any]) -> dict[int, Any]:
     return {index: torch.autograd.graph.get_gradient_edge(p).node for index, p in enumerate(params) if _trained([p])[0]}
 
 
-def reaches(accumulator: Any, name: str) -> bool:
-    """Whether the running backward pass trains the parameter: ``torch.autograd.grad(loss, x)`` does not."""
+def reached(accumulators: dict[int, Any], name: str) -> list[int]:
+    """Which parameters the running backward pass trains: ``torch.autograd.grad(loss, x)`` trains none."""
     try:
-        return torch._C._will_engine_execute_node(accumulator)
+        return [index for index, node in accumulators.items() if torch._C._will_engine_execute_node(node)]
     except RuntimeError as error:
         raise RuntimeError(
             f"torch.autograd.grad with respect to a parameter of a private model, in layer {name!r}: its gradients are "
@@ -223,23 +233,28 @@ class _Op(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, token: Tensor | None, x: Tensor, *params: Any) -> Tensor:  # type: ignore[override]
         points = call.tap.recorder.shift.at(params)
-        _keep(ctx, call, x, points, params, None)
+        call.params, ctx.call = params, call
+        ctx.save_for_backward(x, *points)
         return call.forward(x, *points)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        call, (x, *params) = ctx.call, ctx.saved_tensors
-        edges = _edges(ctx) if ctx.accumulators is None else ctx.accumulators
-        needed = [i for i, node in edges.items() if reaches(node, call.tap.name)]
+        call, (x, *params), (_, _, wants_gx, *trained) = ctx.call, ctx.saved_tensors, ctx.needs_input_grad
+        if call.accumulators is not None:
+            needed = reached(call.accumulators, call.tap.name)
+        elif running_pass.is_whole():  # all of the graph is run
+            needed = [i for i, is_trained in enumerate(trained) if is_trained]
+        else:
+            needed = reached(_edges(ctx), call.tap.name)
         none = (None,) * len(params)
         if not torch.is_grad_enabled():
-            call.record(ctx.params, needed, G, x, params)
-            return (None, None, call.input_gradient(G, x, *params) if ctx.needs_input_grad[2] else None, *none)
+            call.record(call.params, needed, G, x, params)
+            return (None, None, call.input_gradient(G, x, *params) if wants_gx else None, *none)
         with torch.no_grad():  # create_graph=True: gradients of this gradient may be asked for
-            call.record(ctx.params, needed, G, x, params)
-        if not ctx.needs_input_grad[2]:
+            call.record(call.params, needed, G, x, params)
+        if not wants_gx:
             return (None, None, None, *none)
-        return (None, None, Call.twice.apply(call, params, G, x, *ctx.params), *none)
+        return (None, None, Call.twice.apply(call, params, G, x, *call.params), *none)
 
 
 class LayerOp(_Op):
@@ -252,7 +267,8 @@ class LayerOp(_Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         call, _, x, *params = inputs
-        _keep(ctx, call, x, call.tap.recorder.shift.at(params), params, accumulators(params))
+        call.params, call.accumulators, ctx.call = params, accumulators(params), call
+        ctx.save_for_backward(x, *call.tap.recorder.shift.at(params))
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], call: Call, token: Any, x: Tensor, *params: Any) -> Any:
@@ -266,19 +282,16 @@ class LayerOp(_Op):
         return (y.unflatten(0, x.shape[:2]) if merge else y), 0
 
 
-def _keep(ctx: Any, call: Call, x: Tensor, points: Sequence[Any], params: Sequence[Any], found: Any) -> None:
-    """For the backward. ``found``: where gradients of the parameters arrive, if the function's own edges do not say."""
-    ctx.call, ctx.accumulators = call, found
-    ctx.save_for_backward(x, *points)
-    ctx.params = params  # a checkpoint gives back copies of what is saved; parameters are known by identity
-
-
 def _edges(ctx: Any) -> dict[int, Any]:
     """Where gradients of those parameters arrive that are trained: the edges after that of ``x``."""
-    given = [i for i, p in enumerate(ctx.params) if p is not None]
+    given = [i for i, p in enumerate(ctx.call.params) if p is not None]
     return {i: node for i, (node, _) in zip(given, ctx.next_functions[1:], strict=True) if node is not None}
+
+
+# Without what torch.autograd.Function.apply does for torch.func, a third of the time of a small layer's forward.
+_apply = super(torch.autograd.Function, _Op).apply
 
 
 def applied(*args: Any) -> Any:
     """The layer's op on a call, a token, an input and parameters."""
-    return (LayerOp if torch._C._are_functorch_transforms_active() else _Op).apply(*args)
+    return LayerOp.apply(*args) if torch._C._are_functorch_transforms_active() else _apply(*args)

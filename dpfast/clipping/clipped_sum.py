@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, clipped_sums, combine
+from dpfast.capture.forms import Form, Waiting, clipped_sums, combine, forms_of
 from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.shift import Shift
@@ -23,7 +23,7 @@ from dpfast.clipping.norms import squared_norms
 from dpfast.clipping.samples_once import Batches
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, local
-from dpfast.ops import compute_dtype, index_of
+from dpfast.ops import compute_dtype
 
 
 class ClippedSum(Recorder):
@@ -128,8 +128,10 @@ class ClippedSum(Recorder):
         below = self.passing.values()
         if not taken and below and not any(map(leaves_gradients, below)):
             return  # torch.autograd.grad, which trains nothing
-        uses = {p: forms for p, forms in taken.items() if self.tracked is None or p in self.tracked}
-        if uses and narrowed and self.loss_is_mean and (size := self._common_batch(uses)) > 1:
+        recorded = taken
+        if self.tracked is not None and not self.tracked.issuperset(taken):
+            recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
+        if recorded and narrowed and self.loss_is_mean and (size := self._common_batch(recorded)) > 1:
             raise ValueError(refusal(*narrowed, size))
         self.start_physical_batch()
         if self._backwards and not self.accumulation_allowed:
@@ -143,7 +145,7 @@ class ClippedSum(Recorder):
             self.batches.drop()  # the sums were cleared by hand
         self.batches.use(self.passing, bool(taken), drawn=not self.accumulation_allowed)
         try:
-            self._sum_up(uses, batch)
+            self._sum_up(recorded, batch)
         except BaseException:
             self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
@@ -162,53 +164,59 @@ class ClippedSum(Recorder):
         self.start_logical_batch()
         self.batches.drop()
 
-    def _sum_up(self, uses: dict[nn.Parameter, list[Form]], batch: int | None) -> None:
+    def _sum_up(self, recorded: dict[nn.Parameter, list[Form | Waiting]], batch: int | None) -> None:
         self._backwards += 1
         self.sensitivity = max(self.sensitivity, self.clipping.sensitivity)
-        if not uses:
+        if not recorded:
             self.per_sample_gradient_norms = torch.zeros(batch or 0)
             if self.ranks.sharded:
-                self._share({})
+                self._share([], [])
             return
 
-        device = next(iter(uses)).device.type
+        device = next(iter(recorded)).device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):  # a backward may run inside of a region of it
-            size = self._common_batch(uses)
+            size = self._common_batch(recorded)
             scale = (size if self.loss_is_mean else 1) / self.loss_scale
             # A loss's scale is left in what is summed, and taken out of the sum: so no weight is too small for a bound.
             of_weights = scale * self.loss_scale
-            params = list(uses)
+            params = list(recorded)
             combined = [
-                forms if len(forms) == 1 else combine(forms, self.planner, self.names[p]) for p, forms in uses.items()
+                forms if len(forms) == 1 else combine(forms, self.planner, self.names[p])
+                for p, forms in zip(params, forms_of([*recorded.values()]), strict=True)
             ]
-            uses.clear()
-            squared, bounds = self._norms(params, combined)
+            recorded.clear()
+            groups = [self.clipping.group_of(p) for p in params]
+            squared, bounds = squared_norms(combined, groups, len(self.clipping.thresholds)).to(params[0].device)
             norms = squared.sum(0).sqrt() * scale
             self.per_sample_gradient_norms = norms.to(compute_dtype(params[0].dtype))
             factors, lost = self.clipping.factors(squared, bounds, scale)
             if self.counts_unclipped:
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
             self._count(lost)
-            parts: list[list[tuple[Form, Tensor]]] = []
+            parts: list[tuple[Form, Tensor]] = []
+            owners: list[nn.Parameter] = []
             known: dict[Any, Tensor] = {}  # parameters of one kind have the same row factors
-            for place, p in enumerate(params):
-                forms, combined[place] = combined[place], []
-                kind = self.clipping.group_of(p), compute_dtype(p.dtype), p.device
-                if kind not in known:
-                    known[kind] = _towards_zero(factors[kind[0]] * of_weights, kind[1]).to(p.device)
-                parts.append([(form, known[kind]) for form in forms])
-                del forms
+            for p, group, forms in zip(params, groups, combined, strict=True):
+                kind = group, p.dtype, p.get_device()
+                row = known.get(kind)
+                if row is None:
+                    row = known[kind] = _towards_zero(factors[group] * of_weights, compute_dtype(p.dtype)).to(p.device)
+                for form in forms:
+                    parts.append((form, row))
+                    owners.append(p)
+            combined.clear()  # what a sum was made of can go
+            del forms, form
             if self.ranks.sharded:
-                self._share(dict(zip(params, parts, strict=True)))
+                self._share(owners, parts)
                 return
-            owners = [p for p, its in zip(params, parts, strict=True) for _ in its]
-            flat = [part for its in parts for part in its]
-            parts.clear()  # what a sum was made of can go
-            for k, clipped in clipped_sums(flat):
+            for k, clipped in clipped_sums(parts):
                 self._accumulate(owners[k], clipped)
 
-    def _share(self, parts: dict[nn.Parameter, list[tuple[Form, Tensor]]]) -> None:
+    def _share(self, owners: Sequence[nn.Parameter], flat: Sequence[tuple[Form, Tensor]]) -> None:
         """All ranks add up the same parameters in the same order, whatever each one's batch has reached."""
+        parts: dict[nn.Parameter, list[tuple[Form, Tensor]]] = {}
+        for p, part in zip(owners, flat, strict=True):
+            parts.setdefault(p, []).append(part)
         for p in self.names:
             if not p.requires_grad or (self.tracked is not None and p not in self.tracked):
                 continue
@@ -219,20 +227,8 @@ class ClippedSum(Recorder):
                 total = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
             self._accumulate(p, self.ranks.share(p, total))
 
-    def _norms(self, params: Sequence[nn.Parameter], forms: Sequence[list[Form]]) -> tuple[Tensor, Tensor]:
-        """Squared norms ``[groups, B]`` and the bounds on their errors."""
-        device, groups = params[0].device, [self.clipping.group_of(p) for p in params]
-        totals = torch.zeros(2, len(self.clipping.thresholds), forms[0][0].batch, dtype=torch.float64, device=device)
-        for places, squared, bounds in squared_norms(forms):
-            both = torch.stack([squared, bounds]).to(device)
-            if len(self.clipping.thresholds) == 1:
-                totals[:, 0] += both.sum(1)
-            else:
-                totals.index_add_(1, index_of(tuple(groups[place] for place in places), device), both)
-        return totals[0], totals[1]
-
-    def _common_batch(self, uses: Mapping[nn.Parameter, list[Form]]) -> int:
-        sizes = {form.batch: p for p, forms in uses.items() for form in forms}
+    def _common_batch(self, recorded: Mapping[nn.Parameter, list[Form | Waiting]]) -> int:
+        sizes = {form.batch: p for p, forms in recorded.items() for form in forms}
         if len(sizes) > 1:
             seen = " and ".join(f"{size} (by {self.names[sizes[size]]!r})" for size in sorted(sizes))
             raise ValueError(

@@ -11,7 +11,7 @@ from opacus.layers.dp_rnn import RNNLinear
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, squared_norm
+from dpfast.capture.forms import Form, form_of, squared_norm
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.dropin import hooks_mode
@@ -40,7 +40,7 @@ def _forms(module: nn.Module, activations: Sequence[Tensor], backprops: Tensor) 
     with torch.enable_grad():
         output = layer.run(module, TracedTap(capture, layer, type(module).__name__), *(x.detach() for x in activations))
         output.backward(backprops.to(output.dtype))
-    return capture.take()
+    return {p: [form_of(form) for form in forms] for p, forms in capture.take().items()}
 
 
 def grad_sampler(module: nn.Module, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dpfast import ops
-from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.forms import Factored, Form, Instantiated, OuterProduct, PositionSum, Waiting
 from dpfast.capture.tap import Call, Tap
 
 
@@ -49,27 +49,48 @@ class Layer:
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         """Per-sample gradients of the parameters with an index in ``needed``."""
         raise NotImplementedError
+
+
+def own(module: nn.Module, name: str) -> Any:
+    """``module.name`` of a parameter, which costs an :class:`nn.Module` more time than a small product."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)
 
 
 def by_sample(x: Tensor, batch: int, feature_dims: int = 1) -> Tensor:
     """``[rows, *, features]`` as ``[batch, T, features]``, samples first; ``feature_dims`` trailing ones are kept."""
     split = x.dim() - feature_dims
+    if split == 2 and x.shape[0] == batch:
+        return x
     return x.reshape(batch, math.prod(x.shape[:split]) // batch, *x.shape[split:])
 
 
 def with_groups(x: Tensor, batch: int) -> Tensor:
     """``[rows, *, d]`` as ``[batch, 1, T, d]``, samples first, one group."""
-    if x.dim() == 2 and x.shape[0] == batch:
-        return x.reshape(batch, 1, 1, x.shape[1])
+    if x.dim() == 3 and x.shape[0] == batch:
+        return x.unsqueeze(1)
     return x.reshape(batch, 1, math.prod(x.shape[:-1]) // batch, x.shape[-1])
 
 
-def sum_positions(G: Tensor) -> Instantiated:
+def product_form(A: Tensor, G: Tensor, batch: int, rows: int, row: int = 0) -> OuterProduct | Factored:
+    """``g_i = G_iᵀ A_i`` of ``A [rows, *, d]`` and ``G [rows, *, p]``, samples first."""
+    if A.dim() == 2 and A.shape[0] == batch:
+        return OuterProduct(A, G, rows, row)
+    return Factored(with_groups(A, batch), with_groups(G, batch), rows, row)
+
+
+def sum_positions(G: Tensor) -> Instantiated | PositionSum:
     """``Σ_t`` of ``[B, T, *]`` in float32, float64 for float64."""
     if G.shape[1] == 1 and G.dtype == ops.compute_dtype(G.dtype):
         return Instantiated(G.squeeze(1))
-    samples, squares = ops.sum_positions(G)
-    return Instantiated(samples, squares=squares)
+    return PositionSum(G.flatten(2) if G.dim() > 3 else G)
+
+
+def sum_rows(G: Tensor, batch: int) -> Instantiated | PositionSum:
+    """``Σ_t`` of ``[rows, *, d]``, samples first, as :func:`sum_positions`."""
+    if G.dim() == 2 and G.shape[0] == batch and G.dtype == ops.compute_dtype(G.dtype):
+        return Instantiated(G)
+    return PositionSum(G if G.dim() == 3 and G.shape[0] == batch else by_sample(G, batch))

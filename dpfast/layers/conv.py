@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Convolved, Form
+from dpfast.capture.forms import Convolved, Form, Waiting
 from dpfast.capture.tap import Call, Tap
 from dpfast.layers.base import Layer, by_sample, sum_positions
 from dpfast.ops import Geometry, compute_dtype
@@ -34,7 +34,7 @@ class _Convolution(Layer):
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         if 0 in needed:
             yield 0, call.planned(Convolved(x, G, params[0].detach(), call.spec, call.batch))
         if 1 in needed:

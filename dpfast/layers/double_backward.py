@@ -8,7 +8,6 @@ for every sample, and differentiating that as often as is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dpfast.capture.forms import Instantiated
 from dpfast.capture.refusals import ONE_BY_ONE, LayoutError
-from dpfast.capture.tap import Call, accumulators, applied, reaches
+from dpfast.capture.tap import Call, accumulators, applied, reached
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.layers.generic import Copies
 
@@ -43,7 +42,7 @@ class InputGradient(torch.autograd.Function):
     def backward(ctx: Any, GG: Tensor) -> tuple[Any, ...]:
         call, (G, x, *points) = ctx.call, ctx.saved_tensors
         again = torch.is_grad_enabled()  # create_graph=True once more
-        needed = [i for i, node in ctx.accumulators.items() if reaches(node, call.tap.name)]
+        needed = reached(ctx.accumulators, call.tap.name)
         nothing = (None, None, None, None, *(None for _ in ctx.params))
         if call.batch == 0 or x.numel() == 0:
             return nothing
@@ -64,9 +63,8 @@ class InputGradient(torch.autograd.Function):
         recorder = call.tap.recorder
         if needed:
             recorder.open()
-        for i, samples in zip(copies, by_sample, strict=True):
-            if samples is not None and i in needed:
-                recorder.record(ctx.params[i], Instantiated(samples.detach()), call)
+        found = [(i, samples) for i, samples in zip(copies, by_sample, strict=True) if samples is not None]
+        recorder.record_call(call, [(ctx.params[i], Instantiated(x.detach())) for i, x in found if i in needed])
         return (None, None, dG, dx, *(None for _ in ctx.params))
 
 
@@ -74,7 +72,7 @@ def _copies(call: Call, parameter: Any) -> Tensor:
     """Every sample's copy of ``parameter``, in the graph: what flows back into it is recorded."""
     tap = TracedTap(call.tap.recorder, Copies(), call.tap.name)
     each = torch.zeros(call.batch, device=parameter.device)
-    return applied(Call(tap, None, call.batch, call.layout, of=call.of), None, each, parameter)
+    return applied(call.like(tap, None, call.batch), None, each, parameter)
 
 
 def _differentiated(
@@ -90,7 +88,7 @@ def _differentiated(
 
     def one(x: Tensor, own: Mapping[int, Tensor]) -> Tensor:
         params = [own.get(i, None if p is None else p.detach()) for i, p in enumerate(points)]
-        return call.tap.layer.forward(replace(call, batch=1), x, *params)
+        return call.tap.layer.forward(call.like(call.tap, call.spec, 1), x, *params)
 
     dtype = next(p.dtype for p in points if p is not None)  # under autocast x may be narrower
     rows = x.to(dtype).unflatten(0, (call.batch, len(x) // call.batch))

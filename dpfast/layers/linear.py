@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Factored, Form, Instantiated
+from dpfast.capture.forms import Form, Instantiated, Waiting, form_of
 from dpfast.capture.tap import Call, Tap
-from dpfast.layers.base import Layer, sum_positions, with_groups
+from dpfast.layers.base import Layer, own, product_form, sum_rows
 
 ALL = slice(0, None)
 
@@ -34,7 +34,7 @@ class Linear(Layer):
     least_dims = 2
 
     def run(self, module: nn.Linear, tap: Tap, input: Tensor) -> Tensor:
-        return tap(input, module.weight, module.bias, spec=WHOLE)
+        return tap(input, own(module, "weight"), own(module, "bias"), spec=WHOLE)
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         weight, bias = params
@@ -50,18 +50,19 @@ class Linear(Layer):
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         weight, bias = params
         rows, bias_rows = call.spec
-        G = with_groups(G, call.batch)
         if 0 in needed:
-            yield 0, call.planned(Factored(with_groups(x, call.batch), G, weight.shape[0], rows.start))
+            yield 0, call.planned(product_form(x, G, call.batch, weight.shape[0], rows.start))
         if 1 in needed:
-            summed = sum_positions(G.squeeze(1))  # zeros around it leave its norm as it is
+            summed = sum_rows(G, call.batch)
             before = bias_rows.start
-            rest = bias.shape[0] - before - G.shape[3]
-            if before or rest:
-                summed = Instantiated(F.pad(summed.samples, (before, rest)), squares=summed.squares)
+            rest = bias.shape[0] - before - G.shape[-1]
+            if before or rest:  # zeros around it leave its norm as it is
+                alone = form_of(summed)
+                assert isinstance(alone, Instantiated)
+                summed = Instantiated(F.pad(alone.samples, (before, rest)), squares=alone.squares)
             yield 1, summed
 
 
@@ -71,7 +72,7 @@ class TransposedLinear(Linear):
     types: ClassVar[tuple[Any, ...]] = ("transformers.pytorch_utils.Conv1D",)
 
     def run(self, module: Any, tap: Tap, x: Tensor) -> Tensor:
-        return tap(x, module.weight, module.bias)
+        return tap(x, own(module, "weight"), own(module, "bias"))
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         weight, bias = params
@@ -82,9 +83,8 @@ class TransposedLinear(Linear):
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
-        A, G = (with_groups(side, call.batch) for side in (x, G))
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         if 0 in needed:
-            yield 0, call.planned(Factored(G, A, len(params[0])))
+            yield 0, call.planned(product_form(G, x, call.batch, len(params[0])))
         if 1 in needed:
-            yield 1, sum_positions(G.squeeze(1))
+            yield 1, sum_rows(G, call.batch)

@@ -10,30 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from dpfast import ops
-from dpfast.capture.forms import Form, Instantiated
+from dpfast.capture.forms import Form, Instantiated, NormalisedSides, NormalisedSum, Waiting
 from dpfast.capture.tap import Call, Tap
-from dpfast.layers.base import Layer, by_sample, sum_positions
+from dpfast.layers.base import Layer, by_sample, own, sum_positions
 
 
 def _as(x: Tensor, *params: Any) -> Tensor:
     """``x`` in the parameters' dtype: under autocast it may be narrower."""
-    return next((x.to(p.dtype) for p in params if p is not None), x)
+    for p in params:
+        if p is not None:
+            return x if x.dtype is p.dtype else x.to(p.dtype)
+    return x
 
 
 def _normalised_forms(
     call: Call, needed: Sequence[int], G: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
-) -> Iterator[tuple[int, Form]]:
+) -> Iterator[tuple[int, Form | Waiting]]:
     """Weight (0) and bias (1) of a layer that normalises its last dimensions, from one pass over G and x."""
     shape = call.spec[0]
     if 0 not in needed:
         yield 1, sum_positions(by_sample(G, call.batch, len(shape)))
         return
-    sides = (by_sample(side, call.batch, len(shape)).flatten(2) for side in (G, x))
-    statistics = (None if side is None else side.reshape(call.batch, -1) for side in (mean, rstd))
-    weight, weight_squares, bias, bias_squares = ops.normalised_sums(*sides, *statistics)
-    for i, samples, squares in ((0, weight, weight_squares), (1, bias, bias_squares)):
+    of_g, of_x = (by_sample(side, call.batch, len(shape)) for side in (G, x))
+    if len(shape) > 1:
+        of_g, of_x = of_g.flatten(2), of_x.flatten(2)
+    sides = NormalisedSides(of_g, of_x, mean, rstd)
+    for i in (0, 1):
         if i in needed:
-            yield i, Instantiated(samples.view(call.batch, *shape), squares=squares)
+            yield i, NormalisedSum(sides, i)
 
 
 class LayerNorm(Layer):
@@ -44,7 +48,7 @@ class LayerNorm(Layer):
     saves = True
 
     def run(self, module: nn.LayerNorm, tap: Tap, input: Tensor) -> Tensor:
-        return tap(input, module.weight, module.bias, spec=(module.normalized_shape, module.eps))
+        return tap(input, own(module, "weight"), own(module, "bias"), spec=(module.normalized_shape, module.eps))
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         shape, eps = call.spec
@@ -56,14 +60,15 @@ class LayerNorm(Layer):
     def input_gradient(self, call: Call, G: Tensor, x: Tensor, *params: Any) -> Tensor:
         mean, rstd = call.saved
         mask = [True, False, False]
-        gradients = torch.ops.aten.native_layer_norm_backward(
+        gradients = torch.ops.aten.native_layer_norm_backward.default(
             G, _as(x, *params), call.spec[0], mean, rstd, *params, mask
         )
-        return gradients[0].to(x.dtype)
+        gx = gradients[0]
+        return gx if gx.dtype is x.dtype else gx.to(x.dtype)
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         mean, rstd = call.saved
         yield from _normalised_forms(call, needed, G, _as(x, *params), mean, rstd)
 
@@ -75,7 +80,7 @@ class RMSNorm(Layer):
     least_dims = 2
 
     def run(self, module: nn.RMSNorm, tap: Tap, input: Tensor) -> Tensor:
-        return tap(input, module.weight, spec=(module.normalized_shape, module.eps))
+        return tap(input, own(module, "weight"), spec=(module.normalized_shape, module.eps))
 
     def _normalised(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         shape, eps = call.spec
@@ -96,7 +101,7 @@ class RMSNorm(Layer):
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         x = _as(x, *params)
         _, rstd, _ = self._normalised(call, x)
         yield from _normalised_forms(call, needed, G, x, None, rstd)
@@ -111,7 +116,7 @@ class GroupNorm(Layer):
     needs_batch = True
 
     def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:
-        return tap(input, module.weight, module.bias, spec=(module.num_groups, module.eps))
+        return tap(input, own(module, "weight"), own(module, "bias"), spec=(module.num_groups, module.eps))
 
     def _sizes(self, x: Tensor) -> tuple[int, int, int]:
         return x.shape[0], x.shape[1], math.prod(x.shape[2:])
@@ -145,7 +150,7 @@ class GroupNorm(Layer):
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
-    ) -> Iterator[tuple[int, Form]]:
+    ) -> Iterator[tuple[int, Form | Waiting]]:
         rows, channels, positions = self._sizes(x)
         if x.numel() == 0:
             yield from ((i, Instantiated(G.new_zeros(call.batch, channels))) for i in needed)
@@ -174,7 +179,7 @@ class InstanceNorm1d(GroupNorm):
 
     def run(self, module: Any, tap: Tap, input: Tensor) -> Tensor:
         module._check_input_dim(input)
-        return tap(input, module.weight, module.bias, spec=(module.num_features, module.eps))
+        return tap(input, own(module, "weight"), own(module, "bias"), spec=(module.num_features, module.eps))
 
 
 class InstanceNorm2d(InstanceNorm1d):

@@ -65,8 +65,9 @@ def trains(module: nn.Module) -> bool:
     """Whether a forward of ``module`` may lead to gradients of its parameters."""
     if not torch.is_grad_enabled():
         return False
-    if any([p.requires_grad for p in module._parameters.values() if p is not None]):
-        return True
+    for p in module._parameters.values():
+        if p is not None and p.requires_grad:
+            return True
     return bool(module._modules) and any(p.requires_grad for p in module.parameters())
 
 
@@ -79,10 +80,11 @@ class LayerForward(Forward):
         self._own = dict(module._parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.tap.recorder.ranks.sharded:
-            self.tap.recorder.link(self.module._parameters, self._own)
-        if self.tap.recorder.paused or not trains(self.module):
-            return self.untapped(self.tap.recorder, *args, **kwargs)
+        recorder = self.tap.recorder
+        if recorder.ranks.sharded:
+            recorder.link(self.module._parameters, self._own)
+        if recorder.paused or not trains(self.module):
+            return self.untapped(recorder, *args, **kwargs)
         return self.layer.run(self.module, self.tap, *args, **kwargs)
 
 

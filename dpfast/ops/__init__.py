@@ -15,6 +15,8 @@ from dpfast.ops.convolution import (
 )
 from dpfast.ops.embedding import embedding_cross_term, embedding_squared_norm, embedding_sum
 from dpfast.ops.matmul import (
+    all_grad_samples,
+    are_small,
     clipped_weight_gradient,
     clipped_weight_gradients,
     ghost_squared_norm,
@@ -25,15 +27,12 @@ from dpfast.ops.matmul import (
     tile_squared_norm,
 )
 from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
+from dpfast.ops.norms import certified, has_products, in_groups, one_position_squared_norm, side_norms, squared_norm
 from dpfast.ops.reductions import (
-    SquaredNorms,
-    certified,
+    all_normalised_sums,
+    all_position_sums,
     channel_sums,
-    has_products,
-    index_of,
     normalised_sums,
-    one_position_squared_norm,
-    squared_norm,
     sum_positions,
     weighted_sum,
     weighted_sums,
@@ -59,8 +58,11 @@ __all__ = [
     "ClippingFunction",
     "Geometry",
     "Noise",
-    "SquaredNorms",
     "alike_for_every_batch",
+    "all_grad_samples",
+    "all_normalised_sums",
+    "all_position_sums",
+    "are_small",
     "backends",
     "certified",
     "certified_ghosts",
@@ -87,12 +89,13 @@ __all__ = [
     "has_ghost_stats",
     "has_products",
     "has_tiles",
-    "index_of",
+    "in_groups",
     "is_native",
     "noisy_grad_",
     "noisy_step_",
     "normalised_sums",
     "one_position_squared_norm",
+    "side_norms",
     "squared_norm",
     "sum_positions",
     "tile_squared_norm",

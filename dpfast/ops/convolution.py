@@ -14,7 +14,7 @@ from torch import Tensor
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
 from dpfast.ops.matmul import product_reach
-from dpfast.ops.reductions import certified
+from dpfast.ops.norms import certified
 from dpfast.reference import Geometry
 from dpfast.reference.rounding import of_slip, underflow
 

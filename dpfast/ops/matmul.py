@@ -21,6 +21,7 @@ SPLIT_UNITS, BLOCK_UNITS = 2.0**8, 64.0
 TF32_UNITS = 2.0**15  # that a product may be off whose sides are rounded to tf32
 # Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
 WIDE = 1024
+SMALL_PRODUCT = 1 << 20  # multiplications, up to which a call of an op takes as long as its work
 
 
 def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,25 @@ def ghost_stats(A: Tensor, G: Tensor) -> Tensor:
     """What a ghost norm and its bound are made of: see :func:`dpfast.reference.matmul.ghost_stats`."""
     native = is_native("gram_stats", G.device)
     return reference.ghost_stats(A, G, torch.ops.dpfast.gram_stats if native else reference.gram_stats)
+
+
+def are_small(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether one native call for all of these weights takes less time than a matrix product of torch for each."""
+    if not is_native("weighted_products", sides[0][1].device):
+        return False
+    for A, G in sides:
+        if A.dtype != torch.float32 or G.dtype != torch.float32 or (A.dim() == 4 and A.shape[1] != 1):
+            return False
+        if A.numel() * G.shape[-1] > SMALL_PRODUCT:
+            return False
+    return True
+
+
+def all_grad_samples(sides: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """:func:`grad_samples` of several weights of one B that :func:`are_small`, with their squared norms."""
+    A, G = ([side.contiguous() for side in each] for each in zip(*sides, strict=True))
+    samples, squares = torch.ops.dpfast.product_samples(A, G)
+    return list(zip(samples, squares.unbind(), strict=True))
 
 
 def has_tiles(A: Tensor, G: Tensor) -> bool:
@@ -79,11 +99,23 @@ def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
 
 
 def clipped_weight_gradients(sides: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """:func:`clipped_weight_gradient` of several weights, one after the other."""
+    """:func:`clipped_weight_gradient` of several weights; sides may be ``[B, d]`` and ``[B, p]`` where T = 1."""
+    if are_small(sides):
+        A, G = ([side.contiguous() for side in each] for each in zip(*sides, strict=True))
+        yield from torch.ops.dpfast.weighted_products(A, G, stacked(factors, torch.float32))
+        return
+    sides = [(A, G) if A.dim() == 4 else (A[:, None, None], G[:, None, None]) for A, G in sides]
     if any(is_triton("clipped_weight_gradient", A, G) for A, G in sides):
         yield from (clipped_weight_gradient(A, G, row) for (A, G), row in zip(sides, factors, strict=True))
     else:
         yield from reference.clipped_weight_gradients(sides, factors)
+
+
+def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Factors ``[B]`` of each of n tensors: ``[n, B]``, or ``[B]`` where they are the same for all."""
+    if all([row is factors[0] for row in factors]):
+        return factors[0].to(dtype)
+    return torch.stack([row.to(dtype) for row in factors])
 
 
 def _aligned(side: Tensor) -> Tensor:

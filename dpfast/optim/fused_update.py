@@ -37,14 +37,21 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
         if any(isinstance(number, Tensor) for number in numbers):
             return "a hyperparameter is a tensor"
     key = _key(optimizer)
-    known = _found.get(optimizer)
-    if known is None or known[0] != key:
-        known = _found[optimizer] = key, _why_not_these(optimizer, op)
-    return known[1]
+    look = _looks.get(optimizer)
+    if look is None or look.key != key:
+        look = _looks[optimizer] = _Look(key, _why_not_these(optimizer, op))
+    return look.why_not
 
 
-# Of each optimizer: what its parameters and state were when they were looked at, and what was found.
-_found: WeakKeyDictionary[Optimizer, tuple[Any, str | None]] = WeakKeyDictionary()
+class _Look:
+    """What was found in an optimizer's parameters and state, as they were then."""
+
+    def __init__(self, key: Any, why_not: str | None):
+        self.key, self.why_not = key, why_not
+        self.parts: set[tuple[int, ...]] = set()  # the parameters of each update (a bucket of ranks') that was checked
+
+
+_looks: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 
 
 def _key(optimizer: Optimizer) -> Any:
@@ -101,7 +108,9 @@ def noisy_step(
     low_precision: str = "nearest",
     rounding_key: tuple[int, int] = (0, 0),
 ) -> None:
-    """Noise, scale and update in one pass; ``p.grad`` then holds the noisy gradient. Needs :func:`why_not_fused` None.
+    """Noise, scale and update in one pass; ``p.grad`` then holds the noisy gradient.
+
+    :func:`why_not_fused` has just said None: what it has looked at is not looked at again.
 
     Args:
         summed: float32 clipped sums of the parameters to update.
@@ -109,16 +118,13 @@ def noisy_step(
         low_precision: how 16-bit parameters take an update: ``"nearest"``, ``"stochastic"`` rounding, or through a
             float32 ``"master"`` copy, which is kept in the optimizer's state.
     """
-    key, part = _key(optimizer), tuple(map(id, summed))
-    known = _checked.get(optimizer)
-    if known is None or known[0] != key:
-        known = _checked[optimizer] = key, set()
-    checked = part in known[1]
+    look, part = _looks[optimizer], tuple(map(id, summed))
+    checked = part in look.parts
     for group in optimizer.param_groups:
-        by_dtype: dict[torch.dtype, list[Any]] = defaultdict(list)
+        by_dtype: dict[torch.dtype, list[Any]] = {}
         for p in group["params"]:
             if p in summed:
-                by_dtype[p.dtype].append(p)
+                by_dtype.setdefault(p.dtype, []).append(p)
         for dtype, same in by_dtype.items():
             for rule, params in _by_rule(optimizer, group, same):
                 narrow = dtype != torch.float32
@@ -145,13 +151,9 @@ def noisy_step(
                 torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
                 for p, grad in zip(params, grads, strict=True):
                     p.grad = like(grad, p)
-    known[1].add(part)
+    look.parts.add(part)
     if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
         optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-# Of each optimizer: what its tensors were, and the parameters of each call (a bucket of ranks') that was checked so.
-_checked: WeakKeyDictionary[Optimizer, tuple[Any, set[tuple[int, ...]]]] = WeakKeyDictionary()
 
 
 def _shaped(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:

@@ -91,7 +91,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipping = clipping
         self.clipped_sum = clipped_sum
         self._stepped = False  # and not cleared since
-        self._bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
+        self._first_bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
         self.accounting: StepHook | None = None  # called once a step, whatever other hooks there are
         self._called: list[StepHook] = []  # in this step
         clipped_sum.ranks = self.ranks
@@ -157,7 +157,8 @@ class FusedDPOptimizer(DPOptimizer):
 
     def add_noise(self) -> None:
         """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
-        sums, noise = self._take_sums()
+        noise = self._next_noise()
+        sums = self._take_sums()
         for p in self._all_parameters():
             p.grad = None
         for summed in self.ranks.totals(sums):
@@ -173,28 +174,33 @@ class FusedDPOptimizer(DPOptimizer):
     def scale_grad(self) -> None:
         """Nothing is left to do: :meth:`add_noise` divides in the same pass."""
 
-    def _take_sums(self) -> tuple[dict[Any, torch.Tensor], ops.Noise]:
-        """This rank's clipped sums of the logical batch, and the noise that their totals get."""
+    def _next_noise(self) -> ops.Noise:
+        """The noise that the sums of this logical batch get, of all ranks together; adaptive clipping then moves C."""
         check_noise_multiplier(self.noise_multiplier)
         divisor = 1.0
         if self.loss_reduction == "mean":
             assert self.expected_batch_size is not None
             divisor = self.expected_batch_size * self.accumulated_iterations
-        trained = [p for p in self._all_parameters() if p.requires_grad]
         sensitivity = self.clipped_sum.sensitivity or self.clipping.sensitivity
-        elements = sum(p.numel() for p in trained)
+        elements = sum([p.numel() for p in self._all_parameters() if p.requires_grad])
         multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
         noise = self.noise.next(multiplier, sensitivity, elements, 1 / divisor)
         if self.adaptive is not None:
             self._adapt(self.adaptive, noise)
+        return noise
+
+    def _take_sums(self) -> dict[Any, torch.Tensor]:
+        """This rank's clipped sums of the logical batch, zeros for what no sample has reached."""
         summed = {}
-        for p in trained:
+        for p in self._all_parameters():
+            if not p.requires_grad:
+                continue
             total = getattr(p, "summed_grad", None)
             if total is None:
                 total = torch.zeros(local(p).shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
             summed[p] = total.contiguous()
             p.summed_grad = None
-        return summed, noise
+        return summed
 
     def _adapt(self, adaptive: AdaptiveClipping, noise: ops.Noise) -> None:
         """The next step's C, from the noisy count of samples that were not clipped."""
@@ -247,7 +253,8 @@ class FusedDPOptimizer(DPOptimizer):
             self._call_hooks()
             self.ascending.before_update()
             try:
-                sums, noise = self._take_sums()
+                noise = self._next_noise()
+                sums = self._take_sums()
             finally:
                 self._end_logical_batch()
             key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
@@ -327,7 +334,7 @@ class FusedDPOptimizer(DPOptimizer):
         for p in self._all_parameters():
             grad = p.grad
             if p.requires_grad and grad is not None and bool(local(grad).any()):
-                self._bypassed = 1 + self.clipped_sum.index[p]
+                self._first_bypassed = 1 + self.clipped_sum.index[p]
 
     def _agree(self) -> None:
         """What the noise depends on is the same on all ranks: the largest where shares may differ, else refused.
@@ -340,7 +347,7 @@ class FusedDPOptimizer(DPOptimizer):
             return
         clipped_sum = self.clipped_sum
         own = clipped_sum.sensitivity or self.clipping.sensitivity
-        mine = (own, float(clipped_sum.accumulated), clipped_sum.unclipped, float(self._bypassed))
+        mine = (own, float(clipped_sum.accumulated), clipped_sum.unclipped, float(self._first_bypassed))
         trained = [clipped_sum.index[p] for p in self._all_parameters() if p.requires_grad]
         alike = {
             "noise_multiplier": float(self.noise_multiplier),
@@ -460,7 +467,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipped_sum.drop_physical_batch()
         if not self._is_last_step_skipped:
             self.clipped_sum.drop()
-            self._stepped, self._bypassed = False, 0
+            self._stepped, self._first_bypassed = False, 0
         self.original_optimizer.zero_grad(set_to_none)
 
     def abandon(self) -> None:

@@ -17,8 +17,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ WAYS = ("ghost", "norm-GEMM", "instantiate")  # those that there is a choice of
 DEFAULT_FRACTION = 0.10  # of the memory that is in use when a backward pass starts
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One use of a weight: ``A [batch, groups, T, d]``, ``G [batch, groups, T, p]``, of a convolution over its patches.
 
     ``sides`` are the bytes of what is kept where no gradient is written out.
@@ -181,7 +180,7 @@ class Planner:
 
     def state_dict(self) -> dict[str, list[Any]]:
         """The choices that were made, for a checkpoint: a run that goes on elsewhere has the same ones."""
-        return {"plans": [(layer, asdict(shape), plan.way) for (layer, shape), plan in self._plans.items()]}
+        return {"plans": [(layer, shape._asdict(), plan.way) for (layer, shape), plan in self._plans.items()]}
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
         """Take over choices, all or none; those pinned here, and those of ways or devices that are not here, are

@@ -14,12 +14,14 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # By device: which of torch's switches its products and convolutions obey.
 _OBEYED = {"cpu": (("mkldnn", "matmul"), ("mkldnn", "conv")), "cuda": (("cuda", "matmul"), ("cuda", "conv"))}
+_FULL = ("none", "ieee")
 _ALL = tuple(switch for switches in _OBEYED.values() for switch in switches)
 _get: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 _set: Callable[[str, str, str], Any] = torch._C._set_fp32_precision_setter
@@ -74,8 +76,7 @@ class full_precision:
         self.device = device.type
 
     def __enter__(self) -> None:
-        obeyed = _OBEYED.get(self.device, ())
-        self.entered = _switches.inside > 0 or any(_get(*switch) not in ("none", "ieee") for switch in obeyed)
+        self.entered = _is_needed(self.device)
         if self.entered:
             _switches.enter()
 
@@ -84,13 +85,21 @@ class full_precision:
             _switches.leave()
 
 
-def alike_for_every_batch(device: torch.device) -> full_precision:
-    """For what a layer computes itself: :class:`full_precision` on a CPU.
+def alike_for_every_batch(x: Tensor, op: Callable[..., R], *args: Any) -> R:
+    """``op(*args)`` of tensors where ``x`` is, for what a layer computes itself: in :class:`full_precision` on a CPU.
 
     There oneDNN takes a bfloat16 kernel for some batch sizes only, and each sample's own gradient would depend on how
     many others there are. On a GPU tf32 is of the device and the layer, and stays as the user wants it.
     """
-    return full_precision(device if device.type == "cpu" else torch.device("meta"))
+    if not x.is_cpu or not _is_needed("cpu"):
+        return op(*args)
+    with full_precision(x.device):
+        return op(*args)
+
+
+def _is_needed(device: str) -> bool:
+    """Whether a product on such a device may be made in less than float32, or another thread may turn that on again."""
+    return _switches.inside > 0 or any([_get(*switch) not in _FULL for switch in _OBEYED.get(device, ())])
 
 
 def in_full_precision(op: Callable[P, R]) -> Callable[P, R]:

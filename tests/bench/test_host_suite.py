@@ -71,7 +71,7 @@ def test_counts_repeat():
     work = workloads("cpu", small=True)["deepmlp"]
     entry = {"method": "dpfast", "variant": "plain"}
     first, second = (host._counts(work, entry, torch.device("cpu")) for _ in range(2))
-    assert first == second and first["operators"] > 50
+    assert first == second and first["operators"] > 30
 
 
 def test_what_was_timed_is_counted_when_it_goes_on(tmp_path, monkeypatch):

@@ -184,17 +184,17 @@ def test_frozen_weights_keep_no_activations(base, method):
     target = targets(plain, given)
     sum_loss(logits(wrapped, given), target).backward()  # the first forward also checks
     recorded = set()
-    record = type(wrapped.clipped_sum).record
+    record = type(wrapped.clipped_sum).record_call
 
-    def seen(self, parameter, form, call=None):
-        recorded.add(self.names[parameter])
-        record(self, parameter, form, call)
+    def seen(self, call, forms):
+        recorded.update(self.names[parameter] for parameter, _ in forms)
+        record(self, call, forms)
 
     for p in private.parameters():
         p.summed_grad = None
     out, kept = Kept(private).run(wrapped, given)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(wrapped.clipped_sum), "record", seen)
+        patch.setattr(type(wrapped.clipped_sum), "record_call", seen)
         sum_loss(out, target).backward()
     trained = {name for name, p in private.named_parameters() if p.requires_grad}
     assert recorded == trained

@@ -217,9 +217,11 @@ def test_no_per_sample_table_is_written(monkeypatch):
     from dpfast.capture.forms import EmbeddingRows
     from dpfast.capture.recorder import Recorder
 
-    forms, record = [], Recorder.record
+    forms, record = [], Recorder.record_call
     monkeypatch.setattr(
-        Recorder, "record", lambda self, p, form, call=None: forms.append(form) or record(self, p, form, call)
+        Recorder,
+        "record_call",
+        lambda self, call, given: forms.extend(form for _, form in given) or record(self, call, given),
     )
     model = Table(GemmaTextScaledWordEmbedding(9, D, 0, 2.0))
     model.head.requires_grad_(False)

@@ -222,11 +222,11 @@ def twisted(*shape):
         ("sum_positions", (torch.zeros(2, 3),), r"G must be \[B, T, d\], not \[2, 3\]"),
         ("sum_positions", (torch.zeros(2, 3, 4, dtype=torch.int32),), "G must be float32"),
         ("sum_positions", (torch.zeros(2, 3, 4).transpose(1, 2),), "G must be contiguous"),
-        ("normalised_sums", (*[torch.zeros(2, 3, 4)] * 2, *[torch.zeros(2, 4)] * 2), "mean must have the shape"),
+        ("normalised_sums", (*[torch.zeros(2, 3, 4)] * 2, *[torch.zeros(2, 4)] * 2), "mean must have 6 elements"),
         (
             "normalised_sums",
-            (*[torch.zeros(2, 3, 4)] * 2, torch.zeros(2, 3), torch.zeros(6)),
-            "rstd must have the shape",
+            (*[torch.zeros(2, 3, 4)] * 2, torch.zeros(2, 3), torch.zeros(5)),
+            "rstd must have 6 elements",
         ),
         (
             "normalised_sums",

@@ -6,7 +6,7 @@ from torch import nn
 
 from dpfast import ops
 from dpfast.ops import update
-from dpfast.optim.fused_update import noisy_step
+from dpfast.optim.fused_update import noisy_step, why_not_fused
 from tests.ops.noisy import require
 
 
@@ -22,6 +22,7 @@ def test_every_bucket_is_checked_until_nothing_changes(make, monkeypatch):
 
     def step():
         looked.clear()
+        assert why_not_fused(optimizer) is None
         for bucket in (params[:1], params[1:]):
             noisy_step(
                 optimizer, {p: torch.zeros_like(p) for p in bucket}, index, ops.Noise((0,) * ops.KEY_WORDS, 0, 0.0)

@@ -154,9 +154,10 @@ def test_a_checkpoint_carries_the_plan(tmp_path):
 
 @pytest.mark.parametrize(
     "state",
-    [None, {}, {"plans": 3}, {"plans": [("a", {}, "ghost")]}, {"plans": [("a", vars(shape()), "fast")]}]
+    [None, {}, {"plans": 3}, {"plans": [("a", {}, "ghost")]}, {"plans": [("a", shape()._asdict(), "fast")]}]
     + [
-        {"plans": [("a", vars(shape()) | change, "ghost")]} for change in (dict(batch=-5), dict(T="x"), dict(dtype="F"))
+        {"plans": [("a", shape()._asdict() | change, "ghost")]}
+        for change in (dict(batch=-5), dict(T="x"), dict(dtype="F"))
     ],
 )
 def test_a_plan_that_is_none(state, tmp_path):

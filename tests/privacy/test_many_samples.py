@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Instantiated
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Instantiated, OuterProduct
 from dpfast.clipping.thresholds import Clipping
 from dpfast.ops import Geometry
 from tests.helpers import BF16, F32
@@ -11,7 +11,7 @@ from tests.helpers import BF16, F32
 UNLUCKY = 1.0000036954811478  # added up again and again, it is rounded the same way for long
 GEOMETRY = Geometry((1,), (0,), (1,), False, (0,), 1)
 FORMS = {
-    "one position": lambda make: Factored(make(1, 1, 16), make(1, 1, 8), 8),
+    "one position": lambda make: OuterProduct(make(16), make(8), 8),
     "positions": lambda make: Factored(make(1, 3, 16), make(1, 3, 8), 8),
     "groups": lambda make: Factored(make(2, 1, 8), make(2, 1, 8), 16),
     "convolution": lambda make: Convolved(make(3, 6), make(4, 4), torch.zeros(4, 3, 3), GEOMETRY, make.batch),

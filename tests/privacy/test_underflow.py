@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpfast.amp import GradScaler
-from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Instantiated
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Instantiated, OuterProduct
 from dpfast.clipping.thresholds import Clipping
 from dpfast.ops import Geometry
 from tests.helpers import BF16, F32, F64, SLACK, make_private, sums_of
@@ -41,9 +41,9 @@ def form_dtype(form) -> torch.dtype:
 
 
 FORMS = {
-    "one position": lambda a, g: Factored(a((1, 1, 1, 40)), g((1, 1, 1, 30)), 30),
-    "one position, wide": lambda a, g: Factored(a((1, 1, 1, 30)), g((1, 1, 1, 40)), 40),
-    "a number": lambda a, g: Factored(a((1, 1, 1, 1)), g((1, 1, 1, 1)), 1),
+    "one position": lambda a, g: OuterProduct(a((1, 40)), g((1, 30)), 30),
+    "one position, wide": lambda a, g: OuterProduct(a((1, 30)), g((1, 40)), 40),
+    "a number": lambda a, g: OuterProduct(a((1, 1)), g((1, 1)), 1),
     "groups": lambda a, g: Factored(a((1, 2, 1, 8)), g((1, 2, 1, 8)), 16),
     "positions": lambda a, g: Factored(a((1, 1, 3, 8)), g((1, 1, 3, 8)), 8),
     "convolution": lambda a, g: Convolved(a((1, 8, 6)), g((1, 4, 4)), torch.zeros(4, 8, 3), GEOMETRY, 1),
