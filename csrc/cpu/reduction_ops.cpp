@@ -63,7 +63,7 @@ Tensors weighted_sums(Tensors samples, Tensor factors) {
 // [B, d] sums over positions and their squared norms, in blocks of columns: f(sample, first column, last column) makes
 // one and gives the places where its sums start.
 template <class F>
-void sum_samples(int64_t B, int64_t T, int64_t d, std::vector<Tensor> squared, Type type, const F& f) {
+void sum_samples(int64_t B, int64_t T, int64_t d, std::initializer_list<double*> squared, Type type, const F& f) {
   const int64_t blocks = pieces(d, COLUMNS);
   std::vector<std::vector<double>> parts(squared.size(), std::vector<double>(B * blocks));
   const Integers weights(B * blocks, (T + 1) * std::min(d, COLUMNS));
@@ -72,8 +72,7 @@ void sum_samples(int64_t B, int64_t T, int64_t d, std::vector<Tensor> squared, T
     const auto places = f(int64_t(k) / blocks, begin, end);
     for (size_t s = 0; s < parts.size(); ++s) parts[s][k] = kernels().squares(places[s], type, end - begin);
   });
-  for (size_t s = 0; s < parts.size(); ++s)
-    add_parts(parts[s].data(), blocks, static_cast<double*>(squared[s].data_ptr()), B);
+  for (size_t s = 0; s < parts.size(); ++s) add_parts(parts[s].data(), blocks, squared.begin()[s], B);
 }
 
 char* element(const Tensor& tensor, int64_t i) {
@@ -85,8 +84,10 @@ const char* given(const Tensor& tensor, int64_t i) {
   return static_cast<const char*>(tensor.const_data_ptr()) + i * int64_t(tensor.element_size());
 }
 
+double* places_of(const Tensor& doubles) { return static_cast<double*>(doubles.data_ptr()); }
+
 // g_i = Σ_t G_i,t and ‖g_i‖²
-Tensor positions_into(const Tensor& G, Tensor squared) {
+Tensor positions_into(const Tensor& G, double* squared) {
   check_floats(G, "G");
   STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
   const int64_t B = G.size(0), T = G.size(1), d = G.size(2);
@@ -104,12 +105,12 @@ std::tuple<Tensor, Tensor> sum_positions(Tensor G) {
   check_floats(G, "G");
   STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
   Tensor squared = make({G.size(0)}, ScalarType::Double, G);
-  return {positions_into(G, squared), squared};
+  return {positions_into(G, places_of(squared)), squared};
 }
 
 // w_i = Σ_t G_i,t ∘ (x_i,t - mean_i,t) · rstd_i,t,  b_i = Σ_t G_i,t,  ‖w_i‖² and ‖b_i‖²
 std::tuple<Tensor, Tensor> normalised_into(const Tensor& G, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                                           Tensor weight_squared, Tensor bias_squared) {
+                                           double* weight_squared, double* bias_squared) {
   check_floats(G, "G");
   check_floats(x, "x");
   check_floats(mean, "mean");
@@ -138,18 +139,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_sums(Tensor G, Tensor x, T
   check_floats(G, "G");
   STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
   Tensor squared[2] = {make({G.size(0)}, ScalarType::Double, G), make({G.size(0)}, ScalarType::Double, G)};
-  auto [weight, bias] = normalised_into(G, x, mean, rstd, squared[0], squared[1]);
+  auto [weight, bias] = normalised_into(G, x, mean, rstd, places_of(squared[0]), places_of(squared[1]));
   return {weight, squared[0], bias, squared[1]};
 }
 
-// The squared norms of tensor k of n: row k of [n, B].
-Tensor row_of(const Tensor& squared, size_t k) { return torch::stable::select(squared, 0, int64_t(k)); }
-
 // sum_positions of several G of one B.
 std::tuple<Tensors, Tensor> all_position_sums(Tensors G) {
-  Tensor all = make({int64_t(G.size()), check_samples(G)}, ScalarType::Double, G[0]);
+  const int64_t B = check_samples(G);
+  Tensor all = make({int64_t(G.size()), B}, ScalarType::Double, G[0]);
   Tensors samples;
-  for (size_t k = 0; k < G.size(); ++k) samples.push_back(positions_into(G[k], row_of(all, k)));
+  for (size_t k = 0; k < G.size(); ++k) samples.push_back(positions_into(G[k], places_of(all) + k * B));
   return {samples, all};
 }
 
@@ -158,10 +157,12 @@ std::tuple<Tensors, Tensors, Tensor> all_normalised_sums(Tensors G, Tensors x, T
   const size_t n = G.size();
   STD_TORCH_CHECK(x.size() == n && mean.size() == n && rstd.size() == n,
                   "dpfast: G, x, mean and rstd must be lists of one length");
-  Tensor all = make({2 * int64_t(n), check_samples(G)}, ScalarType::Double, G[0]);
+  const int64_t B = check_samples(G);
+  Tensor all = make({2 * int64_t(n), B}, ScalarType::Double, G[0]);
+  double* squared = places_of(all);
   Tensors weights, biases;
   for (size_t k = 0; k < n; ++k) {
-    auto [weight, bias] = normalised_into(G[k], x[k], mean[k], rstd[k], row_of(all, k), row_of(all, n + k));
+    auto [weight, bias] = normalised_into(G[k], x[k], mean[k], rstd[k], squared + k * B, squared + (n + k) * B);
     weights.push_back(weight);
     biases.push_back(bias);
   }

@@ -76,6 +76,8 @@ def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
     elif way == "ghost":
         flops = 1.0 * shape.batch * shape.groups * shape.T**2 * (shape.d + shape.p)
         seconds = flops / rates.gram + clipped_sum
+        if rates.lines is not None:
+            seconds += shape.batch * shape.groups * shape.T * (shape.d + shape.p) / rates.lines
     elif way == "norm-GEMM":
         if rates.tile is None:
             return None

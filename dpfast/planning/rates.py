@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from dpfast import ops
-from dpfast.native import build
+from dpfast.native import allocator, build
 from dpfast.native import cache as libraries
 
 _log = logging.getLogger("dpfast")
@@ -35,7 +35,8 @@ _log = logging.getLogger("dpfast")
 class Rates:
     """In a second: floating-point operations of each kind of product, and bytes; ``call`` is what an op costs at least.
 
-    ``gram`` is of ghost norms, counted at ``T²(p + d)``; ``tile`` of norms by tiles (None: there is no such op);
+    ``gram`` is of ghost norms, counted at ``T²(p + d)``; ``lines`` are elements of both sides, ``T(p + d)``, that those
+    of a convolution lay out before (None: nothing is to be); ``tile`` of norms by tiles (None: there is no such op);
     ``sample`` of per-sample gradients written out; ``sum`` of the clipped weight gradient; ``write`` is of memory that
     is new, ``read`` of a weighted sum. A gradient that is written out is read ``passes`` times: for the sum, and for
     the norm where that is not the same op's.
@@ -49,6 +50,7 @@ class Rates:
     read: float
     call: float
     passes: int
+    lines: float | None = None
 
 
 BUILT_IN = {
@@ -98,7 +100,7 @@ def _rates(kind: str, index: int | None, dtype: torch.dtype, patches: bool) -> R
 def _checked(fields: dict[str, Any]) -> Rates:
     """Rates as a file has them, or a ValueError or TypeError: a plan must not fail for them in a backward pass."""
     rates = Rates(**fields)
-    numbers = [value for name, value in vars(rates).items() if not (name == "tile" and value is None)]
+    numbers = [value for name, value in vars(rates).items() if not (name in ("tile", "lines") and value is None)]
     if not all(type(value) in (int, float) and 0 < value < math.inf for value in numbers):
         raise ValueError(f"rates that are no positive numbers: {fields}")
     return rates
@@ -136,10 +138,24 @@ def _of_patches(device: torch.device, dtype: torch.dtype) -> Rates:
     product = 2.0 * B * T * d * p
 
     gram = B * T * T * (d + p) / seconds(lambda: ops.convolution_squared_norm(*sides, B), device)
+    lines = _lines(gram, device, dtype)
     whole = product / seconds(lambda: ops.convolution_clipped_gradient(*sides, torch.ones(B, device=device)), device)
     sample = product / seconds(lambda: ops.convolution_grad_samples(*sides, B), device)
     has_norms = ops.convolution_grad_samples(*sides, B)[1] is not None
-    return Rates(gram, None, sample, whole, *_memory(device), 1 if has_norms else 2)
+    return Rates(gram, None, sample, whole, *_memory(device), 1 if has_norms else 2, lines)
+
+
+def _lines(gram: float, device: torch.device, dtype: torch.dtype) -> float | None:
+    """From a ghost norm over few positions: what it takes beyond its products."""
+    B, C, p, side = 64, 32, 64, 5
+    x = torch.randn(B, C, side, side, device=device).to(dtype)
+    G = torch.randn(B, p, side, side, device=device).to(dtype)
+    weight = torch.empty(p, C, 3, 3, dtype=dtype, device=device)
+    geometry = ops.Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    T, d = side**2, C * 9
+    taken = seconds(lambda: ops.convolution_squared_norm(x, G, weight, geometry, B), device)
+    rest = taken - B * T * T * (d + p) / gram
+    return B * T * (d + p) / rest if rest > 0 else None
 
 
 def _memory(device: torch.device) -> tuple[float, float, float]:
@@ -177,9 +193,10 @@ def _folder() -> Path:
 
 
 def _key(device: torch.device) -> str:
-    """Of what decides the rates: device, threads, versions and backends."""
+    """Of what decides the rates: device, threads, versions, backends and the allocator."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
-    said = [name, torch.get_num_threads(), torch.__version__, sorted(map(str, ops.backends()))]
+    kept = device.type == "cpu" and allocator.keep_freed_memory() is None  # new memory then costs less
+    said = [name, torch.get_num_threads(), torch.__version__, sorted(map(str, ops.backends())), kept]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 

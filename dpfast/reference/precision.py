@@ -99,6 +99,8 @@ def alike_for_every_batch(x: Tensor, op: Callable[..., R], *args: Any) -> R:
 
 def _is_needed(device: str) -> bool:
     """Whether a product on such a device may be made in less than float32, or another thread may turn that on again."""
+    if device == "cpu":  # asked twice for each layer
+        return _switches.inside > 0 or _get("mkldnn", "matmul") not in _FULL or _get("mkldnn", "conv") not in _FULL
     return _switches.inside > 0 or any([_get(*switch) not in _FULL for switch in _OBEYED.get(device, ())])
 
 
