@@ -10,6 +10,7 @@ and import torch and Opacus alone; ``reference`` and ``dpfast_kernels`` import n
 import ast
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,25 +141,30 @@ def test_no_module_of_ours_imports_the_package_itself():
             assert "dpfast" not in IMPORTED[name], name
 
 
-def loaded_after(statement: str) -> tuple[set[str], set[str]]:
-    """Names and files of the modules in a fresh interpreter."""
-    code = (
-        "import json, sys, warnings; warnings.simplefilter('ignore');"
-        f"{statement};"
-        "print(json.dumps([sorted(sys.modules), [getattr(m, '__file__', None) or '' for m in sys.modules.values()]]))"
+OF_OPACUS = "opacus.utils.batch_memory_manager, torch.func, torch.utils.checkpoint"
+LOADED = f"""
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import {OF_OPACUS}
+before = [*sys.modules]
+import dpfast, dpfast.native
+files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+native = [*sys.modules["torch"].ops.loaded_libraries, *dpfast.native._found]
+print(json.dumps([before, [*sys.modules], files, native]))
+"""
+
+
+def test_nothing_native_or_heavy_at_import(tmp_path):
+    """Beyond what Opacus itself loads: our own Python files and the standard library; nothing is compiled either."""
+    env = os.environ | {"DPFAST_CACHE_DIR": str(tmp_path / "cache"), "CXX": "/nonexistent"}
+    out = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, cwd=ROOT.parent, env=env
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    names, files = json.loads(out.stdout.splitlines()[-1])
-    return set(names), set(files)
-
-
-def test_nothing_native_or_heavy_at_import():
-    """Beyond what Opacus itself loads: our own Python files and the standard library."""
-    before, _ = loaded_after("import opacus.utils.batch_memory_manager, torch.func, torch.utils.checkpoint")
-    after, files = loaded_after("import dpfast")
-    new = after - before
+    before, after, files, native = json.loads(out.stdout.splitlines()[-1])
+    new = {*after} - {*before}
     foreign = {n for n in new if n.split(".")[0] not in {"dpfast", "torch"} | sys.stdlib_module_names}
     assert not foreign, foreign
     compilers = ("torch._inductor", "torch._dynamo", "torch.utils.cpp_extension", "triton", "dpfast_kernels")
     assert not {n for n in new if n.startswith(compilers)}
     assert not [f for f in files if f.endswith((".so", ".pyd", ".dylib")) and str(ROOT) in f]
+    assert native == [] and not (tmp_path / "cache").exists() and not out.stderr

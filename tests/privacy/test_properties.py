@@ -123,7 +123,7 @@ def networks(draw):
 quantile = st.sampled_from([0.1, 0.5, 0.9, 2.0])  # of the norms: from all clipped to none
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(networks(), quantile)
 def test_no_sample_moves_the_sum_by_more_than_c(network, q):
     """``‖sum(batch) − sum(batch without i)‖ ≤ C(1 + 1e-6)`` for every i."""
@@ -144,7 +144,7 @@ def test_no_sample_moves_the_sum_by_more_than_c(network, q):
         assert moved <= bound * (1 + 1e-6), f"sample {i} moved the sum by {moved / bound} C"
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(networks(), st.sampled_from([F64, F32]))
 def test_agreement_with_the_oracle(network, dtype):
     model, x, y = network
