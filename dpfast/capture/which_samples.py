@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 from dpfast.capture.trees import tensors
 
 COLUMNS = 256  # elements of a row that are compared
+PADDING = "padding"  # in place of a data set's id: a row that no sample is in
 
 
 class Place(NamedTuple):
@@ -98,9 +99,10 @@ class Samples:
     indices: Sequence[Any]
     rows: tuple[Rows, ...] = ()
     loop: Any = None  # the one in which they were given: a list that has something in it once it has ended
+    padding: int = 0  # rows behind them that no sample is in
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) + self.padding
 
     @classmethod
     def given(cls, dataset: Any, indices: Sequence[Any], loop: Any = None) -> Samples:
@@ -121,7 +123,8 @@ class Samples:
     @property
     def names(self) -> list[Any]:
         """What tells its samples from all others."""
-        return [(self.dataset, index) for index in self.indices]
+        padding = [(PADDING, id(self.indices), k) for k in range(self.padding)]
+        return [*((self.dataset, index) for index in self.indices), *padding]
 
 
 class ForwardPass:
@@ -264,6 +267,15 @@ class ForwardPass:
         if self.whole != len(known):  # a sample has several rows
             return [(row, *(id(samples.indices) for samples in self.group)) for row in self.rows]
         return [known[row] for row in self.rows]
+
+    def padding(self) -> list[int] | None:
+        """Which of its rows no sample is in; None if there are some, and nothing tells which."""
+        if not any(samples.padding for samples in self.group):
+            return []
+        names = [name for samples in self.group for name in samples.names]
+        if self.rows is None or self.whole != len(names):
+            return None
+        return [k for k, row in enumerate(self.rows) if names[row][0] == PADDING]
 
     def has_a_sample_twice(self) -> bool:
         """Whether one of the loader's samples is several of its rows."""

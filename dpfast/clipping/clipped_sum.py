@@ -23,7 +23,7 @@ from dpfast.clipping.norms import squared_norms
 from dpfast.clipping.samples_once import Batches
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, local
-from dpfast.ops import compute_dtype
+from dpfast.ops import compute_dtype, index_of
 
 
 class ClippedSum(Recorder):
@@ -144,8 +144,9 @@ class ClippedSum(Recorder):
         if self.batches.used and all(getattr(p, "summed_grad", None) is None for p in parameters):
             self.batches.drop()  # the sums were cleared by hand
         self.batches.use(self.passing, bool(taken), drawn=not self.accumulation_allowed)
+        padding = self.batches.padding(self.passing)
         try:
-            self._sum_up(recorded, batch)
+            self._sum_up(recorded, batch, padding)
         except BaseException:
             self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
@@ -164,7 +165,9 @@ class ClippedSum(Recorder):
         self.start_logical_batch()
         self.batches.drop()
 
-    def _sum_up(self, recorded: dict[nn.Parameter, list[Form | Waiting]], batch: int | None) -> None:
+    def _sum_up(
+        self, recorded: dict[nn.Parameter, list[Form | Waiting]], batch: int | None, padding: list[int]
+    ) -> None:
         self._backwards += 1
         self.sensitivity = max(self.sensitivity, self.clipping.sensitivity)
         if not recorded:
@@ -187,9 +190,13 @@ class ClippedSum(Recorder):
             recorded.clear()
             groups = [self.clipping.group_of(p) for p in params]
             squared, bounds = squared_norms(combined, groups, len(self.clipping.thresholds)).to(params[0].device)
+            factors, lost = self.clipping.factors(squared, bounds, scale)
+            if padding:
+                rows = [row for row in range(size) if row not in padding]
+                factors.index_fill_(1, index_of(tuple(padding), factors.device), 0.0)
+                squared, bounds, lost = (_rows(x, rows) for x in (squared, bounds, lost))
             norms = squared.sum(0).sqrt() * scale
             self.per_sample_gradient_norms = norms.to(compute_dtype(params[0].dtype))
-            factors, lost = self.clipping.factors(squared, bounds, scale)
             if self.counts_unclipped:
                 self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
             self._count(lost)
@@ -271,6 +278,10 @@ class ClippedSum(Recorder):
         if self.loss_scale != 1:
             clipped.mul_(1 / self.loss_scale)
         p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    return x.index_select(-1, index_of(tuple(rows), x.device))
 
 
 def _towards_zero(weights: Tensor, dtype: torch.dtype) -> Tensor:

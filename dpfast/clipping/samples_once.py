@@ -337,6 +337,21 @@ class Batches:
         self.passes, self.forwards, self.unseen = number, 0, self.unseen or unseen
         self._look_for_rows(max((forward.batch or 0 for forward in passing), default=0))
 
+    def padding(self, passing: Iterable[ForwardPass]) -> list[int]:
+        """Rows of the backward pass that no sample is in.
+
+        Raises:
+            ValueError: nothing tells which rows these are.
+        """
+        found = [forward.padding() for forward in passing if forward.batch != 0]
+        padded = self.piece is not None and self.piece.samples is not None and self.piece.samples.padding > 0
+        if None in found or any(rows != found[0] for rows in found) or (padded and not found):
+            raise ValueError(
+                "BatchMemoryManager(pad=True): it cannot be told which rows of the model's inputs are padding, to be "
+                "left out. Give the model the rows as the loader gave them, in their order"
+            )
+        return found[0] or [] if found else []
+
     def _look_for_rows(self, rows: int) -> None:
         known = sum(map(len, self.given))
         if self.given and rows > known > 0 and rows not in map(len, self.recent):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import opacus.utils.batch_memory_manager
+import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from dpfast.capture.trees import map_tensors, tensors
 from dpfast.capture.which_samples import Samples
 from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
@@ -24,18 +28,30 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     That batch is then dropped as a whole: the next loop, or a loop over the private loader itself, begins a new one.
     The optimizer is told of a physical batch when it is handed out, not when a worker begins to load it.
 
+    With ``pad=True`` every physical batch has ``max_physical_batch_size`` rows, an empty Poisson batch included: zeros
+    stand behind the samples, in every tensor whose first dimension is the batch. These rows are left out of the clipped
+    sum, so that they contribute exactly nothing. Shapes then never change, and what is compiled for them is compiled
+    once. A mean over the batch in the loss is over all rows. The model must get the rows in the loader's order: in
+    another one samples would be left out and zeros trained on, at no cost in privacy.
+
     All ranks run equally many physical batches, some of them empty. A model after ``fully_shard`` needs that: its ranks
     gather parameters together in every forward and backward.
 
     An optimizer of another mode than "fused" gets Opacus' own loader.
     """
 
+    def __init__(self, *, data_loader: DataLoader, max_physical_batch_size: int, optimizer: Any, pad: bool = False):
+        super().__init__(data_loader=data_loader, max_physical_batch_size=max_physical_batch_size, optimizer=optimizer)
+        self.pad = pad
+
     def __enter__(self) -> DataLoader:
         clipped_sum = getattr(self.optimizer, "clipped_sum", None)
         if not isinstance(clipped_sum, ClippedSum):
+            if self.pad:
+                raise ValueError("pad=True: the fused mode has it, and this optimizer is of another one")
             return super().__enter__()
         self.optimizer.abandon()
-        return PhysicalLoader(self.data_loader, self.max_physical_batch_size, clipped_sum)
+        return PhysicalLoader(self.data_loader, self.max_physical_batch_size, clipped_sum, self.pad)
 
     def __exit__(self, *exception: Any) -> None:
         if isinstance(getattr(self.optimizer, "clipped_sum", None), ClippedSum):
@@ -43,18 +59,20 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
 
 
 class PhysicalLoader(DataLoader):
-    """A loader of at most ``size`` samples at a time, in the batches of another loader."""
+    """A loader of at most ``size`` samples at a time, in the batches of another loader; of so many rows if ``pad``."""
 
     clipped_sum: ClippedSum
+    rows: int | None  # that every batch has; None: as many as it has samples
     _loop: Loop
     _drawn: deque[Piece]
 
-    def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum):
+    def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum, pad: bool = False):
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"max_physical_batch_size={size!r}: give a whole number of at least 1")
         if loader.batch_sampler is None:
             raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
         self.clipped_sum = clipped_sum
+        self.rows = size if pad else None
         parts = PhysicalBatches(loader.batch_sampler, size, loader.dataset, clipped_sum)
         super().__init__(loader.dataset, batch_sampler=parts, **arguments_of(loader))
 
@@ -79,10 +97,44 @@ class PhysicalLoader(DataLoader):
                 except StopIteration:
                     finished = True
                     return
-                self.clipped_sum.batches.give_piece(drawn.popleft(), self.clipped_sum.waits_for_step, batch)
+                piece = drawn.popleft()
+                if self.rows is not None and piece.samples is not None:
+                    given = len(piece.samples)
+                    batch = padded(batch, given, self.rows)
+                    piece = piece._replace(samples=replace(piece.samples, padding=self.rows - given))
+                self.clipped_sum.batches.give_piece(piece, self.clipped_sum.waits_for_step, batch)
                 yield batch
         finally:
             self.clipped_sum.batches.end(loop, finished)
+
+
+def padded(batch: Any, given: int, rows: int) -> Any:
+    """A ``batch`` of ``given`` samples with zeros behind them, so that its tensors have as many ``rows``.
+
+    Raises:
+        ValueError: none of its tensors has the samples along its first dimension.
+    """
+    if given == rows:
+        return batch
+    found = [x for x in tensors(batch) if x.dim() and x.shape[0] == given]
+    if not found and given == 0:  # with rand_on_empty a batch without samples has a row
+        given = 1
+        found = [x for x in tensors(batch) if x.dim() and x.shape[0] == given]
+    if not found:
+        shapes = [list(x.shape) for x in tensors(batch)]
+        raise ValueError(
+            f"pad=True: a batch of {given} samples has tensors of shapes {shapes}, none of which has the samples along "
+            f"its first dimension: leave pad out, or have collate_fn return such tensors"
+        )
+
+    def one(x: Tensor) -> Tensor:
+        if not x.dim() or x.shape[0] != given:
+            return x
+        wide = torch.zeros(rows, *x.shape[1:], dtype=x.dtype, device=x.device, pin_memory=x.is_pinned())
+        wide[:given] = x
+        return wide
+
+    return map_tensors(one, batch)
 
 
 class _Noting(Sampler[list[Any]]):

@@ -27,7 +27,15 @@ from dpfast.ops.matmul import (
     tile_squared_norm,
 )
 from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
-from dpfast.ops.norms import certified, has_products, in_groups, one_position_squared_norm, side_norms, squared_norm
+from dpfast.ops.norms import (
+    certified,
+    has_products,
+    in_groups,
+    index_of,
+    one_position_squared_norm,
+    side_norms,
+    squared_norm,
+)
 from dpfast.ops.reductions import (
     all_normalised_sums,
     all_position_sums,
@@ -90,6 +98,7 @@ __all__ = [
     "has_products",
     "has_tiles",
     "in_groups",
+    "index_of",
     "is_native",
     "noisy_grad_",
     "noisy_step_",

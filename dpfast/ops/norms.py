@@ -141,7 +141,7 @@ def in_groups(squared: Tensor, bounds: Tensor, groups: Sequence[int], count: int
 @lru_cache(maxsize=256)
 def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """Row numbers on a device, copied there once."""
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def certified(squared: Tensor, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
