@@ -22,7 +22,8 @@ from dpfast import ops
 from dpfast.planning.planner import Plan, Planner, Shape
 
 SMALL = 1 << 20  # bytes of a form whose memory can wait for others of its kind
-LEAST = 1 << 18  # and of one that is made of what would be freed else
+LEAST = 1 << 18  # and of one that keeps what would be freed else, with all of the memory that its tensors are views of
+MOST_WAITING = 1 << 25  # bytes that such forms of one backward pass keep together
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Instantiated:
     samples: Tensor
     plan: Plan | None = None
     squares: Tensor | None = None
+
+    def kept(self) -> tuple[Tensor, ...]:
+        return (self.samples,)
 
     @property
     def batch(self) -> int:
@@ -65,6 +69,9 @@ class OuterProduct:
     @property
     def batch(self) -> int:
         return self.A.shape[0]
+
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.A, self.G
 
     def factored(self) -> Factored:
         return Factored(self.A[:, None, None], self.G[:, None, None], self.rows, self.row)
@@ -111,11 +118,14 @@ class Factored:
     def stats(self) -> Tensor:
         return ops.ghost_stats(self.A, self.G)
 
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.A, self.G
+
     def waits(self) -> bool:
         """Whether it is to be written out, and may be with others of its kind."""
         B, _, _, d = self.A.shape
-        small = max(self.A.nbytes + self.G.nbytes, 4 * B * d * self.G.shape[-1]) < LEAST
-        return small and self.is_to_be_written() and ops.are_small([(self.A, self.G)])
+        small = self.is_to_be_written() and ops.is_small(self.A, self.G) and 4 * B * d * self.G.shape[-1] < LEAST
+        return small and memory_of(self) < LEAST
 
     def is_to_be_written(self) -> bool:
         return self.plan is not None and self.plan.way == "instantiate"
@@ -160,6 +170,9 @@ class EmbeddingRows:
     G: Tensor
     rows: int
 
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.ids, self.G
+
     @property
     def batch(self) -> int:
         return self.ids.shape[0]
@@ -187,6 +200,9 @@ class Convolved:
     geometry: ops.Geometry
     batch: int
     plan: Plan | None = None
+
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.x, self.G
 
     @cached_property
     def shape(self) -> Shape:
@@ -227,8 +243,11 @@ class PositionSum:
     def batch(self) -> int:
         return self.G.shape[0]
 
+    def kept(self) -> tuple[Tensor, ...]:
+        return (self.G,)
+
     def waits(self) -> bool:
-        return self.G.nbytes < LEAST
+        return memory_of(self) < LEAST
 
     def is_to_be_written(self) -> bool:
         return True
@@ -279,8 +298,11 @@ class NormalisedSum:
     def batch(self) -> int:
         return self.sides.G.shape[0]
 
+    def kept(self) -> tuple[Tensor, ...]:
+        return self.sides.G, self.sides.x
+
     def waits(self) -> bool:
-        return self.sides.G.nbytes < LEAST
+        return memory_of(self) < LEAST
 
     def is_to_be_written(self) -> bool:
         return True
@@ -295,6 +317,16 @@ WAITING = (PositionSum, NormalisedSum, Factored)
 Waiting = PositionSum | NormalisedSum | Factored  # a backward pass may write these out at its end
 
 
+def memory_of(form: Form | Waiting) -> int:
+    """Bytes that stay while the form is there: of all that its tensors are views of."""
+    return sum([x.untyped_storage().nbytes() for x in form.kept()])
+
+
+def version_of(form: Form | Waiting) -> int:
+    """Another number once something that the form keeps has been written to."""
+    return sum([x._version for x in form.kept()])
+
+
 def form_of(given: Form | Waiting) -> Form:
     """What ``given`` is kept as, without waiting."""
     if isinstance(given, WAITING) and given.is_to_be_written():
@@ -304,17 +336,18 @@ def form_of(given: Form | Waiting) -> Form:
 
 def forms_of(given: Sequence[list[Form | Waiting]]) -> list[list[Form]]:
     """The same of all parameters of a backward pass, in one call of an op for all of a kind."""
-    waiting: dict[tuple[Any, int, torch.dtype], dict[int, Any]] = {}
+    waiting: dict[tuple[Any, ...], dict[int, Any]] = {}
     for forms in given:
         for form in forms:
             if isinstance(form, WAITING) and form.is_to_be_written():
                 what = form.sides if isinstance(form, NormalisedSum) else form
-                waiting.setdefault((type(what), form.batch, what.G.dtype), {})[id(what)] = what
+                kind = type(what), form.batch, what.G.dtype, what.G.device
+                waiting.setdefault(kind, {})[id(what)] = what
     if not waiting:
         return given  # type: ignore[return-value]
     made: dict[int, Any] = {}
-    for (kind, _, _), alike in waiting.items():
-        made.update(zip(alike, kind.all_made([*alike.values()]), strict=True))
+    for (made_by, *_), alike in waiting.items():
+        made.update(zip(alike, made_by.all_made([*alike.values()]), strict=True))
 
     def one(form: Form | Waiting) -> Form:
         if isinstance(form, NormalisedSum):
@@ -379,22 +412,23 @@ def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor
     ``parts`` is emptied on the way: what a sum was made of can go.
     """
     written: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = {}
-    products: list[tuple[int, OuterProduct | Factored, Tensor]] = []
+    products: dict[tuple[object, ...], list[tuple[int, OuterProduct | Factored, Tensor]]] = {}
     for place in reversed(range(len(parts))):
         form, factors = parts.pop()
         if isinstance(form, Instantiated):
             samples = form.samples
-            kind = samples.dtype, samples.get_device(), samples.shape[0]
+            kind = samples.dtype, samples.device, samples.shape[0]
             written.setdefault(kind, []).append((place, samples, factors))
         elif isinstance(form, PRODUCTS) and form.G.nbytes + form.A.nbytes < SMALL:
-            products.append((place, form, factors))
+            kind = form.G.dtype, form.G.device, ops.is_small(form.A, form.G)
+            products.setdefault(kind, []).append((place, form, factors))
         else:
             yield place, form.clipped_sum(factors)
         del form
-    if products:
-        sides = [(form.A, form.G) for _, form, _ in products]
-        sums = ops.clipped_weight_gradients(sides, [factors for _, _, factors in products])
-        for (place, form, _), summed in zip(products, sums, strict=True):
+    for alike in products.values():
+        sides = [(form.A, form.G) for _, form, _ in alike]
+        sums = ops.clipped_weight_gradients(sides, [factors for _, _, factors in alike])
+        for (place, form, _), summed in zip(alike, sums, strict=True):
             yield place, summed if summed.shape[0] == form.rows else form.placed(summed)
     for group in written.values():
         places, samples_of, factors_of = zip(*group, strict=True)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.capture import running_pass
-from dpfast.capture.forms import WAITING, Form, Instantiated, Waiting, form_of
+from dpfast.capture.forms import (
+    MOST_WAITING,
+    WAITING,
+    Form,
+    Instantiated,
+    Waiting,
+    form_of,
+    forms_of,
+    memory_of,
+    version_of,
+)
 from dpfast.capture.refusals import LayoutError, RowsError, called_outside, listed, used_by_the_loss
 from dpfast.capture.shift import Shift
 from dpfast.distributed.ranks import Ranks
@@ -70,6 +80,8 @@ class Recorder:
         self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
         self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
         self._forms: dict[nn.Parameter, list[Form | Waiting]] = {}
+        self._versions: list[tuple[Form | Waiting, int, str]] = []  # of forms when they came, and their layers
+        self._waiting = 0  # bytes that those keep which are to be written out
         self._untrusted: list[tuple[RowLayout, Form]] = []
         self._ordinary: dict[nn.Parameter, list[Tensor]] = {}  # ordinary gradients, which autograd has brought
         self._pass: int | None = None
@@ -97,20 +109,23 @@ class Recorder:
     def take(self) -> dict[nn.Parameter, list[Form | Waiting]]:
         """The recorded forms; the recorder is empty afterwards."""
         forms, self._forms = self._forms, {}
-        self._untrusted, self._ordinary = [], {}
+        self._untrusted, self._ordinary, self._versions, self._waiting = [], {}, [], 0
         self._pass = self._pass_batch = None
         return forms
 
     def suspend(self) -> tuple[Any, ...]:
         """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
-        state = (self._forms, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch)
+        kept = self._forms, self._versions, self._waiting
+        state = (kept, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch)
         self._forms, self._untrusted, self._ordinary, self.passing = {}, [], {}, {}
+        self._versions, self._waiting = [], 0
         self._pass = self._pass_batch = None
         return state
 
     def resume(self, state: tuple[Any, ...]) -> None:
         """Go on with a pass that was put aside."""
-        self._forms, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch = state
+        kept, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch = state
+        self._forms, self._versions, self._waiting = kept
 
     def start_forward(self) -> None:
         """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
@@ -150,6 +165,15 @@ class Recorder:
         if self.observer is not None:
             self.take()
             return
+        changed, self._versions = self._changed(), []
+        if changed:
+            self.take()
+            raise LayoutError(
+                f"layer{'s' if len(changed) > 1 else ''} {listed(changed)}: the gradient of the output, or the input, "
+                f"was changed in place after the layer's backward and before the end of the pass, by a tensor hook or "
+                f"by a custom function that writes to the gradient that it is given. That tensor belongs to several "
+                f"layers: return a new one there (g * 0.5 for g.mul_(0.5))"
+            )
         if mixed := sorted({layout[0] for layout, form in self._untrusted if bool(form.touched().any())}):
             self.take()
             raise LayoutError(
@@ -209,11 +233,33 @@ class Recorder:
             self.passing[call.of] = []
         unseen = call.layout if self.verifies and call.batch > 1 and call.layout not in self.verified else None
         for parameter, form in forms:
-            if isinstance(form, WAITING) and (unseen is not None or not form.waits()):
-                form = form_of(form)
+            if isinstance(form, WAITING):
+                if unseen is not None or not form.waits():
+                    form = form_of(form)
+                elif form.is_to_be_written():
+                    self._waiting += memory_of(form)
             self._forms.setdefault(self._owner(parameter), []).append(form)
+            self._versions.append((form, version_of(form), call.tap.name))
             if unseen is not None:
                 self._untrusted.append((unseen, form))  # type: ignore[arg-type]
+        if self._waiting > MOST_WAITING:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        """What waits is written out now, and what it has kept can go."""
+        changed = self._changed()
+        written = forms_of([*self._forms.values()])
+        self._forms = dict(zip(self._forms, map(list, written), strict=True))  # type: ignore[arg-type]
+        self._versions = [
+            (form, version, name)
+            for form, version, name in self._versions
+            if name in changed or not (isinstance(form, WAITING) and form.is_to_be_written())
+        ]
+        self._waiting = 0
+
+    def _changed(self) -> list[str]:
+        """Layers of which something was written to that their forms keep."""
+        return sorted({name for form, version, name in self._versions if version_of(form) != version})
 
     def _owner(self, parameter: Any) -> Any:
         return getattr(parameter, SHARDED_AS, parameter) if self.ranks.sharded else parameter

@@ -200,10 +200,14 @@ class Call:
             return
         if torch._C._is_any_autocast_enabled():  # a backward inside of such a region would make sums in 16 bits
             with torch.autocast(G.device.type, enabled=False):
-                forms = [*self.tap.layer.forms(self, needed, G, x, *points)]
+                self._record(owners, needed, G, x, points, keep)
         else:
-            forms = [*self.tap.layer.forms(self, needed, G, x, *points)]
-        recorder.record_call(self, [(owners[index], keep(form_of(form)) if keep else form) for index, form in forms])
+            self._record(owners, needed, G, x, points, keep)
+
+    def _record(self, owners: Any, needed: Any, G: Tensor, x: Tensor, points: Any, keep: Any) -> None:
+        forms = self.tap.layer.forms(self, needed, G, x, *points)
+        recorded = [(owners[index], keep(form_of(form)) if keep else form) for index, form in forms]
+        self.tap.recorder.record_call(self, recorded)
 
 
 def _trained(params: Sequence[Any]) -> tuple[bool, ...]:

@@ -204,7 +204,7 @@ class ClippedSum(Recorder):
             owners: list[nn.Parameter] = []
             known: dict[Any, Tensor] = {}  # parameters of one kind have the same row factors
             for p, group, forms in zip(params, groups, combined, strict=True):
-                kind = group, p.dtype, p.get_device()
+                kind = group, p.dtype, p.device
                 row = known.get(kind)
                 if row is None:
                     row = known[kind] = _towards_zero(factors[group] * of_weights, compute_dtype(p.dtype)).to(p.device)

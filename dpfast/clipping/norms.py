@@ -22,8 +22,8 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
 
     A parameter's per-sample gradient is the sum over its forms.
     """
-    by_sides: dict[tuple[int, torch.dtype], list[int]] = {}  # by device and dtype
-    by_stats: dict[tuple[int, torch.dtype, int], list[int]] = {}
+    by_sides: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    by_stats: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     parts = []
     for place, forms in enumerate(parameters):
         form = forms[0]
@@ -48,8 +48,8 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
     return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
 
-def _kind(x: Tensor) -> tuple[int, torch.dtype]:
-    return x.get_device(), ops.compute_dtype(x.dtype)
+def _kind(x: Tensor) -> tuple[torch.device, torch.dtype]:
+    return x.device, ops.compute_dtype(x.dtype)
 
 
 def _alone(forms: Sequence[Form], group: int, count: int) -> Tensor:

@@ -35,3 +35,11 @@ def keep_freed_memory() -> str | None:
     except (AttributeError, OSError, TypeError):
         return "this system's allocator has no mallopt"
     return None if all([mallopt(*setting) for setting in SETTINGS]) else "mallopt refused"
+
+
+def give_back() -> None:
+    """Give back what is free now: resident memory is then what is in use, as far as glibc can tell."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # another allocator's affair

@@ -16,7 +16,6 @@ from dpfast.ops.convolution import (
 from dpfast.ops.embedding import embedding_cross_term, embedding_squared_norm, embedding_sum
 from dpfast.ops.matmul import (
     all_grad_samples,
-    are_small,
     clipped_weight_gradient,
     clipped_weight_gradients,
     ghost_squared_norm,
@@ -24,6 +23,7 @@ from dpfast.ops.matmul import (
     grad_samples,
     has_ghost_stats,
     has_tiles,
+    is_small,
     tile_squared_norm,
 )
 from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
@@ -70,7 +70,6 @@ __all__ = [
     "all_grad_samples",
     "all_normalised_sums",
     "all_position_sums",
-    "are_small",
     "backends",
     "certified",
     "certified_ghosts",
@@ -100,6 +99,7 @@ __all__ = [
     "in_groups",
     "index_of",
     "is_native",
+    "is_small",
     "noisy_grad_",
     "noisy_step_",
     "normalised_sums",

@@ -47,18 +47,18 @@ def ghost_stats(A: Tensor, G: Tensor) -> Tensor:
 
 def are_small(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether one native call for all of these weights takes less time than a matrix product of torch for each."""
-    if not is_native("weighted_products", sides[0][1].device):
-        return False
-    for A, G in sides:
-        if A.dtype != torch.float32 or G.dtype != torch.float32 or (A.dim() == 4 and A.shape[1] != 1):
-            return False
-        if A.numel() * G.shape[-1] > SMALL_PRODUCT:
-            return False
-    return True
+    return all([is_small(A, G) for A, G in sides])
+
+
+def is_small(A: Tensor, G: Tensor) -> bool:
+    """The same of one weight."""
+    one_group = A.dim() < 4 or A.shape[1] == 1
+    narrow = A.dtype == G.dtype == torch.float32 and one_group and A.numel() * G.shape[-1] <= SMALL_PRODUCT
+    return narrow and is_native("weighted_products", G.device)
 
 
 def all_grad_samples(sides: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """:func:`grad_samples` of several weights of one B that :func:`are_small`, with their squared norms."""
+    """:func:`grad_samples` of several weights of one B that :func:`is_small`, with their squared norms."""
     A, G = ([side.contiguous() for side in each] for each in zip(*sides, strict=True))
     samples, squares = torch.ops.dpfast.product_samples(A, G)
     return list(zip(samples, squares.unbind(), strict=True))

@@ -82,7 +82,6 @@ def side_norms(
         written: gradients that are written out. All are of one B, compute dtype and device.
         groups: of each of the products, then of each of what is written out.
     """
-    of_products = [side for pair in products for side in pair]
     first = products[0][0] if products else written[0][0]
     batch = len(first)
     if not is_native("side_norms", first.device):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpfast.integrations.finetune.config import FinetuneError
+from dpfast.native import allocator
 
 MOST_ON_CPU = 64  # larger ones are no faster there
 SHARE = 0.7  # of the memory that is available now
@@ -91,6 +92,7 @@ def _growth(job: Callable[[], Any]) -> int:
     import psutil
 
     gc.collect()
+    allocator.give_back()  # else growth would not show what is served from free memory
     process = psutil.Process()
     before = process.memory_info().rss
     with _watching(process) as seen:
