@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, Waiting, clipped_sums, combine, forms_of
+from dpfast.capture.forms import Form, Waiting, forms_of
 from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import leaves_gradients
 from dpfast.clipping.norms import squared_norms
 from dpfast.clipping.samples_once import Batches
+from dpfast.clipping.sums_of_forms import clipped_sums, combine
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, local
 from dpfast.ops import compute_dtype, index_of

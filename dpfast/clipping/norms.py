@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
-from dpfast.capture.forms import Convolved, Factored, Form, Instantiated, OuterProduct, squared_norm
+from dpfast.capture.forms import Convolved, Factored, Form, Instantiated, OuterProduct
+from dpfast.clipping.sums_of_forms import squared_norm
 
 STATS = (Factored, Convolved)
 

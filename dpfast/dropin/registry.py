@@ -11,9 +11,10 @@ from opacus.layers.dp_rnn import RNNLinear
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, form_of, squared_norm
+from dpfast.capture.forms import Form, form_of
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.traced_tap import TracedTap
+from dpfast.clipping.sums_of_forms import squared_norm
 from dpfast.dropin import hooks_mode
 from dpfast.layers import FAMILIES, family
 from dpfast.layers.attention import AppendedRow, MultiheadAttention, OpacusAttention

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dpfast import reference
-from dpfast.capture.forms import EmbeddingRows, Factored, Instantiated, combine, squared_norm
+from dpfast.capture.forms import EmbeddingRows, Factored, Instantiated
+from dpfast.clipping.sums_of_forms import combine, squared_norm
 from dpfast.planning.planner import Planner
 from tests.helpers import BF16, F32, F64, SLACK
 from tests.privacy.judging import Private
