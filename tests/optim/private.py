@@ -1,8 +1,6 @@
 """A private run step by step, and a plain optimizer that is fed the noisy gradients of such a run."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -80,12 +78,6 @@ class Plain:
 
     def values(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.model.parameters()]
-
-
-def python(code: str, *arguments: str, env: dict[str, str]) -> str:
-    """What a new process prints."""
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def assert_close(run: Run, plain: Plain, start: list[Tensor], steps: int, name: str = "", size: float = 0.02) -> None:

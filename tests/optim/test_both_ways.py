@@ -1,15 +1,13 @@
 """What holds whether or not the update is made in the noise's pass: hooks, closures, empty batches, plain PyTorch."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from torch.optim import RMSprop
 
+from dpfast import native
 from tests.ops.noisy import apart, same
-from tests.optim.private import OPTIMIZERS, B, D, Plain, Run, assert_close, batch, each_optimizer, net, python
+from tests.optim.private import OPTIMIZERS, B, D, Plain, Run, assert_close, batch, each_optimizer, net
 
 
 @each_optimizer
@@ -89,38 +87,28 @@ def test_empty_batches_and_parameters_out_of_reach(make):
             assert (g != 0).all() and (p != first).sum() > 0.9 * n
 
 
-CODE = """
-import sys, torch
-from tests.optim.private import OPTIMIZERS, Run, batch, net
-from dpfast import native
-assert not native.available("cpu")
-torch.manual_seed(3)
-torch.set_num_threads(1)
-runs = {}
-for name, make in OPTIMIZERS.items():
-    run = Run(net(), make)
-    runs[name] = [run.step(batch() if k % 2 else None) for k in range(4)], run.values()
-torch.save(runs, sys.argv[1])
-"""
-
-
-def test_without_the_compiled_library(tmp_path, passes):
+def test_without_the_compiled_library(passes, monkeypatch):
     """The same runs in plain PyTorch: parameters to a few units in the last place."""
-    torch.manual_seed(3)
-    runs = {}
-    for name, make in OPTIMIZERS.items():
-        run = Run(net(), make)
-        start = run.values()
-        runs[name] = start, [run.step(batch() if k % 2 else None) for k in range(4)], run.values()
-    assert len(passes) == 4 * len(runs)
-    env = os.environ | {"DPFAST_NATIVE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
-    python(CODE, str(tmp_path / "runs.pt"), env=env)
-    for name, (grads, values) in torch.load(tmp_path / "runs.pt").items():
-        start, ours, mine = runs[name]
+
+    def runs():
+        torch.manual_seed(3)
+        found = {}
+        for name, make in OPTIMIZERS.items():
+            run = Run(net(), make)
+            start = run.values()
+            found[name] = start, [run.step(batch() if k % 2 else None) for k in range(4)], run.values()
+        return found
+
+    with_library = runs()
+    assert len(passes) == 4 * len(with_library)
+    monkeypatch.setattr(native, "available", lambda device: False)
+    for name, (_, grads, values) in runs().items():
+        start, ours, mine = with_library[name]
         equal = torch.cat([torch.eq(g, h).flatten() for g, h in zip(grads[0], ours[0], strict=True)])
         assert equal.double().mean() > 0.95, "a step without a batch is noise alone"
         for p, q, first in zip(values, mine, start, strict=True):
             assert apart(p, q, first, p - first, torch.full_like(p, 0.1)) <= 16, name
+    assert len(passes) == 4 * len(with_library)
 
 
 @pytest.mark.parametrize("way", ["stochastic", "master"])
