@@ -271,17 +271,19 @@ class NormalisedSides:
 
     def made(self) -> tuple[Instantiated, Instantiated]:
         if self.sums is None:
-            weight, weight_squares, bias, bias_squares = ops.normalised_sums(self.G, self.x, self.mean, self.rstd)
-            self.sums = Instantiated(weight, squares=weight_squares), Instantiated(bias, squares=bias_squares)
+            self.sums = _both(*ops.normalised_sums(self.G, self.x, self.mean, self.rstd))
         return self.sums
 
     @staticmethod
     def all_made(them: Sequence[NormalisedSides]) -> list[tuple[Instantiated, Instantiated]]:
         made = ops.all_normalised_sums([(sides.G, sides.x, sides.mean, sides.rstd) for sides in them])
-        return [
-            (Instantiated(weight, squares=weight_squares), Instantiated(bias, squares=bias_squares))
-            for weight, weight_squares, bias, bias_squares in made
-        ]
+        return [_both(*sums) for sums in made]
+
+
+def _both(
+    weight: Tensor, weight_squares: Tensor, bias: Tensor, bias_squares: Tensor
+) -> tuple[Instantiated, Instantiated]:
+    return Instantiated(weight, squares=weight_squares), Instantiated(bias, squares=bias_squares)
 
 
 @dataclass
