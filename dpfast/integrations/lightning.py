@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -20,7 +20,7 @@ from dpfast.analysis.collation import check_collation
 from dpfast.capture.trees import tensors
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
-from dpfast.integrations.pieces import pieces
+from dpfast.integrations.pieces import announced, counts, pieces
 from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planning.planner import check_state as check_plan
@@ -270,17 +270,18 @@ class _Cut:
         if not tensors(batch):
             optimizer.expect_no_samples()
             return torch.zeros((), requires_grad=True)
-        parts = [batch] if self.size is None else list(pieces(batch, self.size))
-        for part in parts[:-1]:
-            optimizer.signal_skip_step(True)
-            loss = _loss(self.__wrapped__(part, *args, **kwargs))
-            with torch.autocast(loss.device.type, enabled=False):  # Lightning's is still on
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        optimizer.signal_skip_step(False)
-        out = self.__wrapped__(parts[-1], *args, **kwargs)
-        _loss(out)
+        parts: Iterable[Any] = [(batch, None, True)]
+        if self.size is not None:
+            of = counts(len(tensors(batch)[0]), self.size)
+            parts = announced(optimizer, pieces(batch, self.size), of)
+        for part, _, last in parts:
+            out = self.__wrapped__(part, *args, **kwargs)
+            loss = _loss(out)
+            if not last:
+                with torch.autocast(loss.device.type, enabled=False):  # Lightning's is still on
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
         return out
 
 

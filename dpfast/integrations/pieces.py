@@ -2,51 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.capture.trees import map_tensors, tensors
+from dpfast.capture.which_samples import Samples
+from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
+from dpfast.data.empty_batch import CollateOrEmpty
+from dpfast.data.physical_batches import padded
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 
-def pieces(batch: Any, size: int, count: int | None = None) -> Iterator[Any]:
+def pieces(batch: Any, size: int, least: int = 1) -> Iterator[Any]:
     """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces of at most ``size``.
 
-    There are at least ``count`` of them, and at least one: what is missing at the end are empty ones.
+    There are as many as there are :func:`counts`: what is missing at the end are empty ones.
     """
-    rows = len(tensors(batch)[0])
-    for k in range(max(1, -(-rows // size), count or 0)):
+    for k in range(len(counts(len(tensors(batch)[0]), size, least))):
         yield map_tensors(lambda x: x[k * size : (k + 1) * size], batch)  # noqa: B023 (used at once)
 
 
-def backward_in_pieces(
-    optimizer: FusedDPOptimizer, batch: Mapping[str, Any], size: int, loss_of: Callable[[Any], Tensor]
-) -> Tensor:
-    """Forward and backward of one logical batch, ``size`` samples at a time; ``optimizer.step()`` has to follow.
+def counts(samples: int, size: int, least: int = 1) -> list[int]:
+    """How many of ``samples`` are in each piece of at most ``size``; there are at least ``least`` of them, and one."""
+    return [max(0, min(size, samples - k * size)) for k in range(max(1, least, -(-samples // size)))]
+
+
+class CollatedPieces:
+    """Collates a logical batch a physical batch at a time, so that texts are padded to the longest of each.
 
     Args:
-        optimizer: private; it is told which pieces end no logical batch, as by Opacus' ``BatchMemoryManager``.
-        batch: nested mappings, tuples or lists of tensors, each with the samples first.
-        size: most samples of one forward.
-        loss_of: from a piece to its loss, reduced over the samples as ``make_private`` was told.
+        collator: from a list of samples to a batch.
+        size: most samples of a physical batch.
+        padded_from: the data set that the samples are of. Each physical batch then has ``size`` rows, zeros behind the
+            samples, and there is at least one.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any], size: int, padded_from: Any = None):
+        self.pad = padded_from is not None
+        self.collator = CollateOrEmpty(collator, padded_from, 0) if self.pad else collator
+        self.size = size
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        starts = range(0, max(len(samples), int(self.pad)), self.size)
+        return {"samples": len(samples), "pieces": [self._piece(samples[k : k + self.size]) for k in starts]}
+
+    def _piece(self, samples: list[Any]) -> Any:
+        batch = self.collator(samples)
+        return padded(batch, len(samples), self.size) if self.pad else batch
+
+
+def announced(
+    optimizer: FusedDPOptimizer, parts: Iterable[Any], of: Sequence[int], rows: int | None = None
+) -> Iterator[tuple[Any, int, bool]]:
+    """Each piece of a logical batch, how many samples it has, and whether it is the last.
+
+    The optimizer is told of each, as by ``BatchMemoryManager``. So samples of equal values, in several pieces, are not
+    taken for one that would count twice.
+
+    Args:
+        optimizer: private.
+        parts: what the model will see, on its device; taken one at a time.
+        of: the number of samples in each.
+        rows: that each has, if that is fixed: those behind the samples are left out of the clipped sum.
+    """
+    batch, loop, start = LogicalBatch(), Loop(), 0
+    for k, (part, given) in enumerate(zip(parts, of, strict=True)):
+        last = k == len(of) - 1
+        samples = Samples(id(batch), range(start, start + given), padding=0 if rows is None else rows - given)
+        optimizer.clipped_sum.batches.give_piece(Piece(batch, k == 0, last, samples, loop), False, part)
+        yield part, given, last
+        start += given
+
+
+def backward_in_pieces(
+    optimizer: FusedDPOptimizer,
+    parts: Iterable[Any],
+    of: Sequence[int],
+    loss_of: Callable[[Any, int], Tensor],
+    rows: int | None = None,
+) -> Tensor:
+    """Forward and backward of one logical batch, a piece at a time; ``optimizer.step()`` has to follow.
+
+    Args:
+        optimizer, parts, of, rows: see :func:`announced`.
+        loss_of: from a piece and the number of its samples to the loss of these, reduced over them as ``make_private``
+            was told.
 
     Returns:
         The sum of the pieces' losses, detached.
     """
     optimizer.abandon()  # an exception may have ended the logical batch before this one half-way
-    parts = list(pieces(batch, size, optimizer.ranks.most(-(-len(tensors(batch)[0]) // size))))
     total = torch.zeros(())
-    for k, part in enumerate(parts):
-        last = k == len(parts) - 1
-        optimizer.signal_skip_step(not last)
-        loss = loss_of(part)
+    for part, given, last in announced(optimizer, parts, of, rows):
+        loss = loss_of(part, given)
         loss.backward()
         total = total.to(loss.device) + loss.detach()
-        if not len(tensors(part)[0]):
-            optimizer.expect_no_samples()
         if not last:
             optimizer.step()
             optimizer.zero_grad()

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from dpfast.analysis.collation import check_collation
 from dpfast.checkpoints import read, written
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
-from dpfast.integrations.pieces import backward_in_pieces
+from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts
 from dpfast.integrations.replayed import MODEL, Replayed, Rows, digest_of, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
@@ -54,8 +54,9 @@ class DPTrainer(Trainer):
     Arguments are the Trainer's, and ``privacy``. One step accounts for one logical batch: each sample of
     ``train_dataset`` is in it with probability 1/(steps per epoch), independently, and its expected size is about
     ``per_device_train_batch_size · gradient_accumulation_steps · world size``. It runs forward and backward
-    ``per_device_train_batch_size`` samples at a time. Gradients are clipped per sample, by ``privacy.max_grad_norm``;
-    the Trainer's ``max_grad_norm`` is not used. Each step adds noise and is accounted for once, an empty batch's too.
+    ``per_device_train_batch_size`` samples at a time; ``privacy.pad`` makes this the number of rows. Gradients are
+    clipped per sample, by ``privacy.max_grad_norm``; the Trainer's ``max_grad_norm`` is not used. Each step adds noise
+    and is accounted for once, an empty batch's too.
 
     Losses are per sample. Causal language models, masked and sequence-to-sequence language models, token and
     sequence classification and image classification are known by the model's class; a language model's loss is the
@@ -179,7 +180,7 @@ class DPTrainer(Trainer):
         data, collator = self._data_and_collator()
         workers = self.args.dataloader_num_workers
         self._collated = data, collator
-        pieces = _Pieces(collator, self._train_batch_size)
+        pieces = CollatedPieces(collator, self._train_batch_size, data if self.privacy.pad else None)
         return DataLoader(
             Replayed(data, pieces, batches.seed, batches.rank),
             batch_sampler=batches,
@@ -380,7 +381,7 @@ class DPTrainer(Trainer):
         """What has to be as it was for the same noise to meet the same sums."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
         privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
-        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale")}
+        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad")}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
         parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
         long = {name: as_text({name: part})[name].encode() for name, part in parts.items()}
@@ -399,35 +400,39 @@ class DPTrainer(Trainer):
         seed_all(self._batch_seed, MODEL, self.state.global_step, self.args.process_index)  # dropout
         optimizer: FusedDPOptimizer = self.optimizer
         scaler = self.accelerator.scaler
-        size, parts = self._train_batch_size, inputs["pieces"]
         if self._collated is not None:
             assert self.hooks is not None
             (data, collator), self._collated = self._collated, None
-            check_collation(self.hooks, lambda batch: self._losses(model, batch).sum(), data, collator)
+            check_collation(
+                self.hooks, lambda batch: self._losses(model, self._prepare_inputs(batch)).sum(), data, collator
+            )
+        size, held = self._train_batch_size, inputs["pieces"]
+        of = counts(inputs["samples"], size, optimizer.ranks.most(len(held)))
+        # Where other ranks have more pieces: one without samples, of which no row counts.
+        parts = [*held, *(held[:1] if self.privacy.pad else [None]) * (len(of) - len(held))]
 
-        def loss_of(piece: Any) -> Tensor:
-            rows = piece["rows"]
-            if not len(rows):  # many models cannot run on no samples
+        def loss_of(part: Any, given: int) -> Tensor:
+            if part is None:  # many models cannot run on no samples
                 return torch.zeros((), device=self.args.device, requires_grad=True)
-            losses = self._losses(model, parts[int(rows[0]) // size])
-            if losses.shape != rows.shape:
+            losses = self._losses(model, part)
+            if len(losses) != (seen := size if self.privacy.pad else given):
                 raise ValueError(
-                    f"the loss has shape {list(losses.shape)} for a batch of {len(rows)} samples: compute_loss and "
+                    f"the loss has shape {list(losses.shape)} for a batch of {seen} samples: compute_loss and "
                     f"compute_loss_func must return one loss for each sample, [B]; one number for all couples them"
                 )
-            return scaler.scale(losses.sum())
+            return scaler.scale(losses[:given].sum())
 
-        total = backward_in_pieces(optimizer, {"rows": torch.arange(inputs["samples"])}, size, loss_of)
+        on_device = (None if part is None else self._prepare_inputs(part) for part in parts)
+        total = backward_in_pieces(optimizer, on_device, of, loss_of, size if self.privacy.pad else None)
         total = total / optimizer.clipped_sum.loss_scale
         if not self.privacy.log_training_loss:
             return torch.zeros_like(total)
         return total * self.args.world_size / self._logical_batch_size
 
     def _losses(self, model: Any, batch: Any) -> Tensor:
-        """Losses of a collated batch."""
-        part = self._prepare_inputs(batch)
+        """Losses of a batch on the device."""
         with self.compute_loss_context_manager():
-            losses = self.compute_loss(model, part)
+            losses = self.compute_loss(model, batch)
         if losses.dim() != 1:
             raise ValueError(
                 f"the loss has shape {list(losses.shape)}: compute_loss and compute_loss_func must return one loss for "
@@ -489,17 +494,6 @@ class _Batches(PoissonBatches):
             if self.step > self.total:
                 return
             yield Rows(batch, self.step - 1)
-
-
-class _Pieces:
-    """Collates a logical batch a physical batch at a time, so that padding is to the longest sample of each."""
-
-    def __init__(self, collator: Callable[[list[Any]], Any], size: int):
-        self.collator, self.size = collator, size
-
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        starts = range(0, len(samples), self.size)
-        return {"samples": len(samples), "pieces": [self.collator(samples[k : k + self.size]) for k in starts]}
 
 
 class _Epochs(TrainerCallback):

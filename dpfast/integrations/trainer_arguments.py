@@ -49,6 +49,11 @@ class DPArguments:
         loss_scale: what losses are multiplied by under ``fp16=True``, a power of two that stays as it is: one that
             follows the gradients would tell of samples. A sample whose gradient overflows contributes zeros.
         log_training_loss: log the loss of the training batches, which is not private.
+        pad: every physical batch has ``per_device_train_batch_size`` rows, an empty Poisson batch included, so that
+            ``torch_compile`` compiles for one number of rows. Zeros stand behind the samples, in every tensor whose
+            first dimension is the batch; they contribute exactly nothing, and are in no loss that is logged. Where the
+            collator pads texts to the longest, lengths still change: have it pad to one, as by
+            ``padding="max_length"``.
     """
 
     target_epsilon: float | None = None
@@ -64,6 +69,7 @@ class DPArguments:
     memory_budget: int | float | None = None
     loss_scale: float = 2.0**10
     log_training_loss: bool = False
+    pad: bool = False
 
     def __post_init__(self):
         if self.target_epsilon is None and self.noise_multiplier is None:

@@ -230,7 +230,7 @@ def test_a_refused_resume_leaves_the_base_as_it_was(tmp_path):
 
 
 def test_memory_that_runs_out_is_one_line_and_takes_no_step(tmp_path, monkeypatch):
-    def too_much(self, piece):
+    def too_much(self, *piece):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Job, "loss_of", too_much)

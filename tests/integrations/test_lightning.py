@@ -94,6 +94,14 @@ def test_one_step_is_the_oracles(tmp_path, size, reduction):
     assert privacy.steps_accounted() == 1
 
 
+def test_samples_of_equal_values_are_several(tmp_path):
+    """In several physical batches of one step they are no sample that counts twice."""
+    net = Net()
+    callback_of(net, TensorDataset(*(x[[0, 1, 0, 1]] for x in data().tensors)), range(4), max_physical_batch_size=2)
+    fit(net, tmp_path)
+    assert net.seen == [2, 2]
+
+
 def test_without_a_sample_the_update_moves_by_no_more_than_its_share(tmp_path):
     rows, ends = [1, 4, 5], {}
     for left_out in [None, *rows]:

@@ -93,6 +93,7 @@ CHANGES = {
     "the order": (dict(data=texts(16)[::-1]), "train_dataset"),
     "the collator": (dict(data_collator=other_collate), "data_collator"),
     "the loss": (dict(compute_loss_func=other_loss), "compute_loss_func"),
+    "rows that are padded": (dict(privacy={**PRIVACY, "pad": True}), "privacy.pad"),
     "the device": (dict(), "device"),
     "the ranks": (dict(), "world_size"),
     "dropout": (dict(model=lambda: gpt2(**{**DROPOUT, "resid_pdrop": 0.1})), "model"),

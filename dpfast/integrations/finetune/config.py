@@ -64,6 +64,7 @@ class FinetuneConfig:
     )
     gradient_checkpointing: bool = _option(False, "less memory, one more forward")
     compile: bool = _option(False, "torch.compile for the model")
+    pad: bool = _option(False, "physical batches of one shape, so that --compile compiles once; padding counts nothing")
     fsdp: bool = _option(False, "shard the model over the ranks (under torchrun)")
     secure: bool = _option(False, "noise and batches from the operating system's generator, which nothing repeats")
     seed: int | None = _option(

@@ -236,15 +236,15 @@ def tokenised(rows: Rows, tokenizer: Any, context: int, truncate: bool, label_id
 class Collate:
     """Samples → ``input_ids``, ``attention_mask`` ``[B, T]``, ``labels`` (``[B, T]``, or ``[B]`` for classes), int64.
 
-    Padded on the right to the longest of the logical batch, in steps of 8 up to ``context``. Padding has label −100.
-    An empty list gives tensors of no rows.
+    Padded on the right to the longest of the logical batch, and to ``least`` tokens, in steps of 8 up to ``context``.
+    Padding has label −100. An empty list gives tensors of no rows.
     """
 
-    def __init__(self, pad: int, context: int, classes: bool):
-        self.pad, self.context, self.classes = pad, context, classes
+    def __init__(self, pad: int, context: int, classes: bool, least: int = 1):
+        self.pad, self.context, self.classes, self.least = pad, context, classes, least
 
     def __call__(self, samples: Sequence[tuple[np.ndarray, int]]) -> dict[str, Tensor]:
-        longest = max((len(ids) for ids, _ in samples), default=1)
+        longest = max([self.least, *(len(ids) for ids, _ in samples)])
         shape = (len(samples), min(self.context, -(-longest // 8) * 8))
         ids = torch.full(shape, self.pad)
         mask = torch.zeros(shape, dtype=torch.long)

@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 from dpfast.accounting.epsilon import quietly
 from dpfast.analysis.collation import check_collation
 from dpfast.capture.refusals import LayoutError
+from dpfast.data.physical_batches import padded
 from dpfast.data.sampling import PoissonBatches
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.finetune import checkpoint, fit, privacy
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import IGNORED, Collate, Samples
 from dpfast.integrations.finetune.processes import Place, over_ranks
-from dpfast.integrations.pieces import backward_in_pieces, pieces
+from dpfast.integrations.pieces import backward_in_pieces, counts, pieces
 from dpfast.losses import causal_lm_loss, sequence_classification_loss
 
 # In a checkpoint: what the run's sums depend on that no option decides, and whether the key is no longer the seed's.
@@ -101,15 +102,17 @@ class Job:
 
     # ---------------------------------------------------------------- one step
 
-    def loss_of(self, piece: dict[str, Tensor]) -> Tensor:
-        """The summed loss of a physical batch; no forward for an empty one, which most models cannot run."""
-        weight = 1.0
+    def loss_of(self, piece: dict[str, Tensor], given: int | None = None) -> Tensor:
+        """The summed loss of a physical batch, or of the ``given`` samples that it begins with.
+
+        There is no forward for one without rows, which most models cannot run.
+        """
         if not len(piece["input_ids"]):
             if not self.config.fsdp:
                 return torch.zeros((), requires_grad=True)
-            piece, weight = self.made_up(1), 0.0  # every rank has to gather the shards; a gradient of exact zeros
+            piece, given = self.made_up(1), 0  # every rank has to gather the shards; a gradient of exact zeros
         logits, labels = self.logits_of(piece)
-        return weight * self.measure(logits, labels)
+        return self.measure(logits[:given], labels[:given])
 
     def logits_of(self, piece: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits, and labels on the same device."""
@@ -170,7 +173,7 @@ class Job:
             group["lr"] = rate
         try:
             self._check_collation()
-            loss = backward_in_pieces(self.optimizer, batch, self.size, self.loss_of)
+            loss = self._backward({name: x.to(self.place.device) for name, x in batch.items()})
             self.optimizer.step()
         except LayoutError as error:
             raise FinetuneError(f"--model cannot be trained privately: {str(error).splitlines()[0]}") from error
@@ -185,6 +188,15 @@ class Job:
         self.optimizer.zero_grad()
         self.step += 1
         return float(loss)
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        samples, size = len(batch["input_ids"]), self.size
+        of = counts(samples, size, self.optimizer.ranks.most(-(-samples // size)))
+        parts = pieces(batch, size, len(of))
+        if not self.config.pad:
+            return backward_in_pieces(self.optimizer, parts, of, self.loss_of)
+        parts = (padded(part, given, size) for part, given in zip(parts, of, strict=True))
+        return backward_in_pieces(self.optimizer, parts, of, self.loss_of, size)
 
     # ---------------------------------------------------------------- the loop
 
@@ -209,6 +221,7 @@ class Job:
             "ranks": self.place.world_size,
             "device": self.place.device.type,
             "compile": self.config.compile,
+            "pad": self.config.pad,
             "gradient_checkpointing": self.config.gradient_checkpointing,
             "torch": str(torch.__version__),
         }

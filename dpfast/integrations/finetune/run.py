@@ -99,9 +99,8 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
     if held is not None:
         assert found is not None
         checkpoint.check(found, held, state)
-    job = Job(
-        config, place, net, Collate(pad, context, names is not None), data, held_out_data, plan, seed, state, found
-    )
+    collate = Collate(pad, context, names is not None, data.longest if config.pad else 1)
+    job = Job(config, place, net, collate, data, held_out_data, plan, seed, state, found)
     if held is not None:
         job.step = held["step"]
         if config.physical_batch_size == "auto":
