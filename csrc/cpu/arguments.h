@@ -71,6 +71,31 @@ inline Tensor make(const Integers& shape, ScalarType type, const Tensor& like) {
   return torch::stable::new_empty(like, shape, type);
 }
 
+// Tensors of these shapes, one after the other in one piece of memory: asking for memory takes as long as a small sum.
+inline Tensors make_all(const std::vector<Integers>& shapes, ScalarType type, const Tensor& like) {
+  constexpr int64_t line = 16;  // elements from which on the next one starts at a cache line
+  Integers starts;
+  int64_t size = 0;
+  for (const Integers& shape : shapes) {
+    int64_t n = 1;
+    for (int64_t extent : shape) n *= extent;
+    starts.push_back(size);
+    size += pieces(n, line) * line;
+  }
+  const Tensor memory = make({size}, type, like);
+  Tensors out;
+  out.reserve(shapes.size());
+  for (size_t k = 0; k < shapes.size(); ++k) {
+    Integers strides(shapes[k].size());
+    for (int64_t i = int64_t(strides.size()) - 1, n = 1; i >= 0; n *= shapes[k][i--]) strides[i] = n;
+    AtenTensorHandle view;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), int64_t(shapes[k].size()), shapes[k].data(),
+                                                          strides.data(), starts[k], &view));
+    out.emplace_back(view);
+  }
+  return out;
+}
+
 // A tensor's elements, as doubles.
 inline std::vector<double> numbers(const Tensor& tensor) {
   const int64_t n = tensor.numel();

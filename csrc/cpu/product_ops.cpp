@@ -73,12 +73,13 @@ Tensors weighted_products(Tensors A, Tensors G, Tensor factors) {
   else
     check_shape(factors, "factors", {count, B});
   const std::vector<double> all = factors_of(factors, Type::float32);
-  Tensors out;
+  std::vector<Integers> shapes;
   Integers weights;
   for (int64_t k = 0; k < count; ++k) {
-    out.push_back(make({Sides::features(G[k]), Sides::features(A[k])}, ScalarType::Float, A[k]));
-    weights.push_back(Sides::rows(A[k]) * (out[k].numel() + 1));
+    shapes.push_back({Sides::features(G[k]), Sides::features(A[k])});
+    weights.push_back(Sides::rows(A[k]) * (shapes[k][0] * shapes[k][1] + 1));
   }
+  const Tensors out = make_all(shapes, ScalarType::Float, A[0]);
   share(weights, [&](size_t k) {
     thread_local std::vector<float> scaled, kept;
     thread_local Multiplier rows;
@@ -107,12 +108,13 @@ std::tuple<Tensors, Tensor> product_samples(Tensors A, Tensors G) {
   const int64_t B = sides.B;
   Tensor squared = make({int64_t(A.size()), B}, ScalarType::Double, A[0]);
   double* squares = static_cast<double*>(squared.data_ptr());
-  Tensors samples;
+  std::vector<Integers> shapes;
   Integers weights;
   for (size_t k = 0; k < A.size(); ++k) {
-    samples.push_back(make({B, Sides::features(G[k]), Sides::features(A[k])}, ScalarType::Float, A[k]));
+    shapes.push_back({B, Sides::features(G[k]), Sides::features(A[k])});
     weights.insert(weights.end(), B, (sides.positions(k) + 1) * Sides::features(A[k]) * Sides::features(G[k]));
   }
+  const Tensors samples = make_all(shapes, ScalarType::Float, A[0]);
   share(weights, [&](size_t unit) {
     thread_local Multiplier rows;
     const size_t k = unit / B;

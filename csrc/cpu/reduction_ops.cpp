@@ -7,6 +7,16 @@ namespace {
 
 constexpr int64_t COLUMNS = 1024;  // columns that one thread sums over positions at a time
 
+// Tensors of these shapes in the types that sums of `given` are made in.
+Tensors make_sums(const Tensors& given, const std::vector<Integers>& shapes) {
+  const ScalarType first = sum_type(type_of(given[0]));
+  if (std::all_of(given.begin(), given.end(), [&](const Tensor& x) { return sum_type(type_of(x)) == first; }))
+    return make_all(shapes, first, given[0]);
+  Tensors out;
+  for (size_t k = 0; k < given.size(); ++k) out.push_back(make(shapes[k], sum_type(type_of(given[k])), given[k]));
+  return out;
+}
+
 // Σ_i factor_i g_i over the samples whose factor is not 0.
 Tensors weighted_sums(Tensors samples, Tensor factors) {
   const int64_t B = check_samples(samples), count = int64_t(samples.size());
@@ -15,7 +25,12 @@ Tensors weighted_sums(Tensors samples, Tensor factors) {
     check_shape(factors, "factors", {B});
   else
     check_shape(factors, "factors", {count, B});
-  Tensors out;
+  std::vector<Integers> shapes;
+  for (const Tensor& tensor : samples) {
+    shapes.emplace_back();
+    for (int64_t i = 1; i < tensor.dim(); ++i) shapes.back().push_back(tensor.size(i));
+  }
+  const Tensors out = make_sums(samples, shapes);
   struct Kept {
     Integers index;
     std::vector<double> factors;
@@ -42,7 +57,6 @@ Tensors weighted_sums(Tensors samples, Tensor factors) {
           mine.factors.push_back(factor);
         }
     const int64_t n = row_size(samples[k]);
-    out.push_back(make({n}, sum_type(type), samples[k]));
     // Blocks wide enough for long reads, but enough of them for all threads.
     const int64_t columns = std::clamp<int64_t>(n / torch::stable::get_num_threads(), 512, 8192);
     for (int64_t begin = 0; begin < n; begin += columns) {
@@ -60,21 +74,6 @@ Tensors weighted_sums(Tensors samples, Tensor factors) {
   return out;
 }
 
-// [B, d] sums over positions and their squared norms, in blocks of columns: f(sample, first column, last column) makes
-// one and gives the places where its sums start.
-template <class F>
-void sum_samples(int64_t B, int64_t T, int64_t d, std::initializer_list<double*> squared, Type type, const F& f) {
-  const int64_t blocks = pieces(d, COLUMNS);
-  std::vector<std::vector<double>> parts(squared.size(), std::vector<double>(B * blocks));
-  const Integers weights(B * blocks, (T + 1) * std::min(d, COLUMNS));
-  share(weights, [&](size_t k) {
-    const int64_t begin = int64_t(k) % blocks * COLUMNS, end = std::min(d, begin + COLUMNS);
-    const auto places = f(int64_t(k) / blocks, begin, end);
-    for (size_t s = 0; s < parts.size(); ++s) parts[s][k] = kernels().squares(places[s], type, end - begin);
-  });
-  for (size_t s = 0; s < parts.size(); ++s) add_parts(parts[s].data(), blocks, squared.begin()[s], B);
-}
-
 char* element(const Tensor& tensor, int64_t i) {
   return static_cast<char*>(tensor.data_ptr()) + i * int64_t(tensor.element_size());
 }
@@ -86,87 +85,129 @@ const char* given(const Tensor& tensor, int64_t i) {
 
 double* places_of(const Tensor& doubles) { return static_cast<double*>(doubles.data_ptr()); }
 
-// g_i = Σ_t G_i,t and ‖g_i‖²
-Tensor positions_into(const Tensor& G, double* squared) {
+// A layer whose per-sample gradients are sums over positions: where they are to be, [B, d], and their squared norms, [B].
+struct Summed {
+  const Tensor& samples;
+  double* squared;
+};
+
+void check_backprops(const Tensor& G) {
   check_floats(G, "G");
   STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
-  const int64_t B = G.size(0), T = G.size(1), d = G.size(2);
-  const Type type = type_of(G);
-  Tensor samples = make({B, d}, sum_type(type), G);
-  sum_samples(B, T, d, {squared}, type_of(samples), [&](int64_t i, int64_t begin, int64_t end) {
-    const Rows rows{type, given(G, i * T * d), d, T, nullptr, nullptr};
-    kernels().sum_rows(element(samples, i * d), rows, begin, end);
-    return std::array{element(samples, i * d + begin)};
-  });
-  return samples;
 }
 
-std::tuple<Tensor, Tensor> sum_positions(Tensor G) {
-  check_floats(G, "G");
-  STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
-  Tensor squared = make({G.size(0)}, ScalarType::Double, G);
-  return {positions_into(G, places_of(squared)), squared};
-}
-
-// w_i = Σ_t G_i,t ∘ (x_i,t - mean_i,t) · rstd_i,t,  b_i = Σ_t G_i,t,  ‖w_i‖² and ‖b_i‖²
-std::tuple<Tensor, Tensor> normalised_into(const Tensor& G, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                                           double* weight_squared, double* bias_squared) {
-  check_floats(G, "G");
+void check_statistics(const Tensor& G, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
   check_floats(x, "x");
   check_floats(mean, "mean");
   check_floats(rstd, "rstd");
-  STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
-  const int64_t B = G.size(0), T = G.size(1), d = G.size(2);
-  check_shape(x, "x", {B, T, d});
+  const int64_t B = G.size(0), T = G.size(1);
+  check_shape(x, "x", {B, T, G.size(2)});
   STD_TORCH_CHECK(x.scalar_type() == G.scalar_type(), "dpfast: x must have the dtype of G");
-  const bool centred = mean.numel() > 0;
   for (const auto& [side, name] : {std::pair{&mean, "mean"}, std::pair{&rstd, "rstd"}})
-    STD_TORCH_CHECK((side == &mean && !centred) || side->numel() == B * T, "dpfast: ", name, " must have ", B * T,
-                    " elements, one a position, not the shape ", shape_of(*side));
-  const Type type = type_of(G);
-  const std::vector<double> means = numbers(mean), rstds = numbers(rstd);
-  Tensor weight = make({B, d}, sum_type(type), G), bias = make({B, d}, sum_type(type), G);
-  sum_samples(B, T, d, {weight_squared, bias_squared}, type_of(bias), [&](int64_t i, int64_t begin, int64_t end) {
-    const Normalised sample{type, given(G, i * T * d),  given(x, i * T * d),
-                            d,    T, centred ? means.data() + i * T : nullptr, rstds.data() + i * T};
-    kernels().sum_normalised(element(weight, i * d), element(bias, i * d), sample, begin, end);
-    return std::array{element(weight, i * d + begin), element(bias, i * d + begin)};
+    STD_TORCH_CHECK((side == &mean && mean.numel() == 0) || side->numel() == B * T, "dpfast: ", name, " must have ",
+                    B * T, " elements, one a position, not the shape ", shape_of(*side));
+}
+
+Integers sizes_of_sums(const Tensor& G) {
+  check_backprops(G);
+  return {G.size(0), G.size(2)};
+}
+
+// f(layer, sample, first column, last column) makes a block of a sample's sums in all tensors of `layers[layer]`. What is
+// narrow goes through the threads together, whatever the number of layers.
+template <size_t N, class F>
+void sum_layers(const Tensors& G, const std::vector<std::array<Summed, N>>& layers, const F& f) {
+  struct Block {
+    size_t layer;
+    int64_t sample, begin, end;
+  };
+  std::vector<Block> blocks;
+  Integers weights;
+  for (size_t k = 0; k < G.size(); ++k)
+    for (int64_t i = 0; i < G[k].size(0); ++i)
+      for (int64_t begin = 0; begin < std::max<int64_t>(1, G[k].size(2)); begin += COLUMNS) {
+        blocks.push_back({k, i, begin, std::min(G[k].size(2), begin + COLUMNS)});
+        weights.push_back((G[k].size(1) + 1) * (blocks.back().end - begin));
+      }
+  std::vector<std::array<double, N>> parts(blocks.size());
+  share(weights, [&](size_t b) {
+    const auto [k, i, begin, end] = blocks[b];
+    f(k, i, begin, end);
+    for (size_t s = 0; s < N; ++s) {
+      const Tensor& samples = layers[k][s].samples;
+      parts[b][s] = kernels().squares(element(samples, i * samples.size(1) + begin), type_of(samples), end - begin);
+    }
   });
-  return {weight, bias};
+  for (size_t b = 0; b < blocks.size();) {
+    const auto [k, i, begin, end] = blocks[b];
+    const size_t count = std::max<int64_t>(1, pieces(G[k].size(2), COLUMNS));
+    for (size_t s = 0; s < N; ++s) {
+      Sum sum;
+      for (size_t c = 0; c < count; ++c) sum.add(parts[b + c][s]);
+      layers[k][s].squared[i] = sum.total();
+    }
+    b += count;
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) {
-  check_floats(G, "G");
-  STD_TORCH_CHECK(G.dim() == 3, "dpfast: G must be [B, T, d], not ", shape_of(G));
-  Tensor squared[2] = {make({G.size(0)}, ScalarType::Double, G), make({G.size(0)}, ScalarType::Double, G)};
-  auto [weight, bias] = normalised_into(G, x, mean, rstd, places_of(squared[0]), places_of(squared[1]));
-  return {weight, squared[0], bias, squared[1]};
-}
-
-// sum_positions of several G of one B.
+// g_i = Σ_t G_i,t and ‖g_i‖², of several G of one B.
 std::tuple<Tensors, Tensor> all_position_sums(Tensors G) {
   const int64_t B = check_samples(G);
   Tensor all = make({int64_t(G.size()), B}, ScalarType::Double, G[0]);
-  Tensors samples;
-  for (size_t k = 0; k < G.size(); ++k) samples.push_back(positions_into(G[k], places_of(all) + k * B));
+  std::vector<Integers> shapes;
+  for (const Tensor& each : G) shapes.push_back(sizes_of_sums(each));
+  const Tensors samples = make_sums(G, shapes);
+  std::vector<std::array<Summed, 1>> layers;
+  for (size_t k = 0; k < G.size(); ++k) layers.push_back({Summed{samples[k], places_of(all) + k * B}});
+  sum_layers(G, layers, [&](size_t k, int64_t i, int64_t begin, int64_t end) {
+    const int64_t T = G[k].size(1), d = G[k].size(2);
+    const Rows rows{type_of(G[k]), given(G[k], i * T * d), d, T, nullptr, nullptr};
+    kernels().sum_rows(element(samples[k], i * d), rows, begin, end);
+  });
   return {samples, all};
 }
 
-// normalised_sums of several layers of one B; squared norms of all weights, then of all biases.
+std::tuple<Tensor, Tensor> sum_positions(Tensor G) {
+  check_backprops(G);
+  auto [samples, squared] = all_position_sums({G});
+  return {samples[0], torch::stable::select(squared, 0, 0)};
+}
+
+// w_i = Σ_t G_i,t ∘ (x_i,t - mean_i,t) · rstd_i,t,  b_i = Σ_t G_i,t,  ‖w_i‖² and ‖b_i‖², of several layers of one B;
+// squared norms of all weights, then of all biases.
 std::tuple<Tensors, Tensors, Tensor> all_normalised_sums(Tensors G, Tensors x, Tensors mean, Tensors rstd) {
   const size_t n = G.size();
   STD_TORCH_CHECK(x.size() == n && mean.size() == n && rstd.size() == n,
                   "dpfast: G, x, mean and rstd must be lists of one length");
   const int64_t B = check_samples(G);
   Tensor all = make({2 * int64_t(n), B}, ScalarType::Double, G[0]);
-  double* squared = places_of(all);
-  Tensors weights, biases;
+  std::vector<Integers> shapes;
+  std::vector<std::vector<double>> means, rstds;
   for (size_t k = 0; k < n; ++k) {
-    auto [weight, bias] = normalised_into(G[k], x[k], mean[k], rstd[k], squared + k * B, squared + (n + k) * B);
-    weights.push_back(weight);
-    biases.push_back(bias);
+    shapes.push_back(sizes_of_sums(G[k]));
+    check_statistics(G[k], x[k], mean[k], rstd[k]);
+    means.push_back(numbers(mean[k]));
+    rstds.push_back(numbers(rstd[k]));
   }
+  const Tensors weights = make_sums(G, shapes), biases = make_sums(G, shapes);
+  std::vector<std::array<Summed, 2>> layers;
+  double* squared = places_of(all);
+  for (size_t k = 0; k < n; ++k)
+    layers.push_back({Summed{weights[k], squared + k * B}, Summed{biases[k], squared + (n + k) * B}});
+  sum_layers(G, layers, [&](size_t k, int64_t i, int64_t begin, int64_t end) {
+    const int64_t T = G[k].size(1), d = G[k].size(2);
+    const double* centre = means[k].empty() ? nullptr : means[k].data() + i * T;
+    const Normalised sample{type_of(G[k]), given(G[k], i * T * d), given(x[k], i * T * d), d, T, centre,
+                            rstds[k].data() + i * T};
+    kernels().sum_normalised(element(weights[k], i * d), element(biases[k], i * d), sample, begin, end);
+  });
   return {weights, biases, all};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalised_sums(Tensor G, Tensor x, Tensor mean, Tensor rstd) {
+  check_backprops(G);
+  auto [weights, biases, squared] = all_normalised_sums({G}, {x}, {mean}, {rstd});
+  return {weights[0], torch::stable::select(squared, 0, 0), biases[0], torch::stable::select(squared, 0, 1)};
 }
 
 // w_r,c = Σ_t G_r,c,t · (x_r,c,t - mean) · rstd of the channel's group, and b_r,c = Σ_t G_r,c,t

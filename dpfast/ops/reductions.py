@@ -23,8 +23,7 @@ def weighted_sums(samples: Sequence[Tensor], factors: Sequence[Tensor]) -> list[
     dtype, device = samples[0].dtype, samples[0].device
     weights = stacked(factors, compute_dtype(dtype))
     if all([x.is_contiguous() for x in samples]) and is_native("weighted_sums", device):
-        totals = torch.ops.dpfast.weighted_sums(list(samples), weights)
-        return [total if x.dim() == 2 else total.view(x.shape[1:]) for total, x in zip(totals, samples, strict=True)]
+        return torch.ops.dpfast.weighted_sums(list(samples), weights)
     orders = [sorted(range(1, x.dim()), key=x.stride, reverse=True) for x in samples]
     if weights.dim() == 1 and not is_native("weighted_sums", device):
         weights = weights.expand(len(samples), -1)

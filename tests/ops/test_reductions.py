@@ -92,9 +92,9 @@ def test_weighted_sums(ops, dtype, batch, factor_dtype):
     factors[::3] = 0
     got = ops.weighted_sums(samples, factors)
     for tensor, total, plain in zip(samples, got, reductions.weighted_sums(samples, factors), strict=True):
-        assert total.dtype == plain.dtype == compute_dtype(dtype) and total.shape == plain.shape
-        terms = factors.double()[:, None] * tensor.double().reshape(batch, len(total))
-        within(total, terms.sum(0), terms.abs().sum(0), DEPTH)
+        assert total.dtype == plain.dtype == compute_dtype(dtype) and total.shape == tensor.shape[1:]
+        terms = factors.double()[:, None] * tensor.double().reshape(batch, len(plain))
+        within(total.flatten(), terms.sum(0), terms.abs().sum(0), DEPTH)
         within(plain, terms.sum(0), terms.abs().sum(0), DEPTH + batch)
 
 
