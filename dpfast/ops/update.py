@@ -81,13 +81,13 @@ def noisy_step_(
     offsets = [0] * len(params) if offsets is None else list(offsets)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}: use one of {ROUNDINGS}")
-    lists = {"summed": summed, "params": params, "grads": grads}
-    lists |= {f"states[{s}]": state for s, state in enumerate(states) if len(state)}
-    lists |= {"masters": masters} if len(masters) else {}
+    named = {"summed": summed, "params": params, "grads": grads}
+    named |= {f"states[{s}]": state for s, state in enumerate(states) if len(state)}
+    named |= {"masters": masters} if len(masters) else {}
     if not checked:
         check_places(params, parameters, offsets)
-        check_overlap(lists)
-    for name, items in lists.items():
+        check_overlap(named)
+    for name, items in named.items():
         if len(items) != len(params):
             raise ValueError(f"{name} has {len(items)} tensors for {len(params)} parameters: give one each")
         if checked and not name.startswith("states"):
@@ -96,11 +96,11 @@ def noisy_step_(
             wide = (torch.float32,)
             allowed = PARAMETER_DTYPES if name == "params" else wide if name in ("summed", "masters") else None
             check_tensor(f"{name}[{k}]", tensor, summed[k], allowed or (params[k].dtype,))
-    for mine in by_device(params).values():
-        tensors = [
-            [items[k] for k in mine] if len(items) else [] for items in (summed, grads, params, *states, masters)
-        ]
-        places = [[items[k] for k in mine] for items in (parameters, offsets)]
+    lists = [summed, grads, params, *states, masters]
+    alike = all([p.is_cpu for p in params])
+    for mine in [None] if alike else by_device(params).values():
+        tensors = [_picked(items, mine) for items in lists]
+        places = [_picked(items, mine) for items in (parameters, offsets)]
         common = [*places, list(noise.key), noise.step, noise.std, noise.grid, noise.scale]
         rounded = [ROUNDINGS.index(rounding), list(rounding_key)]
         numbers: list[Any]
@@ -113,3 +113,8 @@ def noisy_step_(
             numbers = [rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.t]
             numbers += [rule.decoupled, rule.maximize]
         op(*tensors, *common, *numbers, *rounded)
+
+
+def _picked(items: Sequence[Any], mine: Sequence[int] | None) -> list[Any]:
+    """Those of one device; all, if there is one."""
+    return list(items) if mine is None or not len(items) else [items[k] for k in mine]

@@ -49,6 +49,14 @@ class _Look:
     def __init__(self, key: Any, why_not: str | None):
         self.key, self.why_not = key, why_not
         self.parts: set[tuple[int, ...]] = set()  # the parameters of each update (a bucket of ranks') that was checked
+        self.places: dict[int, tuple[Tensor, int, int]] = {}  # of a parameter, by its id
+
+    def place(self, p: Any, index: Mapping[Any, int]) -> tuple[Tensor, int, int]:
+        """This rank's part of ``p``, and where it is in the noise stream: index and first element."""
+        place = self.places.get(id(p))
+        if place is None:
+            place = self.places[id(p)] = (local(p.detach()), index[p], first_element(p))
+        return place
 
 
 _looks: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
@@ -128,7 +136,7 @@ def noisy_step(
         for dtype, same in by_dtype.items():
             for rule, params in _by_rule(optimizer, group, same):
                 narrow = dtype != torch.float32
-                parts = [local(p.detach()) for p in params]
+                parts, indices, firsts = map(list, zip(*(look.place(p, index) for p in params), strict=True))
                 sums = [summed[p] for p in params]
                 grads = [torch.empty_like(part) for part in parts] if narrow else _shaped(sums, parts)
                 masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
@@ -140,11 +148,11 @@ def noisy_step(
                     grads,
                     all_states,
                     masters,
-                    [index[p] for p in params],
+                    indices,
                     noise,
                     "stochastic" if narrow and low_precision == "stochastic" else "nearest",
                     rounding_key,
-                    [first_element(p) for p in params],
+                    firsts,
                     checked=checked,
                 )
                 changed = [*params, *masters, *(state for states in all_states for state in states)]
