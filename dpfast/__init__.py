@@ -6,6 +6,7 @@ from dpfast.clipping.functions import PSAC, Abadi, AutoS, AutoV, CustomClipping,
 from dpfast.data.physical_batches import BatchMemoryManager
 from dpfast.dropin.registry import register, unregister
 from dpfast.engine import PrivacyEngine
+from dpfast.graphed import graphed
 from dpfast.optim.ascent import DPSAT, DiSK, DPSATMomentum
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "SensitivityReport",
     "check_sensitivity",
     "explain",
+    "graphed",
     "register",
     "unregister",
 ]

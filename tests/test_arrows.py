@@ -28,7 +28,7 @@ LEVELS = [
     {"layers", "separation"},
     {"clipping", "noise"},
     {"model", "optim", "data", "accounting"},
-    {"amp", "checkpoints", "dropin"},
+    {"amp", "checkpoints", "dropin", "graphed"},
     {"engine"},
     {"analysis"},
     {"integrations"},

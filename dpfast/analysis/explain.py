@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, OuterProduct, by
+from dpfast.capture.graph_calls import INSIDE
+from dpfast.capture.refusals import listed
 from dpfast.capture.trees import tensors
-from dpfast.model.forwards import Forward
+from dpfast.model.forwards import Forward, LayerForward
 from dpfast.model.private_model import FusedHooks, FusedModule
 from dpfast.planning.planner import Plan, Planner, segments, small
 from dpfast.planning.rates import seconds
@@ -32,7 +34,8 @@ def explain(model: nn.Module, batch: Any) -> str:
         A table: layer, T positions, d and p (the sides of its per-sample gradient), way, what its norm and clipped sum
         were predicted to take and took here (the ordinary weight gradient, which they replace, is in these), and the
         bytes of per-sample gradients that are kept until the factors are known. Below it: whether the model keeps the
-        samples apart, proved from its operators or tried, and which operators in which modules are not proved.
+        samples apart, proved from its operators or tried, and which operators in which modules are not proved. Of a
+        private model that ``torch.compile`` has met in training: which layers are in a graph, and why others are not.
     """
     plain = model._module if isinstance(model, FusedModule) else model
     planner = model.clipped_sum.planner if isinstance(model, FusedModule) else Planner()
@@ -52,8 +55,34 @@ def explain(model: nn.Module, batch: Any) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
     table += f"\n{separation}" if separation else ""
+    table += _compiled(model) if isinstance(model, FusedModule) else ""
     print(table)
     return table
+
+
+def _compiled(model: FusedModule) -> str:
+    """What has become of the layers that a compiler has met, each outcome with its layers."""
+    recorder = model.clipped_sum
+    layers: dict[str, list[str]] = {}
+    for name, outcome in recorder.compiled.items():
+        layers.setdefault(outcome, []).append(name)
+    if not layers:
+        return ""
+    lines = ["", "compiled:"]
+    for outcome, names in sorted(layers.items(), key=lambda its: its[0] != INSIDE):
+        if outcome is INSIDE:
+            when = "at the graph's end" if recorder.ends_at_once else "at the end of the backward pass"
+            lines.append(f"  {len(names)} layers are {outcome}, and clipped {when}")
+        else:
+            lines.append(f"  {listed(names)}: {outcome}")
+    if others := [name for name in _tapped(model) if name not in recorder.compiled]:
+        lines.append(f"  {listed(others)}: not met by a compiler in training")
+    return "\n".join(lines)
+
+
+def _tapped(model: FusedModule) -> list[str]:
+    found = (vars(module).get("forward") for module in model._module.modules())
+    return [forward.tap.name for forward in found if isinstance(forward, LayerForward)]
 
 
 def _numbers(predicted: float, measured: float, kept: float) -> tuple[str, str, str]:

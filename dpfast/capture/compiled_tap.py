@@ -1,28 +1,23 @@
 """A tapped layer under ``torch.compile``: an operator of the graph and one of the backward graph, looked into by none.
 
 The compiler traces the model once and never runs the recording of :class:`~dpfast.capture.tap.LayerOp`; these operators
-do the same when the graph runs. Each is given the batch's *token*, a tensor ``[B]`` whose gradient only the backward
+do the same when the graph runs, where :mod:`dpfast.capture.joint_graph` has not put the layer's own in their place
+(as ``expands`` has it do). Each is given the batch's *token*, a tensor ``[B]`` whose gradient only the backward
 operator makes, so that no compiler drops an operator that is there for what it records.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpfast.capture.forms import Form
+from dpfast.capture.graph_calls import AS_OPERATOR, BESIDE, TAGS, as_autograd_sees, own_memory
 from dpfast.capture.recorder import running_backward
-from dpfast.capture.tap import Call, Tap, Use, accumulators, reached, taps
+from dpfast.capture.tap import Call, Tap, Use, accumulators, check_owners, taps
 
-# A graph that is replayed without Python would record nothing.
-TAGS = (torch.Tag.cudagraph_unsafe,)
-with torch._C._AutoDispatchBelowAutograd():
-    _BELOW_AUTOGRAD = torch._C._dispatch_tls_local_exclude_set()
 _sites = itertools.count()  # no two backward operators of a graph are the same call: compilers merge those that are
 
 
@@ -36,19 +31,22 @@ def tapped(
     number: int,
     shared: bool,
     autocast: torch.dtype | None,
+    expands: bool,
 ) -> Tensor:
     """A layer's output; ``x`` has the samples first, and was one row for all of them if ``shared``."""
     tap = taps[handle]
     use = tap.uses[number]
     tap.recorder.start_forward()
     tap.recorder.check_inside(tap.name)
-    params = use.owned(weight, bias)
+    tap.recorder.compiled.setdefault(tap.name, AS_OPERATOR)
+    owned = use.params
+    check_owners(tap, owned, (weight, bias)[: len(owned)])
     tap.forward_pass = running_backward()
-    with _autograd():  # a parameter that was cast to another dtype has a new one
-        use.accumulators.update(accumulators(params))
+    with as_autograd_sees():  # a parameter that was cast to another dtype has a new one
+        use.accumulators.update(accumulators(owned))
     call = _call(tap, use, token, x, shared)
-    with _autocast(x, autocast):
-        return call.forward(x, *tap.recorder.shift.at(params))
+    with autocasting(x, autocast):
+        return call.forward(x, *(weight, bias)[: len(owned)])
 
 
 @tapped.register_fake
@@ -61,10 +59,11 @@ def _(
     number: int,
     shared: bool,
     autocast: torch.dtype | None,
+    expands: bool,
 ) -> Tensor:
     tap = taps[handle]
     use = tap.uses[number]
-    with _autocast(x, autocast):
+    with autocasting(x, autocast):
         return tap.layer.forward(Call(tap, use.spec), x, *(weight, bias)[: len(use.params)])
 
 
@@ -79,19 +78,20 @@ def tapped_backward(
     number: int,
     shared: bool,
     autocast: torch.dtype | None,
+    expands: bool,
     site: int,
     wants_gx: bool,
 ) -> tuple[Tensor, Tensor]:
     """The input gradient (empty unless wanted) and the token's; per-sample gradients are recorded."""
     tap = taps[handle]
     use = tap.uses[number]
-    owned = use.owned(weight, bias)
+    owned = use.params
     call = _call(tap, use, token, x, shared)
-    points = tap.recorder.shift.at(owned)
+    points = (weight, bias)[: len(owned)]
     if tap.layer.saves:
-        with _autocast(x, autocast):
+        with autocasting(x, autocast):
             call.forward(x, *points)
-    call.record(owned, reached(use.accumulators, tap.name), G, x, points, lambda form: _own(form, (G, x)))
+    call.record(owned, use.reached(tap.name, use.accumulators), G, x, points, lambda form: own_memory(form, (G, x)))
     gx = call.input_gradient(G, x, *points).contiguous() if wants_gx else x.new_empty(0)
     return gx, torch.zeros_like(token)
 
@@ -107,6 +107,7 @@ def _(
     number: int,
     shared: bool,
     autocast: torch.dtype | None,
+    expands: bool,
     site: int,
     wants_gx: bool,
 ) -> Any:
@@ -123,7 +124,7 @@ def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
     token, x, weight, bias = ctx.saved_tensors
     gx, gradient = tapped_backward(token, G, x, weight, bias, *ctx.rest, ctx.needs_input_grad[1])
-    return gradient, gx if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+    return gradient, gx if ctx.needs_input_grad[1] else None, *(None,) * 7
 
 
 tapped.register_autograd(_backward, setup_context=_setup)
@@ -133,6 +134,7 @@ tapped.register_autograd(_backward, setup_context=_setup)
 def out_of_graph(tap: Tap, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
     """The tap as it is without a compiler; the next graph may know such a use."""
     tap.note_use(spec, params)
+    tap.recorder.compiled[tap.name] = BESIDE
     return tap(x, *params, spec=spec)
 
 
@@ -144,35 +146,6 @@ def _call(tap: Tap, use: Use, token: Tensor, x: Tensor, shared: bool) -> Call:
     return Call(tap, use.spec, batch, layout, forward_pass=tap.forward_pass)
 
 
-def _autograd() -> Any:
-    """Tensors as autograd sees them, which an operator runs below."""
-    excluded = torch._C._dispatch_tls_local_exclude_set() - _BELOW_AUTOGRAD
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-
-
-def _autocast(x: Tensor, dtype: torch.dtype | None) -> Any:
+def autocasting(x: Tensor, dtype: torch.dtype | None) -> Any:
     """The autocasting that the graph was traced under; a compiled graph runs without."""
     return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
-
-
-def _own(form: Form, given: Sequence[Tensor]) -> Form:
-    """The form with memory of its own: the graph uses that of its tensors again when the operator is done."""
-    theirs = {x.untyped_storage()._cdata for x in given}
-    held = {item.name: getattr(form, item.name) for item in fields(form)}
-    shared = {
-        name: _copy(x) for name, x in held.items() if isinstance(x, Tensor) and x.untyped_storage()._cdata in theirs
-    }
-    return replace(form, **shared) if shared else form  # type: ignore[arg-type]
-
-
-def _copy(x: Tensor) -> Tensor:
-    """A copy that is made when either is written to: whatever writes asks a tensor for its address first.
-
-    On a GPU a replayed CUDA graph does not ask.
-    """
-    if x.device.type != "cpu":
-        return x.clone()
-    try:
-        return torch._lazy_clone(x)
-    except RuntimeError:  # memory that is not PyTorch's own, as that of an array
-        return x.clone()

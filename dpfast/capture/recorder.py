@@ -78,6 +78,7 @@ class Recorder:
             Any, list[Any]
         ] = {}  # the forwards that it is of, with nodes of its graph below their outputs
         self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
+        self.closing: Callable[[], None] | None = None  # runs at the end of a pass in the place of close
         self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
         self._forms: dict[nn.Parameter, list[Form | Waiting]] = {}
         self._versions: list[tuple[Form | Waiting, int, str]] = []  # of forms when they came, and their layers
@@ -86,6 +87,11 @@ class Recorder:
         self._ordinary: dict[nn.Parameter, list[Tensor]] = {}  # ordinary gradients, which autograd has brought
         self._pass: int | None = None
         self._pass_batch: int | None = None
+        self.source = ""  # the compiled graph whose forms are being recorded; none if layers do it themselves
+        self.sources: set[str] = set()  # of the forms of the pass
+        self.last_source = ""  # the graph that all forms of the last pass have come from
+        self.graphs: dict[str, Any] = {}  # compiled graphs of the model, by their names
+        self.compiled: dict[str, str] = {}  # layers that a compiler has met, and what has become of them: see explain
 
     @contextmanager
     def setting(self, **values: Any) -> Iterator[None]:
@@ -111,21 +117,22 @@ class Recorder:
         forms, self._forms = self._forms, {}
         self._untrusted, self._ordinary, self._versions, self._waiting = [], {}, [], 0
         self._pass = self._pass_batch = None
+        self.sources = set()
         return forms
 
     def suspend(self) -> tuple[Any, ...]:
         """Put the pass that is being recorded aside; :meth:`resume` takes what this returns."""
-        kept = self._forms, self._versions, self._waiting
+        kept = self._forms, self._versions, self._waiting, self.sources
         state = (kept, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch)
         self._forms, self._untrusted, self._ordinary, self.passing = {}, [], {}, {}
-        self._versions, self._waiting = [], 0
+        self._versions, self._waiting, self.sources = [], 0, set()
         self._pass = self._pass_batch = None
         return state
 
     def resume(self, state: tuple[Any, ...]) -> None:
         """Go on with a pass that was put aside."""
         kept, self._untrusted, self._ordinary, self.passing, self._pass, self._pass_batch = state
-        self._forms, self._versions, self._waiting = kept
+        self._forms, self._versions, self._waiting, self.sources = kept
 
     def start_forward(self) -> None:
         """Called in every tapped forward: drops what a failed backward left, or opens the pass that recomputes.
@@ -184,7 +191,7 @@ class Recorder:
                 f"what it returns"
             )
         self._take_whole()
-        self.close()
+        (self.closing or self.close)()
 
     def _take_whole(self) -> None:
         """Ordinary gradients of the pass that ends are the per-sample gradients at a physical batch of one alone."""
@@ -218,6 +225,7 @@ class Recorder:
             self.observer(self.names[parameter], form)
         else:
             self._forms.setdefault(parameter, []).append(form)
+            self.sources.add("")
 
     def record_call(self, call: Call, forms: Iterable[tuple[Any, Form | Waiting]]) -> None:
         """Keep the forms of the parameters of one call of a layer."""
@@ -231,6 +239,7 @@ class Recorder:
             self.open()
         if call.of is not None and call.of not in self.passing:
             self.passing[call.of] = []
+        self.sources.add(self.source)
         unseen = call.layout if self.verifies and call.batch > 1 and call.layout not in self.verified else None
         for parameter, form in forms:
             if isinstance(form, WAITING):
@@ -306,14 +315,21 @@ class Recorder:
             if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
                 self.batch_sizes = [rows]
             batch = rows if self.batch_size is None else self.batch_size
-        if batch == 0:
-            return 0, None
-        if rows == batch or rows % batch == 0:
-            layout = (tap.name, ndim, "per sample" if rows == batch else "samples first")
-        elif rows == 1:
-            layout = (tap.name, ndim, "shared")
-        else:
-            raise RowsError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")
-        if layout not in self.verified:
+        layout = self.layout_of(tap, rows, ndim, batch)
+        if layout is not None and layout not in self.verified:
             self.new_layouts.add(layout)
         return batch, layout
+
+    def layout_of(self, tap: Tap, rows: int, ndim: int, batch: int) -> RowLayout | None:
+        """What the rows are taken for; None where there are no samples.
+
+        Raises:
+            RowsError: they are for no whole number of samples.
+        """
+        if batch == 0:
+            return None
+        if rows == batch or rows % batch == 0:
+            return tap.name, ndim, "per sample" if rows == batch else "samples first"
+        if rows == 1:
+            return tap.name, ndim, "shared"
+        raise RowsError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")

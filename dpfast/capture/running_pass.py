@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 _is_whole = torch.autograd.Variable._execution_engine.is_checkpoint_valid
 
@@ -32,6 +34,19 @@ def arrives(parameter: Tensor) -> bool:
 def transforms() -> list[TransformType]:
     """The transforms of ``torch.func`` that the running code is inside of."""
     return [interpreter.key() for interpreter in get_interpreter_stack() or []]
+
+
+@contextmanager
+def unseen(what: str) -> Iterator[None]:
+    """Within, operators are hidden from whoever watches or changes them, as they are nobody's values.
+
+    Raises:
+        RuntimeError: a trace of the step is being made, which would take ``what`` for constants.
+    """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(f"{what} follow from values of the batch")
+    with _disable_current_modes():
+        yield
 
 
 def trains(parameters: Iterable[Tensor]) -> bool:

@@ -7,6 +7,8 @@ the per-sample gradients go to the :class:`Recorder` instead.
 from __future__ import annotations
 
 import itertools
+import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -14,7 +16,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.capture import running_pass
 from dpfast.capture.forms import Convolved, Factored, Form, OuterProduct, by, form_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 taps: WeakValueDictionary[str, Tap] = WeakValueDictionary()  # by what a compiler takes for a constant
 _handles = itertools.count()
+_process = secrets.token_hex(4)  # compilers keep code in files, and find it again by its constants
 OF_THIS_PROCESS = ("uses", "forward_pass", "handle")  # attributes of a tap that no copy has
 
 
@@ -40,15 +42,13 @@ class Use(NamedTuple):
     trained: tuple[bool, ...]
     accumulators: dict[int, Any]  # where gradients of the trained ones arrive
 
-    def owned(self, *given: Tensor | None) -> tuple[Any, ...]:
-        """The module's parameters, for those that a compiled graph was given: they are known by identity."""
-        for p, q in zip(self.params, given, strict=False):
-            if p is not q and (p is None or q is None or p.data_ptr() != q.data_ptr()):
-                raise RuntimeError(
-                    "a parameter was replaced by another object since the model was made private (as in "
-                    "load_state_dict(assign=True)): change its values instead, or make the model private again"
-                )
-        return self.params
+    def all_trained(self) -> list[int]:
+        """Which parameters a pass through all of the graph trains."""
+        return [index for index, is_trained in enumerate(self.trained) if is_trained]
+
+    def reached(self, name: str, accumulators: dict[int, Any]) -> list[int]:
+        """Which parameters the running pass trains, in layer ``name``."""
+        return self.all_trained() if running_pass.is_whole() else reached(accumulators, name)
 
 
 @dataclass
@@ -63,7 +63,11 @@ class Tap:
     def __post_init__(self) -> None:
         self.uses: list[Use] = []
         self.forward_pass = OUTSIDE  # in which the last forward of a compiled graph ran
-        self.handle = str(next(_handles))
+        self.start_process()
+
+    def start_process(self) -> None:
+        """Take a handle that no tap of another process has."""
+        self.handle = f"{_process}-{next(_handles)}"
         taps[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,6 +123,23 @@ class Tap:
         if self._use(spec, params) is None:
             self.uses.append(Use(spec, params, _trained(params), accumulators(params)))
 
+    def holds(self, parameter: Any) -> bool:
+        """Whether the layer has the parameter still."""
+        model = self.recorder.model
+        if model is None:
+            return False
+        try:
+            layer = model.get_submodule(self.name)
+        except AttributeError:  # the model itself, or a tap that has the name of a parameter
+            layer = model
+        return any([p is parameter for p in layer.parameters()])
+
+    def note_narrow(self, G: Tensor) -> None:
+        """Backprops of 16 bits have lost something where the loss is a mean over the batch."""
+        recorder = self.recorder
+        if G.dtype in NARROW and recorder.loss_is_mean and recorder.observer is None:
+            recorder.narrowed = recorder.narrowed or (f"layer {self.name!r}", G.dtype)
+
     def _in_graph(self, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """:meth:`__call__` as ``torch.compile`` traces it: see :class:`~dpfast.capture.traced_tap.TracedTap`."""
         raise NotImplementedError
@@ -136,10 +157,20 @@ class Tap:
     def _on_packed_rows(self, x: Tensor, order: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """``x [b, d]``: row r is of sample ``order[r]``; the op sees all samples in their order, else zeros."""
         batch, layout = self.recorder.resolve_rows(self, len(order), x.dim())
-        with _disable_current_modes():  # an order, of nobody's values
+        with running_pass.unseen("the rows of a packed sequence"):
             index = order[: len(x)].clone()
         rows = x.new_zeros(len(order), *x.shape[1:]).index_copy(0, index, x)
         return applied(Call(self, spec, batch, layout), None, rows, *params).index_select(0, index)
+
+
+def _after_fork() -> None:
+    global _process
+    _process = secrets.token_hex(4)
+    for tap in {id(tap): tap for tap in taps.values()}.values():
+        tap.start_process()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Call:
@@ -194,8 +225,7 @@ class Call:
             return
         if recorder.opens():
             recorder.open()
-        if recorder.loss_is_mean and G.dtype in NARROW and recorder.observer is None:
-            recorder.narrowed = recorder.narrowed or (f"layer {self.tap.name!r}", G.dtype)
+        self.tap.note_narrow(G)
         if self.batch == 0:
             return
         if torch._C._is_any_autocast_enabled():  # a backward inside of such a region would make sums in 16 bits
@@ -208,6 +238,20 @@ class Call:
         forms = self.tap.layer.forms(self, needed, G, x, *points)
         recorded = [(owners[index], keep(form_of(form)) if keep else form) for index, form in forms]
         self.tap.recorder.record_call(self, recorded)
+
+
+def check_owners(tap: Tap, owners: Sequence[Any], given: Sequence[Tensor | None]) -> None:
+    """A compiled graph was ``given`` the parameters that it was traced with, or where a shift has put them.
+
+    They are known by identity, and to a graph by what they hold alone. Of some a graph has a copy: Inductor lays the
+    weights of convolutions out in another order, and another forward has shifted them anew.
+    """
+    for owner, p, q in zip(owners, tap.recorder.shift.at(owners), given, strict=True):
+        if p is not q and (p is None or q is None or (p.data_ptr() != q.data_ptr() and not tap.holds(owner))):
+            raise RuntimeError(
+                "a parameter was replaced by another object since the model was made private (as in "
+                "load_state_dict(assign=True)): change its values instead, or make the model private again"
+            )
 
 
 def _trained(params: Sequence[Any]) -> tuple[bool, ...]:

@@ -10,21 +10,25 @@ import torch
 from torch import Tensor
 
 from dpfast.capture.tap import Tap
+from dpfast.ops import needs_full_precision
 
 # A [B] tensor with a gradient, for the compiled graph of the forward that is under way. It is no attribute of what
 # hangs on a module: the compiler takes the sizes of such tensors for constants.
 _token: Tensor | None = None
+_expands = True  # layers may be made a part of the graph: their products are as the compiler makes them
 
 
 @contextmanager
 def batch_token(batch: int | None) -> Iterator[None]:
     """For a forward of ``batch`` samples; None where their number is not known, and no layer can be compiled."""
-    global _token
-    before, _token = _token, None if batch is None else torch.zeros(batch, requires_grad=True)
+    global _token, _expands
+    before = _token, _expands
+    _token = None if batch is None else torch.zeros(batch, requires_grad=True)
+    _expands = not needs_full_precision("cpu")
     try:
         yield
     finally:
-        _token = before
+        _token, _expands = before
 
 
 class TracedTap(Tap):
@@ -42,10 +46,11 @@ class TracedTap(Tap):
             return compiled_tap.out_of_graph(self, x, *params, spec=spec)
         dim = self.batch_dim if x.dim() > self.layer.least_dims else 0
         x = x.movedim(dim, 0)
-        weight, bias = (*params, None)[:2]
+        weight, bias = (*recorder.shift.at(params), None)[:2]
         shared = x.shape[0] == 1 and token.shape[0] > 1
         if shared:
             x = x.expand(token.shape[0], *x.shape[1:])
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return compiled_tap.tapped(token, x, weight, bias, self.handle, number, shared, autocast).movedim(0, dim)
+        arguments = (token, x, weight, bias, self.handle, number, shared, autocast, _expands)
+        return compiled_tap.tapped(*arguments).movedim(0, dim)

@@ -14,17 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, Waiting, forms_of
+from dpfast.capture.forms import Form, Waiting
+from dpfast.capture.graph_calls import GraphCalls
 from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.shift import Shift
-from dpfast.capture.which_samples import leaves_gradients
-from dpfast.clipping.norms import squared_norms
+from dpfast.capture.which_samples import ForwardPass, leaves_gradients
+from dpfast.clipping.at_once import Ended, end_at_once
+from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted, whole_forms
 from dpfast.clipping.samples_once import Batches
-from dpfast.clipping.sums_of_forms import clipped_sums, combine
+from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, local
 from dpfast.ops import compute_dtype, index_of
+
+ANOTHER_GRAPH = (
+    "one backward pass went through a compiled graph of the model and through more of it, as none before has: two "
+    "forwards, or a part that the graph does not have. Nothing of it was summed. From now on such a pass is clipped at "
+    "its end: run the forward and the backward of this batch again"
+)
 
 
 class ClippedSum(Recorder):
@@ -65,6 +73,8 @@ class ClippedSum(Recorder):
         self.counts_unclipped = False  # adaptive clipping wants to know
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
+        self._ended: Ended | None = None  # what a compiled graph's end has summed in the running pass
+        self._alone_no_more = False  # a pass had forms besides those of such a graph: none ends at once again
         self._lost: Tensor | None = None  # how many, where they are counted
         self._counted = 0  # passes
         self._warned = False
@@ -78,6 +88,11 @@ class ClippedSum(Recorder):
             "batches": Batches(),
             "passing": {},
             "under_way": None,
+            "graphs": {},
+            "compiled": {},
+            "sources": set(),
+            "_ended": None,
+            "last_source": "",
         }  # of this run
 
     def start_logical_batch(self) -> None:
@@ -123,17 +138,23 @@ class ClippedSum(Recorder):
             self.passing.clear()
 
     def _close(self) -> None:
-        batch = self.batch_size
+        batch, sources, ended = self.batch_size, self.sources, self._ended
         taken = self.take()
+        self.last_source = next(iter(sources)) if len(sources) == 1 else ""
+        if ended is not None and (taken or len(sources) > 1):
+            self._alone_no_more = True
+            raise ValueError(ANOTHER_GRAPH)
         narrowed, self.narrowed = self.narrowed, None
         below = self.passing.values()
-        if not taken and below and not any(map(leaves_gradients, below)):
+        if not (taken or ended) and below and not any(map(leaves_gradients, below)):
             return  # torch.autograd.grad, which trains nothing
         recorded = taken
         if self.tracked is not None and not self.tracked.issuperset(taken):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
-        if recorded and narrowed and self.loss_is_mean and (size := self._common_batch(recorded)) > 1:
-            raise ValueError(refusal(*narrowed, size))
+        if (recorded or ended) and narrowed and self.loss_is_mean:
+            size = self._common_batch(recorded) if ended is None else ended.batch
+            if size > 1:
+                raise ValueError(refusal(*narrowed, size))
         self.start_physical_batch()
         if self._backwards and not self.accumulation_allowed:
             raise ValueError(
@@ -144,10 +165,13 @@ class ClippedSum(Recorder):
         parameters = self.tracked if self.tracked is not None else self.names
         if self.batches.used and all(getattr(p, "summed_grad", None) is None for p in parameters):
             self.batches.drop()  # the sums were cleared by hand
-        self.batches.use(self.passing, bool(taken), drawn=not self.accumulation_allowed)
+        self.batches.use(self.passing, bool(taken or ended), drawn=not self.accumulation_allowed)
         padding = self.batches.padding(self.passing)
         try:
-            self._sum_up(recorded, batch, padding)
+            if ended is None:
+                self._sum_up(recorded, batch, padding)
+            else:
+                self._add(ended, padding)
         except BaseException:
             self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
@@ -177,48 +201,91 @@ class ClippedSum(Recorder):
                 self._share([], [])
             return
 
-        device = next(iter(recorded)).device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):  # a backward may run inside of a region of it
-            size = self._common_batch(recorded)
-            scale = (size if self.loss_is_mean else 1) / self.loss_scale
-            # A loss's scale is left in what is summed, and taken out of the sum: so no weight is too small for a bound.
-            of_weights = scale * self.loss_scale
+        device = next(iter(recorded)).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # a backward may run inside of a region of it
+            setting = self.clips_with(self._common_batch(recorded))
             params = list(recorded)
-            combined = [
-                forms if len(forms) == 1 else combine(forms, self.planner, self.names[p])
-                for p, forms in zip(params, forms_of([*recorded.values()]), strict=True)
-            ]
+            forms = whole_forms(recorded, setting)
             recorded.clear()
             groups = [self.clipping.group_of(p) for p in params]
-            squared, bounds = squared_norms(combined, groups, len(self.clipping.thresholds)).to(params[0].device)
-            factors, lost = self.clipping.factors(squared, bounds, scale)
+            found = factors_of(forms, groups, device, setting, self.clipping.on(device))
             if padding:
-                rows = [row for row in range(size) if row not in padding]
-                factors.index_fill_(1, index_of(tuple(padding), factors.device), 0.0)
-                squared, bounds, lost = (_rows(x, rows) for x in (squared, bounds, lost))
-            norms = squared.sum(0).sqrt() * scale
-            self.per_sample_gradient_norms = norms.to(compute_dtype(params[0].dtype))
-            if self.counts_unclipped:
-                self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
-            self._count(lost)
-            parts: list[tuple[Form, Tensor]] = []
-            owners: list[nn.Parameter] = []
-            known: dict[Any, Tensor] = {}  # parameters of one kind have the same row factors
-            for p, group, forms in zip(params, groups, combined, strict=True):
-                kind = group, p.dtype, p.device
-                row = known.get(kind)
-                if row is None:
-                    row = known[kind] = _towards_zero(factors[group] * of_weights, compute_dtype(p.dtype)).to(p.device)
-                for form in forms:
-                    parts.append((form, row))
-                    owners.append(p)
-            combined.clear()  # what a sum was made of can go
-            del forms, form
+                found.factors.index_fill_(1, index_of(tuple(padding), device), 0.0)
+            self._report(found, setting.scales.of_norms, padding)
+            parts, owners = weighted(params, forms, groups, found.factors, setting.scales.of_weights)
+            forms.clear()  # what a sum was made of can go
             if self.ranks.sharded:
                 self._share(owners, parts)
                 return
             for k, clipped in clipped_sums(parts):
                 self._accumulate(owners[k], clipped)
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether the last pass was clipped at the end of a compiled graph, or the next one may be."""
+        return bool(self.last_source) and not self._alone_no_more
+
+    def can_end_at_once(self, graph: GraphCalls) -> bool:
+        """Whether the forms of ``graph`` are for sure all that the running pass records, and are trusted."""
+        alone = self.ends_at_once and self.last_source == graph.name and not self.sources
+        plain = self.observer is None and not self.ranks.sharded and self.batches.forwards <= 1
+        trains = self.tracked is None or not self.tracked.isdisjoint(graph.trained)
+        return alone and plain and trains and (not self.verifies or graph.layouts <= self.verified)
+
+    def end_at_once(self, graph: GraphCalls, given: Sequence[Tensor]) -> None:
+        """Clip and sum what a compiled graph has handed over, before its memory is used again."""
+        self.sources.add(graph.name)
+        padding = self.batches.padding(self.passing)
+        self._ended = end_at_once(graph, given, self.clips_with(graph.batch), self.tracked, padding)
+
+    def end_graph(self, ended: Ended, forward: ForwardPass) -> None:
+        """A recorded graph of forward and backward has run, outside of autograd."""
+        self.passing = {forward: []}
+        self.sources, self._ended = {""}, ended
+        self.close()
+
+    def _add(self, ended: Ended, padding: list[int]) -> None:
+        self._backwards += 1
+        self.sensitivity = max(self.sensitivity, ended.sensitivity)
+        self._report(ended.found, ended.scales.of_norms, padding)
+        if self.accumulated or self._backwards > 1 or self.loss_scale != 1:
+            for p, clipped in zip(ended.params, ended.sums, strict=True):
+                self._accumulate(p, clipped)
+        else:  # the first of its step: there is nothing to add to
+            for p, clipped in zip(ended.params, ended.sums, strict=True):
+                p.summed_grad = clipped
+
+    def take(self) -> dict[nn.Parameter, list[Form | Waiting]]:
+        """As any recorder's; what a graph has summed is dropped."""
+        self._ended = None
+        return super().take()
+
+    def suspend(self) -> tuple[Any, ...]:
+        """As any recorder's."""
+        state, self._ended = (super().suspend(), self._ended), None
+        return state
+
+    def resume(self, state: tuple[Any, ...]) -> None:
+        """As any recorder's."""
+        kept, self._ended = state
+        super().resume(kept)
+
+    def clips_with(self, size: int) -> Setting:
+        """What clips a backward pass of ``size`` samples."""
+        of_norms = (size if self.loss_is_mean else 1) / self.loss_scale
+        return Setting(self.clipping, self.planner, self.names, Scales(of_norms, of_norms * self.loss_scale))
+
+    def _report(self, found: Factors, scale: float, padding: list[int]) -> None:
+        """Norms and counts of the samples, without rows that none is in."""
+        squared, bounds, lost = found.squared, found.bounds, found.lost
+        if padding:
+            rows = index_of(tuple([row for row in range(len(lost)) if row not in padding]), lost.device)
+            squared, bounds, lost = (x.index_select(-1, rows) for x in (squared, bounds, lost))
+        norms = squared.sum(0).sqrt() * scale
+        self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(self.names)).dtype))
+        if self.counts_unclipped:
+            self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
+        self._count(lost)
 
     def _share(self, owners: Sequence[nn.Parameter], flat: Sequence[tuple[Form, Tensor]]) -> None:
         """All ranks add up the same parameters in the same order, whatever each one's batch has reached."""
@@ -279,13 +346,3 @@ class ClippedSum(Recorder):
         if self.loss_scale != 1:
             clipped.mul_(1 / self.loss_scale)
         p.summed_grad = clipped if getattr(p, "summed_grad", None) is None else p.summed_grad.add_(clipped)  # type: ignore[attr-defined]
-
-
-def _rows(x: Tensor, rows: list[int]) -> Tensor:
-    return x.index_select(-1, index_of(tuple(rows), x.device))
-
-
-def _towards_zero(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 weights in ``dtype``, none of them larger than it was."""
-    rounded = weights.to(dtype)
-    return torch.where(rounded.double() > weights, rounded.nextafter(torch.zeros_like(rounded)), rounded)

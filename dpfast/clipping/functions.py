@@ -62,11 +62,10 @@ class Global(ClippingFunction):
             _check("Global", "threshold", self.threshold)
 
     def factors(self, squared: Tensor, bounds: Tensor, thresholds: Tensor, scale: float) -> Tensor:
-        # In units of C_r, where Z is the same number for every group.
-        unit = thresholds.unsqueeze(1).square()
-        z = 1.0 if self.threshold is None else self.threshold / float(thresholds.norm())
-        function = ops.ClippingFunction.GLOBAL
-        return ops.clip_factors(squared / unit, bounds / unit, torch.ones_like(thresholds), function, z, scale)[0]
+        # In units where Z is the same number for every group: of C_r, or of its share of all of them.
+        one = torch.ones_like(thresholds) if self.threshold is None else thresholds.norm().expand_as(thresholds)
+        unit, z = (thresholds / one).unsqueeze(1).square(), self.threshold or 1.0
+        return ops.clip_factors(squared / unit, bounds / unit, one, ops.ClippingFunction.GLOBAL, z, scale)[0]
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,11 @@ class Batches:
         self.forwarded, self.empty = True, forward.batch == 0
         self.unclear |= self.aside
 
+    def take_back(self, forward: ForwardPass) -> None:
+        """``forward``, the last one, is run again: no backward pass of it will come."""
+        self.forwards -= 1
+        self.fresh = [samples for samples in forward.group if samples in self.given] or self.fresh
+
     def use(self, passing: Iterable[ForwardPass], reached: bool, drawn: bool = False) -> None:
         """A backward pass of the step ends, of the forwards ``passing``; ``reached``: it reached parameters.
 

@@ -120,14 +120,20 @@ class Clipping:
             )
         return self._group_of[parameter]
 
-    def factors(self, squared: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Factors ``[groups, B]``, float64, and which samples are lost, ``[B]``.
+    def on(self, device: torch.device) -> Tensor:
+        """The thresholds, float64 ``[groups]``."""
+        return column(tuple(self.thresholds), device, dims=1)
+
+    def factors(
+        self, squared: Tensor, bounds: Tensor, scale: float, thresholds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Factors ``[groups, B]``, float64, and which samples are lost, ``[B]``; ``thresholds`` may be given.
 
         n is ``√(squared + bound) · scale``, so that ``factor · n ≤ C`` whatever the rounding of the norm. A sample
         whose norm is NaN, infinite or more than 2⁶⁴ C in any group is lost: its factors are 0 in all groups. A factor
         below 2⁻⁶⁴ is 0: what it is multiplied with may underflow, by more than bounds allow.
         """
-        thresholds = column(tuple(self.thresholds), squared.device, dims=1)
+        thresholds = self.on(squared.device) if thresholds is None else thresholds
         factors = self.function.factors(squared, bounds, thresholds, scale)
         usable = (squared + bounds).sqrt() * scale <= MOST_CLIPPED * thresholds.unsqueeze(1)
         lost = ~usable.all(0)

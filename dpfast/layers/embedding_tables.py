@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dpfast.capture.forms import EmbeddingRows, Form
+from dpfast.capture.running_pass import unseen
 from dpfast.capture.tap import Call, Tap
 from dpfast.layers.base import Layer, by_sample
 
@@ -105,7 +105,7 @@ def _pad_bags(
     ids: Tensor, offsets: Tensor, weights: Tensor | None, include_last_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bags of a flat list of ids as ``[bags, longest]``, with a mask of what is inside."""
-    with _disable_current_modes():  # where rows lie follows from all offsets; what is in them does not
+    with unseen("the rows of an embedding bag with offsets"):  # they follow from all offsets; what is in them does not
         ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
         starts = offsets[:-1] if include_last_offset else offsets
         lengths = ends - starts

@@ -7,7 +7,7 @@ outputs) runs as it is written, outside of the graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from torch import nn
 from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 
-import dpfast.capture.compiled_tap  # noqa: F401 (its operators)
+from dpfast.capture import joint_graph
 from dpfast.model.forwards import GenericForward
+
+joint_graph.install()
 
 
 def outside_graph(run: Callable[..., Any], *args: Any) -> Any:
@@ -53,7 +55,12 @@ def of_one_model(module: nn.Module, previous: Any, plain: Callable[..., Any]) ->
     if previous is not None:
         return previous
     forward = type(module).forward
-    return plain if trace_rules.check(forward) else partial(forward, module)  # PyTorch's own are not compiled alone
+    return plain if _is_skipped(forward) else partial(forward, module)  # PyTorch's own are not compiled alone
+
+
+@cache
+def _is_skipped(forward: Any) -> bool:
+    return trace_rules.check(forward)
 
 
 def uncompiled() -> Any:

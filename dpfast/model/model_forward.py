@@ -216,6 +216,18 @@ class ModelForward(Forward):
             return self._run(args, kwargs)
         return out
 
+    def is_to_look(self, args: Any, kwargs: Any) -> bool:
+        """Whether the next forward is to look at the samples, so that it has to run as it is written."""
+        return not self.recorder.verified or self._schedule.near() or not self._has_tested(args, kwargs)
+
+    def _has_tested(self, args: Any, kwargs: Any) -> bool:
+        """Whether inputs that were the same for all samples in every check still are."""
+        return not self._untested or self._untested <= self._unvarying(args, kwargs, self._untested)
+
+    def count_step(self) -> None:
+        """A recorded graph runs in the place of a forward."""
+        self._schedule.due()
+
     def _follow_rows(self) -> bool:
         """Note from now on whose the rows are that the model picks; False if that is done, or cannot be."""
         recorder = self.recorder
@@ -229,8 +241,9 @@ class ModelForward(Forward):
         recorder = self.recorder
         if not recorder.verified or not self._is_checked:
             return
-        tested = not self._untested or self._untested <= self._unvarying(args, kwargs, self._untested)
-        if not tested or (len(self._kinds) < MOST_KINDS and self._kind(args, kwargs) not in self._kinds):
+        if not self._has_tested(args, kwargs) or (
+            len(self._kinds) < MOST_KINDS and self._kind(args, kwargs) not in self._kinds
+        ):
             recorder.verified, self._untested = set(), set()
 
     @property
@@ -323,6 +336,7 @@ class ModelForward(Forward):
         if trained == self._guarded:
             return
         self._guarded = trained
+        self.recorder.last_source = ""  # what another graph, or no graph, trains may be in the next pass
         for p in self.recorder.names:
             if p.requires_grad and p not in self._guards:
                 self._guards[p] = p.register_hook(partial(_past_the_tap, self.recorder, p))

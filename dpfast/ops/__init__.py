@@ -49,12 +49,15 @@ from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
 from dpfast.reference import (
     Geometry,
     alike_for_every_batch,
+    all_left_in,
     certified_ghosts,
     compute_dtype,
     convolution_sizes,
     embedding_grad_samples,
     embedding_times_grad_samples,
     factored_times_grad_samples,
+    full_precision,
+    needs_full_precision,
 )
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "Noise",
     "alike_for_every_batch",
     "all_grad_samples",
+    "all_left_in",
     "all_normalised_sums",
     "all_position_sums",
     "backends",
@@ -89,6 +93,7 @@ __all__ = [
     "embedding_sum",
     "embedding_times_grad_samples",
     "factored_times_grad_samples",
+    "full_precision",
     "ghost_squared_norm",
     "ghost_stats",
     "grad_samples",
@@ -100,6 +105,7 @@ __all__ = [
     "index_of",
     "is_native",
     "is_small",
+    "needs_full_precision",
     "noisy_grad_",
     "noisy_step_",
     "normalised_sums",

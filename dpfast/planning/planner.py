@@ -136,6 +136,7 @@ class Planner:
         self.memory_budget = memory_budget
         self.pins = dict(pins or {})
         self._plans: dict[tuple[str, Shape], Plan] = {}
+        self.loaded = 0  # how often plans were taken over
         self._left: float | None = None  # None: no pass has started
 
     def start_pass(self) -> None:
@@ -200,6 +201,7 @@ class Planner:
             if plan is not None:
                 loaded[layer, shape] = plan
         self._plans |= loaded
+        self.loaded += 1
 
 
 def check_state(state: Mapping[str, list[Any]]) -> list[tuple[str, Shape, str]]:

@@ -31,7 +31,7 @@ from dpfast.reference.matmul import (
     gram_stats,
     one_position_squared_norm,
 )
-from dpfast.reference.precision import alike_for_every_batch
+from dpfast.reference.precision import alike_for_every_batch, full_precision, needs_full_precision
 from dpfast.reference.reductions import (
     channel_sums,
     normalised_sums,
@@ -40,11 +40,12 @@ from dpfast.reference.reductions import (
     sum_positions,
     weighted_sum,
 )
-from dpfast.reference.rounding import compute_dtype, left_in
+from dpfast.reference.rounding import all_left_in, compute_dtype, left_in
 
 __all__ = [
     "Geometry",
     "alike_for_every_batch",
+    "all_left_in",
     "certified_ghost",
     "certified_ghosts",
     "channel_sums",
@@ -60,11 +61,13 @@ __all__ = [
     "embedding_squared_norm",
     "embedding_times_grad_samples",
     "factored_times_grad_samples",
+    "full_precision",
     "ghost_squared_norm",
     "ghost_stats",
     "grad_samples",
     "gram_stats",
     "left_in",
+    "needs_full_precision",
     "normalised_sums",
     "one_position_squared_norm",
     "row_squares",

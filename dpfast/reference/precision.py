@@ -76,7 +76,7 @@ class full_precision:
         self.device = device.type
 
     def __enter__(self) -> None:
-        self.entered = _is_needed(self.device)
+        self.entered = needs_full_precision(self.device)
         if self.entered:
             _switches.enter()
 
@@ -91,13 +91,13 @@ def alike_for_every_batch(x: Tensor, op: Callable[..., R], *args: Any) -> R:
     There oneDNN takes a bfloat16 kernel for some batch sizes only, and each sample's own gradient would depend on how
     many others there are. On a GPU tf32 is of the device and the layer, and stays as the user wants it.
     """
-    if not x.is_cpu or not _is_needed("cpu"):
+    if not x.is_cpu or not needs_full_precision("cpu"):
         return op(*args)
     with full_precision(x.device):
         return op(*args)
 
 
-def _is_needed(device: str) -> bool:
+def needs_full_precision(device: str) -> bool:
     """Whether a product on such a device may be made in less than float32, or another thread may turn that on again."""
     if device == "cpu":  # asked twice for each layer
         return _switches.inside > 0 or _get("mkldnn", "matmul") not in _FULL or _get("mkldnn", "conv") not in _FULL

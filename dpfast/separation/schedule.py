@@ -23,11 +23,17 @@ class Schedule:
         self.steps += 1
         if self.steps == 1:
             self._began = perf_counter()
+        return self._is_due(self.steps)
+
+    def near(self) -> bool:
+        """Whether a check will be due in the next step."""
+        return self._is_due(self.steps + 1)
+
+    def _is_due(self, steps: int) -> bool:
+        if steps == 1 or steps < self._next:
             return False
-        if self.steps < self._next:
-            return False
-        step = (perf_counter() - self._began - self._spent) / (self.steps - 1)
-        return self._spent + self._longest <= SHARE * step * max(RUN, self.steps)
+        step = (perf_counter() - self._began - self._spent) / (steps - 1)
+        return self._spent + self._longest <= SHARE * step * max(RUN, steps)
 
     def checked(self, seconds: float) -> None:
         """A check was made, and took so long."""
