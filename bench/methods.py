@@ -37,6 +37,7 @@ class Method:
     library: str | None = None
     mode: str = ""
     compiled: bool = False
+    recorded: bool = False  # the step is recorded once and replayed; ``compiled``: its forward and backward by Inductor
     layerwise: bool = False  # each layer is clipped on its own, to C/√M for M of them
     any_variant: bool = False  # others can only be given the plain model
 
@@ -59,6 +60,8 @@ METHODS: dict[str, Method] = {
         Method("nonprivate-compiled", "non-private, compiled", compiled=True),
         Method("dpfast", "dpfast", "dpfast", "fused"),
         Method("dpfast-compiled", "dpfast, compiled", "dpfast", "fused", compiled=True),
+        Method("dpfast-graphed", "dpfast, recorded", "dpfast", "fused", recorded=True),
+        Method("dpfast-graphed-compiled", "dpfast, recorded and compiled", "dpfast", "fused", True, recorded=True),
         Method("hooks", "Opacus hooks", "opacus", "hooks", any_variant=True),
         Method("functorch", "Opacus functorch", "opacus", "functorch", any_variant=True),
         Method("ghost", "Opacus ghost", "opacus", "ghost", any_variant=True),
@@ -104,13 +107,20 @@ class Trainer:
     engine: Any
     ghost: bool = False
     summed: bool = False  # the loss is a sum over the samples
+    recorded: Callable[..., Tensor] | None = None  # forward, loss and backward
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Any:
+        """As the method's criterion gives it."""
+        loss = sequence_loss(self.criterion, model(x), y, ghost=self.ghost)
+        return loss * len(x) if self.summed else loss
 
     def step(self, x: Tensor, y: Tensor) -> Any:
-        """One whole step; returns the loss as the method's criterion gives it (reading it is the caller's cost)."""
-        loss = sequence_loss(self.criterion, self.model(x), y, ghost=self.ghost)
-        if self.summed:
-            loss = loss * len(x)
-        loss.backward()
+        """One whole step; returns the loss (reading it is the caller's cost)."""
+        if self.recorded is not None:
+            loss = self.recorded(x, y)
+        else:
+            loss = self.loss(self.model, x, y)
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         x.grad = None  # of inputs that stand for another layer's output
@@ -160,7 +170,9 @@ def prepare(
         else:
             model, optimizer, loader = parts
         trainer = Trainer(model, optimizer, loader, criterion, engine, ghost, summed)
-    if method.compiled:
+    if method.recorded:
+        trainer.recorded = importlib.import_module("dpfast").graphed(trainer.model, trainer.loss, method.compiled)
+    elif method.compiled:
         trainer.model = torch.compile(trainer.model)  # type: ignore[assignment]
     return trainer
 

@@ -24,13 +24,15 @@ COLOURS = {
     "nonprivate-compiled": "#666666",
     "dpfast": "#0072B2",
     "dpfast-compiled": "#56B4E9",
+    "dpfast-graphed": "#004B75",
+    "dpfast-graphed-compiled": "#8C6BB1",
     "hooks": "#E69F00",
     "functorch": "#D55E00",
     "ghost": "#CC79A7",
     "fastdp": "#009E73",
     "flashdp": "#F0E442",
 }
-MARKS = dict(zip(COLOURS, "oxsP^v D*p".replace(" ", ""), strict=True))
+MARKS = dict(zip(COLOURS, "oxsPhX^vD*p", strict=True))
 
 
 @dataclass

@@ -38,7 +38,7 @@ def methods_of(work: Workload, options: Options) -> list[Method]:
     if options.methods:
         return [METHODS[name] for name in options.methods]
     missing = absent()
-    return [m for m in METHODS.values() if m.name not in missing and (work.compiled or not m.compiled)]
+    return [m for m in METHODS.values() if m.name not in missing and (work.compiled or not (m.compiled or m.recorded))]
 
 
 def run(record: Record, options: Options) -> bool:
