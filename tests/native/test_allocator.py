@@ -41,7 +41,11 @@ def faults(*arguments):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is told is glibc's")
 def test_a_step_fetches_no_memory_again():
-    (kept, pages), (given_back, _) = faults("keep"), faults()
+    kept, pages = faults("keep")
+    for _ in range(5):
+        given_back, _ = faults()
+        if given_back > 20:  # not in a process that happens to hold something at the very end of its heap
+            break
     assert kept < given_back / 4 and given_back > 20, f"page faults a step: {kept} and {given_back}"
     assert pages * 4096 > 60 * 500_000 * 4 / 2, "what it keeps is given back when somebody asks for it"
 
