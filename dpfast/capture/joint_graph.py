@@ -42,7 +42,7 @@ KEPT = (
 
 
 class LayersInGraph(CustomGraphPass):
-    """The pass; ``before`` is one that was there."""
+    """The pass, :func:`expand`, as Inductor takes it."""
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
