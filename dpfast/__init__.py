@@ -4,6 +4,7 @@ from dpfast.analysis.explain import explain
 from dpfast.analysis.sensitivity import SensitivityReport, check_sensitivity
 from dpfast.clipping.functions import PSAC, Abadi, AutoS, AutoV, CustomClipping, Global
 from dpfast.data.physical_batches import BatchMemoryManager
+from dpfast.dropin.patch import patch_opacus, unpatch_opacus
 from dpfast.dropin.registry import register, unregister
 from dpfast.engine import PrivacyEngine
 from dpfast.graphed import graphed
@@ -27,6 +28,8 @@ __all__ = [
     "check_sensitivity",
     "explain",
     "graphed",
+    "patch_opacus",
     "register",
+    "unpatch_opacus",
     "unregister",
 ]

@@ -2,7 +2,8 @@
 
 ``python -m dpfast doctor`` says what dpfast runs on here, and why not on more; ``python -m dpfast reproduce`` tries
 what the papers say: see :mod:`dpfast.analysis.reproduce`; ``python -m dpfast finetune`` trains a language model
-privately: see :mod:`dpfast.integrations.finetune`; ``python -m dpfast bench`` measures, in a clone of the sources.
+privately: see :mod:`dpfast.integrations.finetune`; ``python -m dpfast run`` runs a script that uses Opacus, unchanged:
+see :mod:`dpfast.dropin.run`; ``python -m dpfast bench`` measures, in a clone of the sources.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import dpfast
 from dpfast import native
 from dpfast.analysis import reproduce
+from dpfast.dropin import run
 from dpfast.integrations.finetune import command
 from dpfast.native import allocator, build, cache
 
@@ -33,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["bench"]:
         return bench(given[1:])
+    if given[:1] == ["run"]:
+        return run.main(given[1:])
     parser = argparse.ArgumentParser("dpfast", description=dpfast.__doc__)
     commands = parser.add_subparsers(dest="command")
     doctor = commands.add_parser("doctor", help="versions, devices, native libraries, and the backend of each op")
     doctor.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
     reproduce.add_arguments(commands.add_parser("reproduce", help="the papers' claims, tried on small data"))
+    commands.add_parser("run", help="run a script that uses Opacus, unchanged, on the fused mode", add_help=False)
     commands.add_parser("bench", help="measure beside ordinary training and the peers", add_help=False)
     tuned = commands.add_parser("finetune", help="fine-tune a Transformers model with differential privacy")
     command.add_arguments(tuned)

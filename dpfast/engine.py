@@ -10,8 +10,8 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
-import opacus
 import torch
+from opacus import PrivacyEngine as OpacusEngine
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -40,7 +40,7 @@ from dpfast.planning.planner import Planner
 FUSED = "fused"
 
 
-class PrivacyEngine(opacus.PrivacyEngine):
+class PrivacyEngine(OpacusEngine):
     """Drop-in for ``opacus.PrivacyEngine`` (1.6): same arguments, methods, accountants and checkpoints.
 
     ``grad_sample_mode="fused"`` (the default) clips per-sample gradients exactly in one backward pass; every other
@@ -409,7 +409,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer, self.accountant)}
 
         def save(file: Any) -> None:
-            opacus.PrivacyEngine.save_checkpoint(
+            OpacusEngine.save_checkpoint(
                 self, path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
             )
 

@@ -28,9 +28,9 @@ LEVELS = [
     {"layers", "separation"},
     {"clipping", "noise"},
     {"model", "optim", "data", "accounting"},
-    {"amp", "checkpoints", "dropin", "graphed"},
+    {"amp", "checkpoints", "graphed"},
     {"engine"},
-    {"analysis"},
+    {"analysis", "dropin"},
     {"integrations"},
     {""},  # dpfast/__init__.py
     {"__main__"},
