@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from dpfast import checkpoints
 from dpfast.accounting.epsilon import check_budget, check_delta, epsilon_of, noise_multiplier_for
 from dpfast.accounting.runs import shared_by
+from dpfast.capture.refusals import refuse_gradient_hooks
 from dpfast.clipping.adaptive import AdaptiveClipping
 from dpfast.clipping.functions import ClippingFunction, clipping_function
 from dpfast.clipping.thresholds import Clipping
@@ -33,20 +34,23 @@ from dpfast.distributed.ranks import Ranks, model_and_ranks
 from dpfast.model.private_model import FusedHooks, FusedModule, check_public_state, parameter_names
 from dpfast.model.unsupported import problems
 from dpfast.native import allocator
+from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
 
-FUSED = "fused"
+FUSED, GHOST = "fused", "ghost"
+SERVED_HERE = (None, FUSED, GHOST)  # other modes are Opacus'
 
 
 class PrivacyEngine(OpacusEngine):
     """Drop-in for ``opacus.PrivacyEngine`` (1.6): same arguments, methods, accountants and checkpoints.
 
-    ``grad_sample_mode="fused"`` (the default) clips per-sample gradients exactly in one backward pass; every other
-    mode is Opacus', untouched. (ε, δ) is that of the accountant for the sampled Gaussian mechanism with the given
-    noise multiplier, sample rate and number of steps: one sample moves the clipped sum by at most
-    ``max_grad_norm`` (L2), and noise of ``noise_multiplier · max_grad_norm`` is added once a step.
+    ``grad_sample_mode="fused"`` (the default) clips per-sample gradients exactly in one backward pass, and ``"ghost"``
+    does the same with a criterion, as in Opacus; every other mode is Opacus', untouched. (ε, δ) is that of the
+    accountant for the sampled Gaussian mechanism with the given noise multiplier, sample rate and number of steps: one
+    sample moves the clipped sum by at most ``max_grad_norm`` (L2), and noise of ``noise_multiplier · max_grad_norm`` is
+    added once a step.
 
     On several ranks give ``make_private`` the model in ``DistributedDataParallel``, on each rank, and use the model
     that it returns. A step is then the step of one process on the union of the ranks' batches: the same noise, bit for
@@ -116,9 +120,10 @@ class PrivacyEngine(OpacusEngine):
         clipping: str | Sequence[str] = "flat",
         clipping_fn: str | ClippingFunction = "abadi",
         noise_generator: torch.Generator | None = None,
-        grad_sample_mode: str = FUSED,
+        grad_sample_mode: str | None = None,
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        keep_grad_samples: bool = False,
         max_physical_batch_size: int | None = None,
         low_precision: str = "nearest",
         ascent: Ascent | None = None,
@@ -138,8 +143,9 @@ class PrivacyEngine(OpacusEngine):
         looking at it.
 
         Args:
-            criterion: if given, the fused mode returns it too, as Opacus' ghost mode does: its result has
-                ``backward()``, ``item()`` and arithmetic on per-sample losses.
+            criterion: a loss function. With ``grad_sample_mode="ghost"`` or ``"fused"`` a criterion comes back too, as
+                in Opacus' ghost mode: its result has ``backward()``, ``item()`` and arithmetic on per-sample losses.
+                Without a mode it changes nothing, as in Opacus.
             max_grad_norm: C; with ``clipping="per_layer"`` a list (one C for each of the optimizer's parameters) or
                 a dict of parameter-name prefixes to C.
             clipping: ``"flat"`` (one norm over all parameters), ``"per_layer"`` (one number is shared out, C/√M each),
@@ -147,7 +153,11 @@ class PrivacyEngine(OpacusEngine):
                 norms; give the arguments of :class:`dpfast.clipping.adaptive.AdaptiveClipping` too, as in Opacus).
             clipping_fn: from norms to factors: ``"abadi"``, ``"global"``, ``"automatic"`` (AUTO-S), ``"normalised"``
                 (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping.functions`.
-            grad_sample_mode: ``"fused"``, or any mode of Opacus.
+            grad_sample_mode: ``None`` or ``"fused"``; ``"ghost"``, which is served by the fused mode with Opacus' four
+                values; or another mode of Opacus, which runs as it does there.
+            keep_grad_samples: whether ``p.grad_sample`` and ``optimizer.grad_samples`` hold the per-sample gradients
+                ``[B, *p.shape]`` of each backward pass until ``zero_grad()``. It takes the memory of Opacus' "hooks"
+                mode. They are neither clipped nor noised.
             wrap_model: False attaches to ``module`` in place and returns the hooks object, with ``cleanup()``.
             module: the model; or the model in torch's ``DistributedDataParallel`` or Opacus' own, or after
                 ``torch.distributed.fsdp.fully_shard``.
@@ -183,10 +193,11 @@ class PrivacyEngine(OpacusEngine):
             ValueError, UnsupportedModuleError: before anything is changed; module, optimizer and loader are as they
                 were.
         """
-        if grad_sample_mode != FUSED:
+        if grad_sample_mode not in SERVED_HERE:
             fused_only: dict[str, Any] = dict(
                 memory_budget=memory_budget, plan=plan, public_state=public_state or None, ascent=ascent
             )
+            fused_only |= dict(keep_grad_samples=keep_grad_samples or None)
             fused_only |= dict(expected_batch_size=expected_batch_size, sample_rate=sample_rate)
             fused_only |= dict(clipping_fn=None if clipping_fn == "abadi" else clipping_fn)
             self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
@@ -207,6 +218,7 @@ class PrivacyEngine(OpacusEngine):
                 rand_on_empty=rand_on_empty,
                 **kwargs,
             )
+        noise_multiplier = plain(noise_multiplier)
         adaptive = _adaptive(noise_multiplier, kwargs) if clipping == "adaptive" else None
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
@@ -228,15 +240,24 @@ class PrivacyEngine(OpacusEngine):
             ranks = module.clipped_sum.ranks
         if ascent is not None and ranks.sharded:
             raise ValueError(f"ascent={ascent!r}: a sharded model has no ascent; use DistributedDataParallel")
+        if keep_grad_samples and (ranks.sharded or max_physical_batch_size == 1):
+            raise ValueError(
+                "keep_grad_samples=True: a model that is sharded, or trained one sample at a time, has no per-sample "
+                "gradients to keep; leave it out"
+            )
         model = module._module if isinstance(module, FusedModule) else module
+        refuse_gradient_hooks(parameter_names(model))
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
         thresholds.function = clipping_function(clipping_fn)
         self._check_model(module, max_physical_batch_size)
-        planner = Planner(memory_budget, plan)
+        planner = Planner(memory_budget, {"": "instantiate"} if keep_grad_samples and plan is None else plan)
         if unknown := set(planner.pins) - {name for name, _ in model.named_modules()}:
             raise ValueError(f"plan names {sorted(unknown)}, which are no modules of the model")
         check_public_state(public_state, model)
-        per_sample = None if criterion is None else PerSampleCriterion(criterion, loss_reduction)
+        if grad_sample_mode == GHOST and criterion is None:
+            criterion = nn.CrossEntropyLoss()  # as in Opacus
+        gives_criterion = grad_sample_mode is not None and criterion is not None
+        per_sample = PerSampleCriterion(criterion, loss_reduction) if gives_criterion else None
         public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate)
         if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
             raise ValueError(
@@ -248,6 +269,7 @@ class PrivacyEngine(OpacusEngine):
         private_loader = self._private_loader(data_loader, drawn, public, rand_on_empty, ranks)
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.clipped_sum.planner = planner
+        hooks.clipped_sum.keeps_grad_samples = keep_grad_samples
         if any(p.device.type == "cpu" for p in model.parameters()):
             allocator.keep_freed_memory()
         hooks.public_state = tuple(public_state)
@@ -328,7 +350,7 @@ class PrivacyEngine(OpacusEngine):
         target_epsilon: float,
         target_delta: float,
         epochs: int,
-        grad_sample_mode: str = FUSED,
+        grad_sample_mode: str | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """:meth:`make_private` with the noise multiplier that spends ``target_epsilon`` in ``epochs`` epochs.
@@ -355,7 +377,7 @@ class PrivacyEngine(OpacusEngine):
                 **search,
             )
 
-        if grad_sample_mode == FUSED:
+        if grad_sample_mode in SERVED_HERE:
             asked = {name: kwargs.get(name) for name in ("expected_batch_size", "sample_rate")}
             public, _ = public_numbers(data_loader, kwargs.get("poisson_sampling", True), **asked)
             rate, steps = public.sample_rate, public.steps
@@ -376,7 +398,7 @@ class PrivacyEngine(OpacusEngine):
             **kwargs,
         )
         # Opacus' own sampler gives int(1 / (1 / n)) batches, which may be n - 1, and its modes account for that rate.
-        if grad_sample_mode != FUSED and len(made[-1]) != steps:
+        if grad_sample_mode not in SERVED_HERE and len(made[-1]) != steps:
             made[1].noise_multiplier = noise_multiplier_at(1 / len(made[-1]), len(made[-1]))
         return made
 
@@ -517,6 +539,6 @@ def _adaptive(noise_multiplier: float, arguments: dict[str, Any]) -> AdaptiveCli
     names = [field.name for field in fields(AdaptiveClipping)]
     if missing := [name for name in names if name not in arguments]:
         raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
-    adaptive = AdaptiveClipping(**{name: arguments.pop(name) for name in names})
+    adaptive = AdaptiveClipping(**{name: plain(arguments.pop(name)) for name in names})
     adaptive.of_sums(noise_multiplier)
     return adaptive

@@ -26,6 +26,25 @@ def listed(names: Iterable[str]) -> str:
     return shown if len(every) <= SHOWN else f"{shown} and {len(every) - SHOWN} more"
 
 
+def refuse_gradient_hooks(names: Mapping[Any, str]) -> None:
+    """Refuse hooks of the user's own on the gradients of parameters: autograd makes none in the fused mode.
+
+    Args:
+        names: parameters, and the names that the message uses.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    for p, name in names.items():
+        hooks = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
+        if any(not str(getattr(hook, "func", hook).__module__).startswith("dpfast.") for hook in hooks):
+            raise ValueError(
+                f"parameter {name!r} has a hook on its gradient (register_hook or register_post_accumulate_grad_hook), "
+                f"which backward() would call with nothing: the gradient is there after the noise, in the step. Take "
+                f"the hook off, and give optimizer.attach_step_hook(fn) a function that looks at p.grad"
+            )
+
+
 class LayoutError(RuntimeError):
     """It cannot be told what belongs to which sample."""
 

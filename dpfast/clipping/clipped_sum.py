@@ -22,6 +22,7 @@ from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import ForwardPass, leaves_gradients
 from dpfast.clipping.at_once import Ended, end_at_once
 from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted, whole_forms
+from dpfast.clipping.grad_samples import keep_grad_sample
 from dpfast.clipping.samples_once import Batches
 from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
@@ -71,6 +72,7 @@ class ClippedSum(Recorder):
         self.accumulation_allowed = True
         self.batches = Batches()
         self.counts_unclipped = False  # adaptive clipping wants to know
+        self.keeps_grad_samples = False  # in ``p.grad_sample``, as Opacus does
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
         self._ended: Ended | None = None  # what a compiled graph's end has summed in the running pass
@@ -99,6 +101,7 @@ class ClippedSum(Recorder):
         """Nothing is summed: a step has used it, or it was dropped."""
         self.sensitivity = 0.0  # the largest in force at any clipping of the logical batch
         self.unclipped = 0.0  # Σ (1[n ≤ C] - ½) over its samples
+        self.samples = 0  # of which it is the sum
         self.accumulated = 0  # most backward passes between two calls of step
         self._backwards = 0  # since the last call of step
         self.evaluated = False
@@ -114,6 +117,11 @@ class ClippedSum(Recorder):
     def used(self) -> bool:
         """Whether a backward pass has ended since the last step of a logical batch."""
         return bool(self.accumulated or self._backwards)
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes of the logical batch that one step accounts for: most between two calls of ``step``."""
+        return max(self.accumulated, self._backwards)
 
     @property
     def waits_for_step(self) -> bool:
@@ -212,6 +220,9 @@ class ClippedSum(Recorder):
             if padding:
                 found.factors.index_fill_(1, index_of(tuple(padding), device), 0.0)
             self._report(found, setting.scales.of_norms, padding)
+            if self.keeps_grad_samples:
+                for p, its in zip(params, forms, strict=True):
+                    keep_grad_sample(p, its, setting.scales.of_norms, padding)
             parts, owners = weighted(params, forms, groups, found.factors, setting.scales.of_weights)
             forms.clear()  # what a sum was made of can go
             if self.ranks.sharded:
@@ -228,7 +239,7 @@ class ClippedSum(Recorder):
     def can_end_at_once(self, graph: GraphCalls) -> bool:
         """Whether the forms of ``graph`` are for sure all that the running pass records, and are trusted."""
         alone = self.ends_at_once and self.last_source == graph.name and not self.sources
-        plain = self.observer is None and not self.ranks.sharded and self.batches.forwards <= 1
+        plain = not (self.observer or self.ranks.sharded or self.keeps_grad_samples) and self.batches.forwards <= 1
         trains = self.tracked is None or not self.tracked.isdisjoint(graph.trained)
         return alone and plain and trains and (not self.verifies or graph.layouts <= self.verified)
 
@@ -285,6 +296,7 @@ class ClippedSum(Recorder):
         self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(self.names)).dtype))
         if self.counts_unclipped:
             self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
+            self.samples += len(norms)
         self._count(lost)
 
     def _share(self, owners: Sequence[nn.Parameter], flat: Sequence[tuple[Form, Tensor]]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.functions import Abadi, ClippingFunction
+from dpfast.ops.numbers import plain
 from dpfast.reference.rounding import LEAST_WEIGHT, column
 
 MOST_CLIPPED = 2.0**64  # times the threshold
@@ -42,6 +43,7 @@ class Clipping:
     @classmethod
     def flat(cls, max_grad_norm: float) -> Clipping:
         """One norm over all parameters."""
+        max_grad_norm = plain(max_grad_norm)
         if isinstance(max_grad_norm, (Sequence, Mapping)):
             raise ValueError(
                 f"max_grad_norm={max_grad_norm!r} with clipping='flat': give one number, or clipping='per_layer'"
@@ -64,6 +66,7 @@ class Clipping:
         """
         if isinstance(max_grad_norm, Mapping):
             return cls._named_groups(max_grad_norm, parameters)
+        max_grad_norm = plain(max_grad_norm)
         if isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool) and parameters:
             max_grad_norm = _shares(max_grad_norm, len(parameters))
         if not isinstance(max_grad_norm, Sequence) or len(max_grad_norm) != len(parameters):

@@ -46,11 +46,13 @@ class PatchedEngine(PrivacyEngine):
 
     _decided = False
 
-    def make_private(self, *, grad_sample_mode: str = "hooks", criterion: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+    def make_private(  # type: ignore[override]
+        self, *, grad_sample_mode: str = "hooks", criterion: Any = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
         """As ``opacus.PrivacyEngine.make_private``; the guarantee is that of :class:`dpfast.PrivacyEngine`."""
         return self._served(super().make_private, grad_sample_mode, criterion, kwargs)
 
-    def make_private_with_epsilon(
+    def make_private_with_epsilon(  # type: ignore[override]
         self, *, grad_sample_mode: str = "hooks", criterion: Any = None, **kwargs: Any
     ) -> tuple[Any, ...]:
         """As ``opacus.PrivacyEngine.make_private_with_epsilon``."""

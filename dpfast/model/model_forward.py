@@ -17,7 +17,7 @@ from torch._C._functorch import TransformType
 from dpfast.capture import running_pass
 from dpfast.capture.picked_rows import PickedRows
 from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
-from dpfast.capture.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsError
+from dpfast.capture.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsError, refuse_gradient_hooks
 from dpfast.capture.shift import Shift, inside_checkpoint
 from dpfast.capture.traced_tap import batch_token
 from dpfast.capture.trees import map_tensors, packed_sequences, tensors
@@ -190,6 +190,8 @@ class ModelForward(Forward):
                 if left := self._check(args, kwargs).state():
                     raise LayoutError(left)
         picks, due = False, self._is_checked and running_backward() == OUTSIDE and self._schedule.due()
+        if recorder.verifies and (due or not recorder.verified):
+            refuse_gradient_hooks(recorder.names)
         try:
             why = ""
             if not recorder.verified:  # the first check comes before the forward: two graphs at once cost memory

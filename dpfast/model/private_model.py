@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from opacus.grad_sample import AbstractGradSampleModule
+from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks, GradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
@@ -29,6 +29,7 @@ from dpfast.layers.generic import Generic
 from dpfast.model.counted_forward import CountedForward
 from dpfast.model.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.model.one_by_one import OneByOneForward
+from dpfast.model.unsupported import problems
 from dpfast.separation import Verdict
 
 
@@ -62,6 +63,8 @@ class FusedHooks(AbstractGradSampleHooks):
         ranks: how the processes of a run share the model.
     """
 
+    GRAD_SAMPLERS = GradSampleHooks.GRAD_SAMPLERS
+
     def __init__(
         self,
         m: nn.Module,
@@ -81,10 +84,15 @@ class FusedHooks(AbstractGradSampleHooks):
         self.clipped_sum.verifies = self.clipped_sum.needs_model = True
         self.clipped_sum.ranks = ranks or Ranks()
         self._forwards: list[Forward] = []
-        self._attach(0 if batch_first else 1, loss_reduction, max_physical_batch_size)
+        self._max_physical_batch_size = max_physical_batch_size
+        self.add_hooks()
 
-    def _attach(self, batch_dim: int, loss_reduction: str, max_physical_batch_size: int | None) -> None:
-        root = self._module
+    def add_hooks(self, **_: Any) -> None:
+        """Tap every layer, again after :meth:`remove_hooks`; arguments, which Opacus' method has, change nothing."""
+        if self._forwards:
+            raise ValueError("add_hooks: the model has its hooks; call remove_hooks() first")
+        max_physical_batch_size, loss_reduction = self._max_physical_batch_size, self.loss_reduction
+        root, batch_dim = self._module, 0 if self.batch_first else 1
         batch_dims = _batch_dims(root, batch_dim)
         served, loose = _split_parameters(root)
         self.clipped_sum.model = root
@@ -194,6 +202,41 @@ class FusedHooks(AbstractGradSampleHooks):
             forward.remove()
         self._forwards = []
 
+    def disable_hooks(self) -> None:
+        """Run the model as it is: gradients are then torch's own, and no step uses them, until :meth:`enable_hooks`."""
+        if self.hooks_enabled:
+            for forward in self._forwards:
+                forward.remove()
+
+    def enable_hooks(self) -> None:
+        """Undo :meth:`disable_hooks`."""
+        if not self.hooks_enabled:
+            for forward in self._forwards:
+                forward.install()
+
+    @property
+    def hooks_enabled(self) -> bool:
+        """Whether the next forward is one of private training."""
+        return any(vars(forward.module).get("forward") is forward for forward in self._forwards)
+
+    @property
+    def grad_accumulation_allowed(self) -> bool:
+        """Whether several backward passes may come before a step."""
+        return self.clipped_sum.accumulation_allowed
+
+    @classmethod
+    def is_supported(cls, module: nn.Module) -> bool:
+        """Whether the fused mode can train ``module``, by itself."""
+        return not problems(module)
+
+    @classmethod
+    def validate(cls, module: nn.Module, *, strict: bool = False) -> list[NotImplementedError]:
+        """Why the fused mode cannot train ``module``, an error for each reason; ``strict`` raises the first one."""
+        errors = [NotImplementedError(problem) for problem in problems(module)]
+        if strict and errors:
+            raise errors[0]
+        return errors
+
     def cleanup(self) -> None:
         """Remove everything that was added to the model and its parameters."""
         super().cleanup()
@@ -203,7 +246,10 @@ class FusedHooks(AbstractGradSampleHooks):
 
 
 class FusedModule(FusedHooks, AbstractGradSampleModule):
-    """:class:`FusedHooks` as a module around the model, as Opacus' ``GradSampleModule`` is."""
+    """:class:`FusedHooks` as a module around the model, as Opacus' ``GradSampleModule`` is.
+
+    ``isinstance(model, opacus.GradSampleModule)`` is true of it: products ask that to see whether a model is private.
+    """
 
     def __init__(self, m: nn.Module, **kwargs: Any):
         nn.Module.__init__(self)
@@ -223,6 +269,9 @@ class FusedModule(FusedHooks, AbstractGradSampleModule):
             if model is None or item.startswith("_") or not inspect.isfunction(getattr(type(model), item, None)):
                 raise
             return getattr(model, item)
+
+
+GradSampleModule.register(FusedModule)
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -18,12 +18,15 @@ from dpfast import ops
 from dpfast.capture.refusals import listed
 from dpfast.clipping.adaptive import AdaptiveClipping
 from dpfast.clipping.clipped_sum import ClippedSum
+from dpfast.clipping.grad_samples import all_grad_samples
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, first_element, like, local
 from dpfast.noise.stream import NoiseStream
+from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.fused_update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 
+PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
 StepHook = Callable[[DPOptimizer], None]
 
 
@@ -92,6 +95,8 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipped_sum = clipped_sum
         self._stepped = False  # and not cleared since
         self._first_bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
+        self._divided = False  # gradients, in this step
+        self.keep_summed_grad = False  # until zero_grad(), also where nobody is known to look at it
         self.accounting: StepHook | None = None  # called once a step, whatever other hooks there are
         self._called: list[StepHook] = []  # in this step
         clipped_sum.ranks = self.ranks
@@ -128,14 +133,25 @@ class FusedDPOptimizer(DPOptimizer):
     @property
     def accumulated_iterations(self) -> int:
         """Backward passes that one step accounts for: those between two calls of ``step`` (at least one)."""
-        return max(1, self.clipped_sum.accumulated)
+        return max(1, self.clipped_sum.backwards)
+
+    @property
+    def noise_multiplier(self) -> Any:
+        """Standard deviation of the noise, over the sensitivity; schedulers may set it, in NumPy's numbers too."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: Any) -> None:
+        self._noise_multiplier = plain(value)
 
     @property
     def grad_samples(self) -> list[torch.Tensor]:
-        """Not to be had: the fused mode never keeps per-sample gradients."""
-        raise AttributeError(
-            "grad_samples: the fused mode keeps no per-sample gradients; use grad_sample_mode='hooks' if you need them"
-        )
+        """Per-sample gradients ``[B, *p.shape]``, with ``make_private(..., keep_grad_samples=True)``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return all_grad_samples(self.params)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the same model; they are clipped and noised from the next backward on."""
@@ -152,12 +168,34 @@ class FusedDPOptimizer(DPOptimizer):
         for p in added:
             p.summed_grad = None
 
+    def __getattr__(self, name: str) -> Any:
+        """Of adaptive clipping what Opacus' optimizer has as attributes: its arguments, and the counts of a step.
+
+        The counts ``sample_size`` and ``unclipped_num`` are not private.
+        """
+        if (adaptive := vars(self).get("adaptive")) is not None:
+            if hasattr(adaptive, name):
+                return getattr(adaptive, name)
+            if name == "sample_size":
+                return self.clipped_sum.samples
+            if name == "unclipped_num":
+                return self.clipped_sum.unclipped + self.clipped_sum.samples / 2
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def _has_own_parts(self) -> bool:
+        """Whether a part of the step was replaced, by a subclass or on this very optimizer."""
+        return any(
+            name in vars(self) or getattr(type(self), name) is not getattr(FusedDPOptimizer, name) for name in PARTS
+        )
+
     def clip_and_accumulate(self) -> None:
         """Nothing is left to do: every backward has clipped and summed at its end."""
 
     def add_noise(self) -> None:
         """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
         noise = self._next_noise()
+        self._divided = True
         sums = self._take_sums()
         for p in self._all_parameters():
             p.grad = None
@@ -172,19 +210,28 @@ class FusedDPOptimizer(DPOptimizer):
                 p.grad = like(grad, p)
 
     def scale_grad(self) -> None:
-        """Nothing is left to do: :meth:`add_noise` divides in the same pass."""
+        """Divide gradients, unless :meth:`add_noise` has done so in its own pass, as it does if it is not replaced."""
+        if self._divided or self.loss_reduction != "mean":
+            return
+        self._divided = True
+        for p in self.params:
+            if p.grad is not None:
+                p.grad /= self._divisor()
+
+    def _divisor(self) -> float:
+        """What a step divides noisy sums by."""
+        if self.loss_reduction != "mean":
+            return 1.0
+        assert self.expected_batch_size is not None
+        return self.expected_batch_size * self.accumulated_iterations
 
     def _next_noise(self) -> ops.Noise:
         """The noise that the sums of this logical batch get, of all ranks together; adaptive clipping then moves C."""
         check_noise_multiplier(self.noise_multiplier)
-        divisor = 1.0
-        if self.loss_reduction == "mean":
-            assert self.expected_batch_size is not None
-            divisor = self.expected_batch_size * self.accumulated_iterations
         sensitivity = self.clipped_sum.sensitivity or self.clipping.sensitivity
         elements = sum([p.numel() for p in self._all_parameters() if p.requires_grad])
         multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
-        noise = self.noise.next(multiplier, sensitivity, elements, 1 / divisor)
+        noise = self.noise.next(multiplier, sensitivity, elements, 1 / self._divisor())
         if self.adaptive is not None:
             self._adapt(self.adaptive, noise)
         return noise
@@ -199,8 +246,13 @@ class FusedDPOptimizer(DPOptimizer):
             if total is None:
                 total = torch.zeros(local(p).shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
             summed[p] = total.contiguous()
-            p.summed_grad = None
+            p.summed_grad = total.clone() if self._keeps_sums else None
         return summed
+
+    @property
+    def _keeps_sums(self) -> bool:
+        """Whether somebody may look at ``p.summed_grad`` between this step and ``zero_grad()``."""
+        return self.keep_summed_grad or bool(self._hooks) or self._has_own_parts
 
     def _adapt(self, adaptive: AdaptiveClipping, noise: ops.Noise) -> None:
         """The next step's C, from the noisy count of samples that were not clipped."""
@@ -216,13 +268,21 @@ class FusedDPOptimizer(DPOptimizer):
         """Noise and scale, and account; False if this call only ends a physical batch."""
         if self.ascending.moves:
             raise ValueError("pre_step: the ascent has to see the whole of a step; call step()")
-        return self._pre_step()
+        keeps, self.keep_summed_grad = self.keep_summed_grad, True
+        try:
+            return self._pre_step()
+        finally:
+            self.keep_summed_grad = keeps
 
     def _pre_step(self) -> bool:
         if not self._begin_step():
             return False
+        if self._has_own_parts:
+            self._check_own_parts()
         self._account()
+        self._divided = False
         try:
+            self.clip_and_accumulate()
             self.add_noise()
             self.scale_grad()
             self.ascending.filter()
@@ -239,7 +299,12 @@ class FusedDPOptimizer(DPOptimizer):
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
         for_hook = bool(self._hooks) and self.low_precision == "nearest"
-        if for_hook or self.ascending.filters or why_not_fused(self.original_optimizer) is not None:
+        if (
+            for_hook
+            or self._has_own_parts
+            or self.ascending.filters
+            or why_not_fused(self.original_optimizer) is not None
+        ):
             check_low_precision(self.low_precision, self.original_optimizer)
             if not self._pre_step():
                 return None
@@ -264,6 +329,17 @@ class FusedDPOptimizer(DPOptimizer):
                 self.ascending.see_gradients()
                 self.ascending.after_update()
         return None
+
+    def _check_own_parts(self) -> None:
+        """What a replaced part of the step needs: every parameter's clipped sum, in ``summed_grad``."""
+        if self.ranks.world_size > 1 or self.adaptive is not None:
+            raise ValueError(
+                "step: a method of the optimizer was replaced (one of add_noise, scale_grad, clip_and_accumulate), "
+                "which cannot be done on several ranks, or with clipping='adaptive': both go through dpfast's own noise"
+            )
+        for p in self.params:
+            if getattr(p, "summed_grad", None) is None:
+                p.summed_grad = torch.zeros(p.shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
 
     def _begin_step(self) -> bool:
         """Whether this call of step ends a logical batch."""
@@ -468,6 +544,9 @@ class FusedDPOptimizer(DPOptimizer):
         if not self._is_last_step_skipped:
             self.clipped_sum.drop()
             self._stepped, self._first_bypassed = False, 0
+        if self.clipped_sum.keeps_grad_samples:
+            for p in self._all_parameters():
+                p.grad_sample = None
         self.original_optimizer.zero_grad(set_to_none)
 
     def abandon(self) -> None:

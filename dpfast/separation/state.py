@@ -17,7 +17,8 @@ OWN = set(vars(nn.Module()))  # a module's registries of parameters, buffers, ho
 
 
 class Kept(TorchDispatchMode):
-    """Copies a parameter or buffer before it is first written to; :meth:`restore` puts everything back.
+    """Copies a parameter or buffer before it is first written to; :meth:`restore` puts everything back, and numbers,
+    flags and texts that modules have as attributes.
 
     Attributes:
         written: names of what was written to, with the values that it was given.
@@ -36,6 +37,7 @@ class Kept(TorchDispatchMode):
             self._names.setdefault(_storage(x), []).append(name)
         self._owners = {name: (m, dict(m._buffers)) for name, m in module.named_modules() if m._buffers}
         self._copies: dict[str, Tensor] = {}
+        self._plain = [(m, _plain(vars(m))) for m in module.modules()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,6 +80,13 @@ class Kept(TorchDispatchMode):
             if not torch.equal(x, copy):  # a copy would invalidate what a graph has saved of it
                 x.copy_(copy)
         self._copies = {}
+        for module, attributes in self._plain:
+            vars(module).update(attributes)
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and texts among a module's attributes: counters and flags that its forward may set."""
+    return {name: value for name, value in attributes.items() if type(value) in (int, float, bool, str, type(None))}
 
 
 @cache

@@ -1,0 +1,50 @@
+"""Per-sample gradients that stay in ``p.grad_sample``, for code that was written for Opacus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dpfast.capture.forms import Form
+from dpfast.ops import index_of
+
+
+def keep_grad_sample(p: Any, forms: Sequence[Form], scale: float, padding: Sequence[int]) -> None:
+    """Put ``g_i`` of a backward pass, ``[B, *p.shape]``, into ``p.grad_sample``; those of several passes are a list.
+
+    Args:
+        forms: what the gradients are the sum of, of the loss times 1 / ``scale``.
+        padding: rows of the batch that no sample is in, which are left out.
+    """
+    samples = forms[0].instantiate().samples
+    for form in forms[1:]:
+        samples = samples + form.instantiate().samples
+    if padding:
+        rows = [row for row in range(len(samples)) if row not in padding]
+        samples = samples.index_select(0, index_of(tuple(rows), samples.device))
+    samples = (samples * scale).view(-1, *p.shape).to(p.dtype)
+    before = getattr(p, "grad_sample", None)
+    if before is None:
+        p.grad_sample = samples
+    else:
+        p.grad_sample = [*(before if isinstance(before, list) else [before]), samples]
+
+
+def all_grad_samples(params: Sequence[Any]) -> list[torch.Tensor]:
+    """``p.grad_sample`` of every parameter, all passes in one tensor.
+
+    Raises:
+        ValueError: a parameter has none.
+    """
+    found = []
+    for p in params:
+        samples = getattr(p, "grad_sample", None)
+        if samples is None:
+            raise ValueError(
+                "grad_samples: there are no per-sample gradients. The fused mode keeps those of a backward pass until "
+                "zero_grad() if make_private is given keep_grad_samples=True; or use grad_sample_mode='hooks'"
+            )
+        found.append(torch.cat(samples) if isinstance(samples, list) else samples)
+    return found
