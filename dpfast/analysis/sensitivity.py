@@ -83,9 +83,9 @@ def check_sensitivity(
     Args:
         model: plain or private; it is copied, not touched.
         loss_fn: a criterion module, called as ``loss_fn(model(x), y)`` on a batch ``(x, y)``; the criterion that
-            ``make_private(criterion=...)`` returned, or :class:`dpfast.data.criterion.PerSampleCriterion`, called in
-            the same way; or any callable ``loss_fn(model, batch)`` that returns the loss (per-sample losses are
-            reduced).
+            ``make_private(criterion=..., grad_sample_mode="ghost")`` returned, or
+            :class:`dpfast.data.criterion.PerSampleCriterion`, called in the same way; or any callable
+            ``loss_fn(model, batch)`` that returns the loss (per-sample losses are reduced).
         batch: nested tuples, lists and dicts of tensors with at least two samples; with ``collate_fn`` a list of at
             least two rows of the data set.
         max_grad_norm: C, the sensitivity to check against.
@@ -292,7 +292,8 @@ def _cause(run: _Runner, caught: list[Any], ratios: list[Tensor]) -> str:
     if getattr(run.loss_fn, "weight", None) is not None and isinstance(run.loss_fn, nn.Module):
         return (
             f"the criterion divides by the weights of the classes of the whole batch; give it to "
-            f"make_private(criterion=...), which takes it without its reduction, and pass what that returns here{where}"
+            f"make_private(criterion=..., grad_sample_mode='ghost'), which takes it without its reduction, and pass "
+            f"what that returns here{where}"
         )
     if all(bool((ratio / ratio.median() - 1).abs().max() < 1e-3) for ratio in ratios if len(ratio) > 1):
         return (

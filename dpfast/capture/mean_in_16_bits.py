@@ -89,6 +89,6 @@ def refusal(where: str, dtype: torch.dtype, batch: int) -> str:
         f"loss_reduction='mean' with gradients of {name} (at {where}): the mean has divided them by {batch}, which in "
         f"16 bits rounds every sample's gradient, differently for each batch size, so that one sample would move the "
         f"clipped sum by more than max_grad_norm. Give make_private loss_reduction='sum', let the loss add up the "
-        f"samples (reduction='sum') and divide the learning rate by the batch size; or pass criterion= to make_private "
-        f"and call the one that it returns, which needs no divisor and keeps the mean"
+        f"samples (reduction='sum') and divide the learning rate by the batch size; or give it criterion= and "
+        f"grad_sample_mode='ghost', and call the criterion that it returns, which needs no divisor and keeps the mean"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
 import zlib
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from opacus.accountants import IAccountant
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
@@ -24,6 +22,7 @@ from dpfast.distributed.ranks import Ranks, first_element, like, local
 from dpfast.noise.stream import NoiseStream
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
+from dpfast.optim.copies import accountant_of, copied, pickled
 from dpfast.optim.fused_update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
 
 PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
@@ -473,9 +472,9 @@ class FusedDPOptimizer(DPOptimizer):
         """
         if fn is None:
             self.step_hook = None
-        elif self.accounting is not None and _accountant(fn) not in (None, _accountant(self.accounting)):
+        elif self.accounting is not None and accountant_of(fn) not in (None, accountant_of(self.accounting)):
             self._hooks.append(fn)  # of an accountant beside the engine's
-        elif _accountant(fn) is not None:
+        elif accountant_of(fn) is not None:
             self.accounting = fn
         elif fn != self.accounting and fn not in self._hooks:
             self._hooks.append(fn)
@@ -500,7 +499,7 @@ class FusedDPOptimizer(DPOptimizer):
         self._called = []
         if self.accounting is None:
             return
-        accountant = _accountant(self.accounting)
+        accountant = accountant_of(self.accounting)
         before = None if accountant is None else [*accountant.history]
         try:
             self._call_once(self.accounting)
@@ -568,23 +567,20 @@ class FusedDPOptimizer(DPOptimizer):
             self.clipped_sum.drop()
         self._is_last_step_skipped = False
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refused: of a copy torch keeps the state alone, which would step without clipping, noise or accounting."""
-        raise TypeError(
-            "a private optimizer cannot be copied or pickled: keep its state_dict(), and give a copy of the model and "
-            "a new optimizer to make_private"
-        )
+    def __copy__(self) -> NoReturn:
+        raise TypeError("a private optimizer has no shallow copy, which would share its sums: use copy.deepcopy")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A private optimizer with a noise key of its own: see :func:`dpfast.optim.copies.copied`."""
+        return copied(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For ``pickle``: see :func:`dpfast.optim.copies.pickled`."""
+        return pickled(self)
 
     def _all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""
         return list({id(p): p for group in self.param_groups for p in group["params"]}.values())
-
-
-def _accountant(hook: StepHook) -> Any:
-    """The accountant that ``hook`` is of, if its ``get_optimizer_hook_fn`` has made it."""
-    if getattr(hook, "__qualname__", None) != f"{IAccountant.get_optimizer_hook_fn.__qualname__}.<locals>.hook_fn":
-        return None
-    return inspect.getclosurevars(hook).nonlocals["self"]
 
 
 def check_noise_multiplier(value: Any) -> None:

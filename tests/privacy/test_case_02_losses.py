@@ -58,7 +58,11 @@ def test_criterion_given_to_make_private(name, outputs):
     x, y = torch.randn(5, 4, dtype=F64), torch.randn(5, outputs, dtype=F64)
     verdict = Verdict(model, (x,), y, plain)
     wrapped, optimizer, private, _ = make_private(
-        model, criterion=criterion, max_grad_norm=verdict.max_grad_norm, loss_reduction=reduction
+        model,
+        criterion=criterion,
+        grad_sample_mode="ghost",
+        max_grad_norm=verdict.max_grad_norm,
+        loss_reduction=reduction,
     )
     loss = private(wrapped(x), y)
     assert loss.item() == pytest.approx(plain(model(x), y).item())
@@ -79,7 +83,9 @@ def test_cross_entropy_criterion_with_opacus_shape_argument():
         return F.cross_entropy(logits.flatten(0, 1), t.flatten())
 
     verdict = Verdict(model, (ids,), targets, of_one)
-    wrapped, _, criterion, _ = make_private(model, criterion=nn.CrossEntropyLoss(), max_grad_norm=verdict.max_grad_norm)
+    wrapped, _, criterion, _ = make_private(
+        model, criterion=nn.CrossEntropyLoss(), grad_sample_mode="ghost", max_grad_norm=verdict.max_grad_norm
+    )
     logits = wrapped(ids)
     criterion(logits.flatten(0, 1), targets.flatten(), shape=logits.shape).backward()
     verdict.check_norms(wrapped.per_sample_gradient_norms)
@@ -95,7 +101,9 @@ def test_arithmetic_on_the_criterions_result():
         return 2 * mse(out, t[0]) + mse(out, t[1]) / 4
 
     verdict = Verdict(model, (x,), (y, z), plain)
-    wrapped, _, criterion, _ = make_private(model, criterion=nn.MSELoss(), max_grad_norm=verdict.max_grad_norm)
+    wrapped, _, criterion, _ = make_private(
+        model, criterion=nn.MSELoss(), grad_sample_mode="ghost", max_grad_norm=verdict.max_grad_norm
+    )
     out = wrapped(x)
     (2 * criterion(out, y) + criterion(out, z) / 4).backward()
     verdict.check_norms(wrapped.per_sample_gradient_norms)
@@ -105,6 +113,6 @@ def test_arithmetic_on_the_criterions_result():
 def test_the_criterion_object_is_given_back_as_it_was():
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     before = dict(vars(criterion))
-    _, _, private, _ = make_private(net(3), criterion=criterion)
+    _, _, private, _ = make_private(net(3), criterion=criterion, grad_sample_mode="ghost")
     private(torch.randn(4, 3), torch.randint(3, (4,)))
     assert vars(criterion) == before

@@ -161,7 +161,9 @@ def test_a_criterion(criterion, own):
     model, (x, y) = net(), data()
     verdict = Verdict(model, (x,), y, own, TIGHT)
     twin = copy.deepcopy(model)
-    wrapped, _, private_criterion, _ = make_private(twin, size=B, max_grad_norm=TIGHT, criterion=criterion)
+    wrapped, _, private_criterion, _ = make_private(
+        twin, size=B, max_grad_norm=TIGHT, criterion=criterion, grad_sample_mode="ghost"
+    )
     private_criterion(wrapped(x), y).backward()
     verdict.check_norms(wrapped.per_sample_gradient_norms)
     verdict.check_sums(sums_of(twin))
@@ -170,7 +172,7 @@ def test_a_criterion(criterion, own):
 def test_shapes_that_pair_samples_with_each_other():
     """Refused: [B, 1] against [B] broadcasts to [B, B]."""
     x = torch.randn(B, D)
-    wrapped, _, criterion, _ = make_private(nn.Linear(D, 1), size=B, criterion=nn.MSELoss())
+    wrapped, _, criterion, _ = make_private(nn.Linear(D, 1), size=B, criterion=nn.MSELoss(), grad_sample_mode="ghost")
     with pytest.raises(ValueError, match="broadcast"):
         criterion(wrapped(x), torch.randn(B))
     loss = criterion(wrapped(x), torch.randn(B, 1))

@@ -308,7 +308,12 @@ def test_one_sample_moves_the_sum_by_at_most_C(many, alike, way, dtype):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, criterion = dpfast.PrivacyEngine(), nn.CrossEntropyLoss(reduction="sum" if way == "sum" else "mean")
     wrapped, _, criterion, _ = engine.make_private(
-        module=model, optimizer=optimizer, criterion=criterion, loss_reduction=criterion.reduction, **options
+        module=model,
+        optimizer=optimizer,
+        criterion=criterion,
+        grad_sample_mode="ghost",
+        loss_reduction=criterion.reduction,
+        **options,
     )
     x, y = torch.randn(many, 20), torch.randint(10, (many,))
     if alike:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpfast.noise.stream import NoiseStream
+from dpfast.optim.copies import accountant_of
 from tests.helpers import engine_of
 from tests.ops.noisy import same
 from tests.privacy.test_noise_stream import B, D, each_mode, net, noise_of, private
@@ -101,15 +102,42 @@ def test_forks_of_one_process_number():
     assert third != first and step == 0
 
 
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_private_optimizer_is_not_copied(copied):
-    """Torch's way to copy an optimizer loses noise, clipping and accounting; what to do is said."""
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_a_copied_optimizer_has_a_key_of_its_own(copied):
+    """With its model: it clips, accounts and adds noise as the original does; half a logical batch stays behind."""
     model, wrapped, optimizer, _ = private()
     noise_of((model, wrapped, optimizer, None))
-    for what in (optimizer, [optimizer]):
-        if what is optimizer or copied != "copy":
-            with pytest.raises(TypeError, match=r"cannot be copied.*make_private"):
-                COPIES[copied](what)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the original's step
+    wrapped(torch.randn(B, D)).sum().backward()
+    held = [p.summed_grad.clone() for p in model.parameters()]
+    twin, other = COPIES[copied]((wrapped, optimizer))
+    assert all(getattr(p, "summed_grad", None) is None for p in twin.parameters())
+    assert all(torch.equal(p.summed_grad, was) for p, was in zip(model.parameters(), held, strict=True))
+    history = accountant_of(other.accounting).history
+    assert (history is accountant_of(optimizer.accounting).history) == (copied == "deepcopy")
+    before, steps = [p.detach().clone() for p in model.parameters()], sum(steps for *_, steps in history)
+    with pytest.raises(ValueError, match="no backward pass"):
+        other.step()
+    twin(torch.randn(B, D)).sum().backward()
+    other.step()
+    assert sum(steps for *_, steps in accountant_of(other.accounting).history) == steps + 1
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    optimizer.step()
+    assert other.noise.key != optimizer.noise.key and other.noise.generator is None
+    assert other.original_optimizer.param_groups[0]["params"][0] is next(twin.parameters())
+
+
+def test_a_copied_optimizer_without_its_model():
+    """No forward of the original reaches it, so that it has nothing to release."""
+    _, wrapped, optimizer, _ = private()
+    alone = copy.deepcopy(optimizer)
+    wrapped(torch.randn(B, D)).sum().backward()
+    with pytest.raises(ValueError, match="no backward pass"):
+        alone.step()
+    optimizer.step()
+    assert not any(p is q for p, q in zip(alone.params, optimizer.params, strict=True))
+    with pytest.raises(TypeError, match="deepcopy"):
+        copy.copy(optimizer)
 
 
 def test_two_engines_in_one_process():
