@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import opacus.utils.batch_memory_manager
 from opacus import PrivacyEngine as OpacusEngine
-from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
 from dpfast.data.physical_batches import BatchMemoryManager
@@ -63,7 +62,7 @@ class PatchedEngine(PrivacyEngine):
             return make(grad_sample_mode=asked, criterion=criterion, **kwargs)
         frame = sys._getframe(2)
         where = _place(frame)
-        why = why_opacus(self, asked, kwargs.get("module"), frame)
+        why = why_opacus(self, asked, frame)
         if why is None:
             asked_for = {"criterion": nn.CrossEntropyLoss() if criterion is None else criterion}
             given = dict(grad_sample_mode=FUSED, **(asked_for if asked == "ghost" else {}))
@@ -82,7 +81,7 @@ class PatchedEngine(PrivacyEngine):
         return made
 
 
-def why_opacus(engine: OpacusEngine, mode: str, module: Any, frame: FrameType | None) -> str | None:
+def why_opacus(engine: OpacusEngine, mode: str, frame: FrameType | None) -> str | None:
     """Why ``engine`` has to run ``mode`` as Opacus does, for code that calls from ``frame``; None if it need not."""
     if mode == FUSED:
         return None
@@ -90,10 +89,6 @@ def why_opacus(engine: OpacusEngine, mode: str, module: Any, frame: FrameType | 
         return f"the fused mode has nothing for {mode!r}"
     if own := [name for name in _PARTS if getattr(type(engine), name) is not getattr(OpacusEngine, name)]:
         return f"{type(engine).__name__} has its own {', '.join(own)}"
-    for layer in module.modules() if isinstance(module, nn.Module) else ():
-        sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
-        if sampler is not None and sampler.__module__.partition(".")[0] not in ("opacus", "dpfast"):
-            return f"{type(layer).__name__} has a grad sampler of the script's own, {sampler.__qualname__}"
     need = first_need(frame)
     return None if need is None else f"{need.where} {need.what}"
 

@@ -29,6 +29,7 @@ from dpfast.layers.generic import Generic
 from dpfast.model.counted_forward import CountedForward
 from dpfast.model.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.model.one_by_one import OneByOneForward
+from dpfast.model.sampled_forward import SampledForward, own_sampler
 from dpfast.model.unsupported import problems
 from dpfast.separation import Verdict
 
@@ -114,6 +115,8 @@ class FusedHooks(AbstractGradSampleHooks):
                 forward = OneByOneForward(module, name, self.clipped_sum) if needs_forward else None
             elif module in inside:
                 forward = DerivedForward(module, made[module], self.clipped_sum) if module in made else None
+            elif own and (sampler := own_sampler(module)) is not None:
+                forward = SampledForward(module, sampler, self.clipped_sum, name, batch_dims.get(module, batch_dim))
             elif module in served and layer is not None:
                 tap = TracedTap(
                     self.clipped_sum, layer, name or type(module).__name__, batch_dims.get(module, batch_dim)
@@ -294,7 +297,7 @@ def _batch_dims(root: nn.Module, batch_dim: int) -> dict[nn.Module, int]:
 
 
 def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Parameter, str]]:
-    """Modules that a layer family serves, and the parameters that only the generic path can serve.
+    """Modules that a family or a sampler of the user's serves, and the parameters that only the generic path can serve.
 
     One that a served module owns too counts as served: should the unserved owner use it, that is found out in the
     first forward, and it goes through both; its uses add up in the clipped sum.
@@ -303,7 +306,8 @@ def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Paramete
     loose: dict[nn.Parameter, str] = {}
     for prefix, module in root.named_modules():
         layer = family(module)
-        if layer is not None and (module._parameters or isinstance(layer, (Recurrent, OpacusAttention))):
+        known = layer is not None and (module._parameters or isinstance(layer, (Recurrent, OpacusAttention)))
+        if known or (module._parameters and own_sampler(module) is not None):
             served.add(module)
             continue
         for name, p in module._parameters.items():
