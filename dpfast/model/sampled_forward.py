@@ -32,8 +32,9 @@ def own_sampler(module: nn.Module) -> Sampler | None:
 class SampledForward(Forward):
     """Runs ``module`` as it is, and has ``sampler`` make the per-sample gradients of its own parameters.
 
-    They are clipped and summed as all others. That gradient i is of sample i alone is the sampler's promise, here as in
-    Opacus; a plain layer without one is served exactly by ``vmap``.
+    They are clipped and summed as all others, and the looks at the samples try whether gradient i is of sample i alone.
+    Where the loss is a mean, backprops have its divisor, which Opacus takes out before it calls a sampler: one that is
+    linear in them, as gradients are, does not see the difference.
     """
 
     def __init__(self, module: nn.Module, sampler: Sampler, recorder: Recorder, name: str, batch_dim: int):
@@ -87,6 +88,7 @@ class _Output(Layer):
                 given = "none" if samples is None else f"one of shape {list(samples.shape)}"
                 raise LayoutError(
                     f"the grad sampler {self.of.sampler.__qualname__} of layer {self.of.name!r} was to return "
-                    f"per-sample gradients of shape {[call.batch, *params[k].shape]} for a parameter, and returned {given}"
+                    f"per-sample gradients of shape {[call.batch, *params[k].shape]} for a parameter, and returned "
+                    f"{given}"
                 )
             yield k, Instantiated(samples.detach())

@@ -63,7 +63,7 @@ def test_it_is_called_and_exact(called, shape, reduction, dtype):
 def test_its_result_counts(called):
     """What it returns is what is clipped, also where it is not the gradient: C holds for that."""
     GradSampleHooks.GRAD_SAMPLERS[Scale] = lambda layer, activations, G: {
-        layer.scale: 100 * torch.ones_like(G), layer.shift: torch.zeros_like(G)
+        layer.scale: 1e4 * G, layer.shift: torch.zeros_like(G)
     }  # fmt: skip
     model, *_ = make_private(net().double(), size=5, max_grad_norm=1.0)
     sums = []
@@ -73,6 +73,14 @@ def test_its_result_counts(called):
         sums.append(torch.cat([p.summed_grad.flatten() for p in model.parameters()]).double())
         model.set_grad_sample_to_none()
     assert 0.99 < torch.linalg.vector_norm(sums[0] - sums[1]) <= SLACK
+
+
+def test_one_that_mixes_samples_is_refused(called):
+    """The looks at the samples see what it returns."""
+    GradSampleHooks.GRAD_SAMPLERS[Scale] = lambda layer, activations, G: {layer.scale: G - G.mean(0), layer.shift: G}
+    model, *_ = make_private(net(), size=5)
+    with pytest.raises(LayoutError, match="several samples meet in .1."):
+        F.mse_loss(model(torch.randn(5, 4)), torch.randn(5, 2)).backward()
 
 
 def test_opacus_own_samplers_are_not_used():
