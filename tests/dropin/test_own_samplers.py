@@ -79,7 +79,7 @@ def test_one_that_mixes_samples_is_refused(called):
     """The looks at the samples see what it returns."""
     GradSampleHooks.GRAD_SAMPLERS[Scale] = lambda layer, activations, G: {layer.scale: G - G.mean(0), layer.shift: G}
     model, *_ = make_private(net(), size=5)
-    with pytest.raises(LayoutError, match="several samples meet in .1."):
+    with pytest.raises(LayoutError, match=r"several samples meet in .1."):
         F.mse_loss(model(torch.randn(5, 4)), torch.randn(5, 2)).backward()
 
 
