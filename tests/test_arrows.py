@@ -21,7 +21,7 @@ import dpfast
 
 ROOT = Path(dpfast.__file__).parent
 LEVELS = [
-    {"reference", "native", "distributed", "losses"},
+    {"reference", "native", "distributed", "losses", "arguments", "version"},
     {"ops"},
     {"planning"},
     {"capture"},
@@ -33,6 +33,7 @@ LEVELS = [
     {"analysis", "dropin"},
     {"integrations"},
     {""},  # dpfast/__init__.py
+    {"cli"},
     {"__main__"},
 ]
 RANK = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

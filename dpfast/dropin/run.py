@@ -6,7 +6,6 @@ of ``torchrun`` is run as ``torchrun … -m dpfast run script.py``.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing.spawn
 import os
 import runpy
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpfast.dropin import patch
+from dpfast.arguments import Parser
 
 CHILD = "DPFAST_RUN_SCRIPT"  # names the script to processes that are spawned
 TABLE = "DPFAST_RUN_REPORT"  # set where they are to print the whole table
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
     What the script raises, ``SystemExit`` included, is raised here.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dpfast run",
         usage="python -m dpfast run [--report] (script.py | -m module) [arguments of the script]",
         description="Run a script that uses Opacus, unchanged, with its privacy engine served by dpfast's fused mode.",
@@ -42,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     if asked.module is None and not Path(script[0]).is_file():
         print(f"error: there is no file {script[0]!r}: give the path of a Python script", file=sys.stderr)
         return 2
+    from dpfast.dropin import patch  # loads torch, which help has no need of
+
     patch.patch_opacus()
     if asked.report:
         os.environ[TABLE] = "1"
@@ -85,6 +86,8 @@ def preparation_data(name: str) -> dict[str, Any]:
 
 def report() -> str:
     """What ran fused in this process, in a line, and a table of what did not and why; with ``--report``, of all."""
+    from dpfast.dropin import patch
+
     calls, table = patch.calls(), TABLE in os.environ
     fused = sum(call.ran == "fused" for call in calls)
     if not calls:

@@ -5,13 +5,15 @@ Tables with standard errors and plots go to a folder; the experiments are in the
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+
+from dpfast.arguments import Parser
 
 EXPERIMENTS = ("calibration", "dpsat", "convergence")
 SEEDS = {"calibration": 8, "dpsat": 20, "convergence": 5}
@@ -19,15 +21,18 @@ NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 RESULTS = "results.md"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's arguments."""
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; its exit status."""
+    parser = Parser("dpfast reproduce", description="What two papers say, tried on data that every machine has.")
     parser.add_argument("experiment", help=", ".join(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, help=f"how many ({', '.join(f'{k} {v}' for k, v in SEEDS.items())})")
     parser.add_argument("--out", type=Path, help="folder for the tables and plots (reproductions/EXPERIMENT)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs, no more")
+    asked = parser.parse_args(arguments)
+    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick)
 
 
-def main(experiment: str, seeds: int | None = None, out: Path | None = None, quick: bool = False) -> int:
+def reproduce(experiment: str, seeds: int | None = None, out: Path | None = None, quick: bool = False) -> int:
     """Run an experiment, print its tables, and write them and the plots.
 
     Returns:

@@ -17,8 +17,26 @@ The guarantee is for rows: what one person wrote should be one row. Rows are nev
 one sample of several people's texts, nor split, which would make several samples of one.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
-from dpfast.integrations.finetune.result import FinetuneResult
-from dpfast.integrations.finetune.run import finetune
+
+if TYPE_CHECKING:
+    from dpfast.integrations.finetune.result import FinetuneResult
+    from dpfast.integrations.finetune.run import finetune
 
 __all__ = ["FinetuneConfig", "FinetuneError", "FinetuneResult", "finetune"]
+
+_HOMES = {
+    "FinetuneResult": "result",
+    "finetune": "run",
+}  # loaded when they are used: help for the command needs neither
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dpfast.clipping.functions import clipping_function
-
 TASKS = ("causal-lm", "classification")
 SCHEDULES = ("constant", "linear", "cosine")
 MOST_EPSILON = 100.0  # above it the search for the noise takes minutes, and the guarantee is empty
@@ -115,6 +113,8 @@ class FinetuneConfig:
             _refuse("target_epsilon", self.target_epsilon, f"at most {MOST_EPSILON:g}; or give --noise-multiplier")
         if self.random_weights and self.model is None:
             raise FinetuneError("--random-weights: say of which model, with --model")
+        from dpfast.clipping.functions import clipping_function  # loads torch, which help has no need of
+
         try:
             clipping_function(self.clipping_fn)
         except (ValueError, TypeError) as error:

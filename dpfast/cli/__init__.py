@@ -1,0 +1,1 @@
+"""The commands of ``python -m dpfast``: each is loaded when it is asked for."""

@@ -1,0 +1,116 @@
+"""``python -m dpfast doctor``: what dpfast runs on here, and why not on more."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dpfast import native
+from dpfast.arguments import Parser
+from dpfast.native import allocator, build, cache
+from dpfast.version import __version__
+
+MEANT = ("native", "triton", "torch")  # backends in dpfast.ops.backends() that nothing better stands above
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; its exit status."""
+    parser = Parser("dpfast doctor", description="Versions, devices, native libraries, and the backend of each op.")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
+    return report(parser.parse_args(arguments).strict)
+
+
+def report(strict: bool) -> int:
+    """Print what ``doctor`` finds: native libraries are loaded for it, and built if a first use would build them.
+
+    Returns:
+        1 if ``strict`` and an op on a device that is here falls back to the reference, else 0.
+    """
+    libraries = native.status()
+    from dpfast.ops import backends
+
+    rows = backends()
+    section("versions", versions())
+    section("devices", devices())
+    section("memory", [("freed memory", kept_memory())])
+    section("native libraries", [*map(library_row, libraries), ("cache", "in", cache_folder())])
+    section("ops", rows)
+    fallen = [(op, device) for op, device, backend, _ in rows if backend not in MEANT]
+    if fallen:
+        print(f"{len(fallen)} of {len(rows)} ops fall back to the reference")
+    return 1 if strict and fallen else 0
+
+
+def section(title: str, rows: Iterable[Sequence[str]]) -> None:
+    """Print ``rows`` as columns, each as wide as its longest entry."""
+    print(title)
+    table = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  " + "  ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    yield "dpfast", f"{__version__} in {Path(native.__file__).parent.parent}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    for name in ("triton", "opacus"):
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{cpu_model()}, {torch.get_num_threads()} threads, {instruction_set()}"
+    if not torch.cuda.is_available():
+        yield "cuda", "none" if torch.version.cuda else "none: this torch is built without CUDA"
+        return
+    for index in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB"
+
+
+def kept_memory() -> str:
+    why_not = allocator.keep_freed_memory()
+    return "goes back to the system: " + why_not if why_not else "stays with a process that trains on the CPU"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(errors="replace").splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The best instruction set of this processor that there are kernels for, and the one in use."""
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "scalar")
+    if native.why_not("cpu"):
+        return f"has {best}, used by no library"
+    asked = os.environ.get("DPFAST_CPU_ISA")
+    return f"has {best}, uses {native.instruction_set()}" + (f" (DPFAST_CPU_ISA={asked})" if asked else "")
+
+
+def library_row(library: native.Library) -> tuple[str, str, str]:
+    if library.reason is not None:
+        return library.device, "none", library.reason
+    kinds = library.about.get("isas" if library.device == "cpu" else "arches", "?")
+    by = library.about.get("nvcc" if library.device == "cuda" else "compiler", "an unknown compiler")
+    since = ".".join(map(str, build.TARGET))
+    about = f"for {kinds}, by {by} with torch {library.about.get('torch', '?')}'s headers (serves {since} and newer)"
+    return library.device, library.origin, f"{library.path} {about}"
+
+
+def cache_folder() -> str:
+    try:
+        return str(cache.folder())
+    except build.BuildError as error:
+        return f"no folder: {error}"
