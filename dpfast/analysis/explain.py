@@ -57,7 +57,17 @@ def explain(model: nn.Module, batch: Any) -> str:
     table += f"\n{separation}" if separation else ""
     table += _compiled(model) if isinstance(model, FusedModule) else ""
     print(table)
-    return table
+    return Printed(table)
+
+
+class Printed(str):
+    """A text that was printed: a notebook and Python's prompt do not show it once more."""
+
+    def _ipython_display_(self) -> None:
+        """Nothing is left to show."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} text of {self.count(chr(10)) + 1} lines, see above>"
 
 
 def _compiled(model: FusedModule) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from dpfast.accounting.epsilon import check_budget, noise_multiplier_for
 from dpfast.accounting.runs import joined, state_of
 from dpfast.analysis.collation import check_collation
 from dpfast.capture.trees import tensors
@@ -30,16 +32,14 @@ class DPCallback(Callback):
     """Makes a ``LightningModule`` train with (ε, δ)-differential privacy for one sample added or left out.
 
     Example:
-        >>> class Net(L.LightningModule):
-        ...     def training_step(self, batch, batch_idx):
-        ...         x, y = batch
-        ...         return F.cross_entropy(self(x), y)
-        ...     def configure_optimizers(self):
-        ...         return self.privacy.make_private(self, torch.optim.Adam(self.parameters()))
-        >>> net = Net()
-        >>> net.privacy = DPCallback(data, batch_size=256, noise_multiplier=1.0, max_grad_norm=1.0)
-        >>> L.Trainer(callbacks=[net.privacy], max_epochs=3).fit(net, net.privacy.train_dataloader())
-        >>> net.privacy.get_epsilon(delta=1e-5)
+        >>> privacy = DPCallback(
+        ...     data, batch_size=256, max_grad_norm=1.0, target_epsilon=3.0, target_delta=1e-5, epochs=3)
+        >>> trainer = L.Trainer(callbacks=[privacy], max_epochs=3)
+        >>> trainer.fit(net, privacy.train_dataloader())
+        >>> privacy.get_epsilon(delta=1e-5)
+
+    The module is as it would be without privacy. The optimizer that its ``configure_optimizers`` returns, alone or in a
+    dict with a scheduler, is made private. A module that returns something else calls :meth:`make_private` there.
 
     Each batch is Poisson-sampled: every sample is in it with probability 1/(steps per epoch), independently, and its
     expected size is about ``batch_size``. One batch is one step, with noise, and accounted for once; an empty one too
@@ -57,7 +57,8 @@ class DPCallback(Callback):
     Args:
         dataset: with a length.
         batch_size: expected size of a batch, about: ``len(dataset)`` over it, rounded up, are the steps per epoch.
-        noise_multiplier: noise standard deviation over ``max_grad_norm``.
+        noise_multiplier: noise standard deviation over ``max_grad_norm``; or leave it out and give the next three.
+        target_epsilon, target_delta, epochs: the noise is then such that so many epochs spend at most that (ε, δ).
         max_grad_norm: the norm that each sample's gradient is clipped to.
         max_physical_batch_size: most samples that ``training_step`` sees at once; None for whole batches. The parts of
             a batch are cut from its tensors, which all have the samples first.
@@ -78,8 +79,11 @@ class DPCallback(Callback):
         dataset: Any,
         *,
         batch_size: int,
-        noise_multiplier: float,
         max_grad_norm: Any,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        epochs: float | None = None,
         max_physical_batch_size: int | None = None,
         accountant: str = "prv",
         secure_mode: bool = False,
@@ -98,6 +102,12 @@ class DPCallback(Callback):
         for name in ("data_loader", "module", "optimizer", "poisson_sampling", "wrap_model", "criterion"):
             if name in private:
                 raise ValueError(f"{name}: DPCallback sets this itself; leave it out")
+        steps = -(-len(dataset) // batch_size)
+        target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "epochs": epochs}
+        if noise_multiplier is None:
+            noise_multiplier = _noise_for(target, steps, accountant)
+        elif given := [name for name, value in target.items() if value is not None]:
+            raise ValueError(f"noise_multiplier={noise_multiplier!r} and {', '.join(given)}: give one or the other")
         self.engine = PrivacyEngine(accountant=accountant, secure_mode=secure_mode)
         self.optimizer: FusedDPOptimizer | None = None
         self.hooks: FusedHooks | None = None
@@ -110,7 +120,6 @@ class DPCallback(Callback):
             "expected_batch_size": batch_size,
             **private,
         }
-        steps = -(-len(dataset) // batch_size)
         drawn = secrets.randbits(128) if seed is None else seed
         self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
         self._loader = DataLoader(
@@ -185,6 +194,8 @@ class DPCallback(Callback):
                 raise ValueError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
         if not pl_module.automatic_optimization:
             raise ValueError("automatic_optimization=False: DPCallback needs Lightning's automatic optimisation")
+        own = pl_module.configure_optimizers
+        pl_module.configure_optimizers = _MadePrivate(own, self, pl_module)  # type: ignore[method-assign]
         pl_module.training_step = _Cut(_whole(pl_module.training_step), self, self._size)  # type: ignore[method-assign]
         self._batches.step = self.steps_accounted()
 
@@ -192,7 +203,8 @@ class DPCallback(Callback):
         """Check that it is the private optimizer that steps."""
         if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not self.optimizer:
             raise ValueError(
-                "configure_optimizers must return one optimizer: that of callback.make_private(self, optimizer)"
+                "configure_optimizers must return one optimizer, alone or as the 'optimizer' of a dict; or what "
+                "callback.make_private(self, optimizer) returns"
             )
         if trainer.ckpt_path is not None and self._pending is None:
             raise ValueError(
@@ -212,7 +224,10 @@ class DPCallback(Callback):
             joined(self.engine.accountant, state["accountant"]).take_over()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the module its own ``training_step`` back."""
+        """Give the module its own ``training_step`` and ``configure_optimizers`` back."""
+        own = _own(vars(pl_module).pop("configure_optimizers", None))
+        if own is not None and getattr(own, "__func__", None) is not type(pl_module).configure_optimizers:
+            pl_module.configure_optimizers = own  # type: ignore[method-assign]
         step = _whole(vars(pl_module).pop("training_step", None))
         if step is not None and getattr(step, "__func__", None) is not type(pl_module).training_step:
             pl_module.training_step = step  # type: ignore[method-assign]
@@ -283,6 +298,46 @@ class _Cut:
                 optimizer.step()
                 optimizer.zero_grad()
         return out
+
+
+class _MadePrivate:
+    """A ``configure_optimizers`` whose optimizer is made private, if that was not done in it."""
+
+    def __init__(self, own: Callable[[], Any], callback: DPCallback, module: L.LightningModule):
+        self.__wrapped__, self.callback, self.module = _own(own), callback, module
+
+    def __call__(self) -> Any:
+        out = self.__wrapped__()
+        given = out.get("optimizer") if isinstance(out, dict) else out
+        if not isinstance(given, Optimizer) or isinstance(given, FusedDPOptimizer):
+            return out  # looked at when the fit starts
+        private = self.callback.make_private(self.module, given)
+        if not isinstance(out, dict):
+            return private
+        schedule = out.get("lr_scheduler")
+        scheduler = schedule.get("scheduler") if isinstance(schedule, dict) else schedule
+        if scheduler is not None:
+            scheduler.optimizer = private  # it changes the same groups
+        return {**out, "optimizer": private}
+
+
+def _own(configure_optimizers: Any) -> Any:
+    """The user's own: a fit that ended in an exception leaves it wrapped."""
+    wrapped = isinstance(configure_optimizers, _MadePrivate)
+    return configure_optimizers.__wrapped__ if wrapped else configure_optimizers
+
+
+def _noise_for(target: dict[str, Any], steps: int, accountant: str) -> float:
+    if missing := [name for name, value in target.items() if value is None]:
+        raise ValueError(f"{', '.join(missing)}: give noise_multiplier, or target_epsilon, target_delta and epochs")
+    check_budget("epochs", target["epochs"])
+    return noise_multiplier_for(
+        target_epsilon=target["target_epsilon"],
+        target_delta=target["target_delta"],
+        sample_rate=1 / steps,
+        steps=math.ceil(target["epochs"] * steps),
+        accountant=accountant,
+    )
 
 
 def _whole(training_step: Any) -> Any:

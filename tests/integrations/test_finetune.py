@@ -1,6 +1,9 @@
 """Fine-tuning from Python: a whole run on a tiny model, what it leaves, and that it resumes bit for bit."""
 
 import json
+import re
+import shutil
+import signal
 
 import pytest
 import torch
@@ -8,9 +11,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from huggingface_hub import ModelCard
+from opacus.accountants import RDPAccountant
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, checkpoint, finetune, model
+from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, checkpoint, command, finetune, model
 from dpfast.integrations.finetune.loop import Job
 
 TEXTS = [f"the number {k} comes after {k - 1}" for k in range(1, 41)]
@@ -75,6 +80,50 @@ def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch, changes):
     assert not all(torch.equal(other[name], p) for name, p in uninterrupted.items())
 
 
+def test_an_interruption_is_saved(tmp_path, monkeypatch, capsys):
+    """Ctrl-C ends a run after its step, with a checkpoint, and says of which step; what comes out is the same."""
+    uninterrupted = weights(finetune(config(tmp_path / "a", seed=5, max_steps=4)))
+    whole = Job.take_step
+
+    def take_step(self, batch):
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return whole(self, batch)
+
+    monkeypatch.setattr(Job, "take_step", take_step)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    given = "--noise-multiplier 1 --accountant rdp --batch-size 8 --physical-batch-size 3 --max-steps 4 --seed 5"
+    given = f"{given} --log-every 100 --save-every 3 --train {rows} --output {tmp_path / 'b'}".split()
+    assert command.main(given) == 130
+    assert "interrupted after step 2, which is saved; --resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(Job, "take_step", whole)
+    assert command.main([*given, "--resume"]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").named_parameters()
+    assert all(torch.equal(uninterrupted[name], p) for name, p in again)
+
+
+def test_an_interruption_before_any_step(tmp_path, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "choose_size", interrupted)
+    given = [
+        "--output",
+        str(tmp_path / "out"),
+        "--noise-multiplier",
+        "1",
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "1",
+        "--truncate",
+    ]
+    assert command.main(given) == 130
+    assert "before there was a checkpoint; start anew" in capsys.readouterr().out
+
+
 def test_the_result_loads(tmp_path):
     found = finetune(config(tmp_path, eval=[{"text": "the number 7"}], max_steps=2))
     assert set(found.figures) == {"loss", "perplexity"}
@@ -89,7 +138,17 @@ def test_the_result_loads(tmp_path):
     top = {path.name for path in found.output.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "checkpoints", "logs"} <= top
     assert not [path for path in found.output.iterdir() if path.suffix == ".pt"]
-    assert f"({found.epsilon:.3f}, 1e-05)" in (found.output / "README.md").read_text()
+    card = ModelCard.load(found.output / "README.md")
+    assert f"({found.epsilon:.3f}, 1e-05)" in card.text and "differential-privacy" in card.data.tags
+    facts = json.loads((found.output / "privacy.json").read_text())
+    assert (facts["epsilon"], facts["delta"], facts["steps"]) == (found.epsilon, 1e-5, 2)
+    assert facts["clipping"] == {"style": "flat", "function": "abadi", "max_grad_norm": 1.0}
+    assert facts["separation_of_samples"].startswith("samples are kept apart: proved")
+    assert facts["versions"]["torch"] == torch.__version__ and facts["noise_multiplier"] == 1.0
+    check = RDPAccountant()
+    for _ in range(2):
+        check.step(noise_multiplier=facts["noise_multiplier"], sample_rate=facts["sample_rate"])
+    assert check.get_epsilon(facts["delta"]) == pytest.approx(facts["epsilon"], rel=1e-2)
 
 
 def test_a_classifier_knows_its_classes(tmp_path):
@@ -108,6 +167,12 @@ def test_a_lora_result_loads(tmp_path):
     trained = {name: p for name, p in found.model.named_parameters() if "lora_" in name}
     assert trained and all(p.requires_grad for p in trained.values())
     loaded = dict(AutoPeftModelForCausalLM.from_pretrained(str(found.output)).named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in found.model.named_parameters())
+    moved = shutil.copytree(found.output, tmp_path / "elsewhere")
+    shutil.rmtree(found.output / "base")
+    code = re.search(r"```python\n(.*?)```", (moved / "README.md").read_text(), re.DOTALL)[1]
+    exec(code.replace('folder = "."', f"folder = {str(moved)!r}"), names := {})
+    loaded = dict(names["model"].named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in found.model.named_parameters())
     held = torch.load(checkpoint.newest(found.output / "checkpoints"), weights_only=True)
     assert set(held["module_state_dict"]) == {f"_module.{name}" for name in trained}  # not the frozen base

@@ -59,6 +59,13 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         ("a.jsonl", '{"text": "\\ud800 half a character"}\n', [], "row 1 has no text"),
         ("a.jsonl", f'["{SECRET}"]\n', [], "row 1 is no object"),
         ("a.jsonl", f'{{"{SECRET}": 3}}\n', [], "no column 'text' in row 1"),
+        ("a.jsonl", '{"body": "x"}\n' * 2, [], "no column 'text' in row 1; there are body: choose with --text-column"),
+        (
+            "a.jsonl",
+            f'{{"text": "x", "b": 1}}\n{{"{SECRET}": 3, "b": 1}}\n',
+            [],
+            "row 2; there are b:",
+        ),
         ("a.csv", f"body\n{SECRET}\n", [], "no column 'text'; there are body: choose with --text-column"),
         ("a.csv", f'text,b\n"{SECRET}', [], "cannot be read as csv"),
         ("a.parquet", SECRET, [], "cannot be read as parquet"),

@@ -43,6 +43,17 @@ class Net(L.LightningModule):
         return {"optimizer": private, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Plain(Net):
+    """It knows nothing of privacy."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=LR)
+        if self.kind == "alone":
+            return optimizer
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": schedule if self.kind == "dict" else {"scheduler": schedule}}
+
+
 def data(count=16):
     g = torch.Generator().manual_seed(1)
     return TensorDataset(3 * torch.randn(count, 4, generator=g), torch.randint(0, 3, (count,), generator=g))
@@ -207,7 +218,7 @@ def test_what_breaks_the_guarantee_is_refused_by_name(tmp_path, name, value):
 def test_other_optimizers_loaders_and_losses_are_refused(tmp_path):
     net = Net()
     callback_of(net)
-    net.configure_optimizers = lambda: torch.optim.SGD(net.parameters(), lr=LR)
+    net.configure_optimizers = lambda: [torch.optim.SGD(net.parameters(), lr=LR)]
     with pytest.raises(ValueError, match="make_private"):
         fit(net, tmp_path)
     net = Net()
@@ -262,3 +273,39 @@ def test_a_second_fit_goes_on_and_the_module_stays_the_users_own(tmp_path):
     assert type(net) is Net and "training_step" not in vars(net)
     assert privacy.optimizer.noise.key != key, "the same noise on other batches"
     assert list(net.state_dict()) == list(Net().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["alone", "dict", "nested"])
+def test_a_module_that_knows_nothing_of_privacy(tmp_path, kind):
+    """Three lines make it private: its own optimizer is, and the scheduler goes along."""
+    net, rows = Plain(kind), [0, 3, 5]
+    start, want = weights(net), by_hand(copy.deepcopy(net), rows)
+    callback_of(net, rows=rows)
+    fit(net, tmp_path)
+    assert distance(weights(net), want) <= 1e-5 * distance(want, start)
+    assert net.privacy.steps_accounted() == 1
+    assert "configure_optimizers" not in vars(net) and "training_step" not in vars(net)
+    lr = net.privacy.optimizer.param_groups[0]["lr"]
+    assert lr == LR
+
+
+def test_a_budget_in_place_of_noise(tmp_path):
+    net = Plain("alone")
+    settings = dict(noise_multiplier=None, target_epsilon=3.0, target_delta=1e-3, epochs=2)
+    callback_of(net, **settings)
+    fit(net, tmp_path, max_steps=-1, max_epochs=2)
+    assert 2.5 < net.privacy.get_epsilon(1e-3) <= 3.0 and net.privacy.steps_accounted() == 8
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(noise_multiplier=None), "target_epsilon, target_delta, epochs: give noise_multiplier"),
+        (dict(noise_multiplier=None, target_epsilon=3.0, epochs=2), "target_delta: give"),
+        (dict(noise_multiplier=1.0, target_epsilon=3.0), "noise_multiplier=1.0 and target_epsilon"),
+        (dict(noise_multiplier=None, target_epsilon=3.0, target_delta=1e-3, epochs=0), "epochs=0"),
+    ],
+)
+def test_noise_and_budgets_that_do_not_fit(settings, said):
+    with pytest.raises(ValueError, match=said):
+        callback_of(Plain(), **settings)

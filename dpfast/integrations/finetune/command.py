@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from dpfast.arguments import Parser
@@ -87,9 +88,18 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         if first:
-            print(f"\ndpfast finetune: interrupted; --resume goes on from the last checkpoint in {config.output}")
+            print(f"\ndpfast finetune: interrupted{_what_is_left(config)}")
         return 130
     return 0
+
+
+def _what_is_left(config: FinetuneConfig) -> str:
+    from dpfast.integrations.finetune import checkpoint
+
+    found = checkpoint.newest(Path(config.output) / checkpoint.FOLDER, ".rank0" if config.fsdp else "")
+    if found is None:
+        return " before there was a checkpoint; start anew"
+    return f" after step {checkpoint.step_of(found)}, which is saved; --resume goes on from there"
 
 
 def _quiet() -> None:

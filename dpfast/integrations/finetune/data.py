@@ -101,24 +101,27 @@ def _columns(source: Any, where: str, columns: list[str]) -> list[list[Any]]:
         source = _table(Path(source))
     names = getattr(source, "column_names", None) or getattr(source, "columns", None)  # datasets; pandas
     if names is not None:
-        _check_columns(where, columns, [str(name) for name in names], None)
+        names = [str(name) for name in names]
+        _check_columns(where, columns, names, names, None)
         return [list(source[name]) for name in columns]
-    out: list[list[Any]] = [[] for _ in columns]
-    for number, row in enumerate(source, 1):
+    rows = list(source)
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise FinetuneError(f"{where}: row {number} is no object with columns: one JSON object a line is needed")
-        _check_columns(where, columns, list(row), number)
-        for values, name in zip(out, columns, strict=True):
-            values.append(row[name])
-    return out
+        if not all(name in row for name in columns):
+            # What several rows have is the file's layout. What one row alone has could be anything, and is not shown.
+            others = [other for other in rows if other is not row and isinstance(other, Mapping)]
+            shown = [name for name in row if isinstance(name, str) and any(name in other for other in others)]
+            _check_columns(where, columns, list(row), shown, number)
+    return [[row[name] for row in rows] for name in columns]
 
 
-def _check_columns(where: str, wanted: list[str], there: list[str], row: int | None) -> None:
+def _check_columns(where: str, wanted: list[str], there: list[Any], shown: list[str], row: int | None) -> None:
     for name, option in zip(wanted, ("--text-column", "--label-column"), strict=False):
         if name not in there:
-            # Column names are the file's layout. Those of a single row could be anything, and are not shown.
-            known = f"; there are {', '.join(there)}" if row is None else f" in row {row}"
-            raise FinetuneError(f"{where} has no column {name!r}{known}: choose with {option}")
+            place = "" if row is None else f" in row {row}"
+            known = f"; there are {', '.join(shown)}" if shown else ""
+            raise FinetuneError(f"{where} has no column {name!r}{place}{known}: choose with {option}")
 
 
 def _table(path: Path) -> Any:

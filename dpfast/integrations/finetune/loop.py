@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,7 +244,7 @@ class Job:
         logs = SummaryWriter(str(Path(config.output) / "logs"), purge_step=self.step + 1) if first else None
         shown: dict[str, str] = {}
         bar = tqdm(total=self.plan.steps, initial=self.step, unit="step", disable=not first, dynamic_ncols=True)
-        with bar, logs or contextlib.nullcontext():
+        with bar, logs or contextlib.nullcontext(), interruptions() as interrupted:
             tokens, since = 0, time.perf_counter()
             while self.step < self.plan.steps:
                 for batch in self.loader:
@@ -272,6 +275,10 @@ class Job:
                                 logs.add_scalar(f"eval/{name}", value, self.step)
                     bar.set_postfix(shown, refresh=False)
                     bar.update()
+                    if interrupted and not last:
+                        if self.step % self.save_every:
+                            self.save()
+                        raise KeyboardInterrupt
                     if last:
                         break
 
@@ -304,3 +311,23 @@ class Job:
         loss = total / max(1, counted)
         self.figures = {"loss": loss}
         self.figures |= {"accuracy": right / counted} if self.classes else {"perplexity": math.exp(min(loss, 700))}
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Ctrl-C within is noted, for the loop to end after the step that runs; the second one ends it at once."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

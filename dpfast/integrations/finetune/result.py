@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import platform
 import shutil
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch import nn
 
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.privacy import Plan
+from dpfast.version import __version__
 
 BASE = "base"  # the frozen model of a LoRA result, if it is to be had nowhere else
 PARTS = ".result"
@@ -62,14 +67,17 @@ def prepare(output: Path, resume: bool) -> None:
         raise FinetuneError(f"--output {output} cannot be written to: {error.strerror or error}") from error
 
 
-def save(output: Path, model: Any, tokenizer: Any, text: str, state: dict[str, Any] | None = None) -> None:
-    """Save model, tokenizer and README.md, each file whole or not at all."""
+def save(
+    output: Path, model: Any, tokenizer: Any, card: str, facts: dict[str, Any], state: dict[str, Any] | None = None
+) -> None:
+    """Save model, tokenizer, README.md and privacy.json, each file whole or not at all."""
     parts = output / PARTS
     try:
         shutil.rmtree(parts, ignore_errors=True)
         model.save_pretrained(parts, **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(parts)
-        (parts / "README.md").write_text(text, encoding="utf-8")
+        (parts / "README.md").write_text(card, encoding="utf-8")
+        (parts / "privacy.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for path in sorted(parts.iterdir()):
             os.replace(path, output / path.name)
         parts.rmdir()
@@ -79,13 +87,84 @@ def save(output: Path, model: Any, tokenizer: Any, text: str, state: dict[str, A
         ) from error
 
 
-def page(
-    config: FinetuneConfig, plan: Plan, epsilon: float, figures: dict[str, float], classes: list[Any] | None
+def facts(config: FinetuneConfig, plan: Plan, epsilon: float, checked: str) -> dict[str, Any]:
+    """privacy.json of a result: what was promised, by which means, and what was proved of the model.
+
+    Args:
+        checked: what the last look at the samples has shown.
+    """
+    names = ("torch", "opacus", "transformers")
+    return {
+        "epsilon": epsilon if math.isfinite(epsilon) else None,
+        "delta": plan.delta,
+        "unit": "one row of the training data, added or removed",
+        "noise_multiplier": plan.noise_multiplier,
+        "sample_rate": 1 / plan.steps_per_epoch,
+        "steps": plan.steps,
+        "expected_batch_size": plan.expected_batch_size,
+        "sampling": "Poisson",
+        "accountant": config.accountant,
+        "clipping": {"style": "flat", "function": config.clipping_fn, "max_grad_norm": config.max_grad_norm},
+        "noise": "secure" if config.secure else "fast",
+        "separation_of_samples": checked,
+        "versions": {"dpfast": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in names},
+    }
+
+
+def card(
+    config: FinetuneConfig,
+    plan: Plan,
+    epsilon: float,
+    figures: dict[str, float],
+    classes: list[Any] | None,
+    made: bool,
 ) -> str:
-    """README.md of a result."""
-    kind = "SequenceClassification" if config.task == "classification" else "CausalLM"
-    auto = f"AutoPeftModelFor{kind}" if config.lora_rank else f"AutoModelFor{kind}"
-    count = f", num_labels={len(classes)}" if classes and config.lora_rank else ""
+    """README.md of a result, a model card; ``made``: the model began from random weights."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        base_model=None if made or config.model is None or Path(config.model).exists() else config.model,
+        library_name="peft" if config.lora_rank else "transformers",
+        pipeline_tag="text-classification" if config.task == "classification" else "text-generation",
+        tags=["differential-privacy", "dp-sgd", "dpfast"],
+    )
+    text = _page(config, plan, epsilon, figures, classes, made)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _loading(config: FinetuneConfig, classes: list[Any] | None, made: bool) -> list[str]:
+    """Code that loads a result from wherever its folder has gone."""
+    auto = f"AutoModelFor{'SequenceClassification' if config.task == 'classification' else 'CausalLM'}"
+    if not config.lora_rank:
+        return [
+            f"from transformers import AutoTokenizer, {auto}",
+            "",
+            'folder = "."  # where this file is',
+            f"model = {auto}.from_pretrained(folder)",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        ]
+    base = f'f"{{folder}}/{BASE}"' if made else repr(config.model)
+    count = f", num_labels={len(classes)}" if classes else ""
+    return [
+        "from peft import PeftModel",
+        f"from transformers import AutoTokenizer, {auto}",
+        "",
+        'folder = "."  # where this file is',
+        f"base = {auto}.from_pretrained({base}{count})",
+        "model = PeftModel.from_pretrained(base, folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+
+
+def _page(
+    config: FinetuneConfig,
+    plan: Plan,
+    epsilon: float,
+    figures: dict[str, float],
+    classes: list[Any] | None,
+    made: bool,
+) -> str:
     lines = [
         "# A model fine-tuned with differential privacy",
         "",
@@ -98,11 +177,7 @@ def page(
         "sizes of batches, and figures on rows that were held out for evaluation.",
         "",
         "```python",
-        f"from {'peft' if config.lora_rank else 'transformers'} import {auto}",
-        "from transformers import AutoTokenizer",
-        "",
-        f'model = {auto}.from_pretrained("."{count})',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        *_loading(config, classes, made),
         "```",
     ]
     if config.lora_rank:
@@ -114,5 +189,6 @@ def page(
         lines += ["", "Classes: " + ", ".join(f"{k}: {name}" for k, name in enumerate(classes))]
     if figures:
         lines += ["", "On the evaluation data: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())]
+    lines += ["", "`privacy.json` has the guarantee and what it rests on, for programs."]
     lines += ["", "Publish the files in this folder; never `checkpoints/`, which holds the key of the noise."]
     return "\n".join(lines) + "\n"

@@ -111,7 +111,7 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
     job.train()
     if not job.figures:
         job.evaluate()
-    return _finish(job, tokenizer, names, say)
+    return _finish(job, tokenizer, names, made, say)
 
 
 def _checkpoint(config: FinetuneConfig, place: Place) -> tuple[Path | None, dict[str, Any] | None]:
@@ -185,8 +185,9 @@ def _announce(say: Any, job: Job, made: bool) -> None:
         say("NOT PRIVATE: the noise multiplier is 0")
 
 
-def _finish(job: Job, tokenizer: Any, names: list[Any] | None, say: Any) -> result.FinetuneResult:
+def _finish(job: Job, tokenizer: Any, names: list[Any] | None, made: bool, say: Any) -> result.FinetuneResult:
     config, plan, epsilon = job.config, job.plan, job.epsilon()
+    checked = str(job.private.separation or "not looked at")
     net: Any = job.private.to_standard_module()
     state = None
     if config.fsdp:
@@ -194,8 +195,8 @@ def _finish(job: Job, tokenizer: Any, names: list[Any] | None, say: Any) -> resu
 
         state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if job.place.rank == 0:
-        text = result.page(config, plan, epsilon, job.figures, names)
-        result.save(Path(config.output), net, tokenizer, text, state)
+        card = result.card(config, plan, epsilon, job.figures, names, made)
+        result.save(Path(config.output), net, tokenizer, card, result.facts(config, plan, epsilon, checked), state)
     job.place.wait()
     spent = f"epsilon {epsilon:.3f} at delta {plan.delta:g} after {job.step} steps"
     figures = "".join(f", {name} {value:.4g}" for name, value in job.figures.items())
