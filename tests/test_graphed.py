@@ -36,7 +36,7 @@ class Twins:
         self.model, self.optimizer = private(model, size, **options)
         self.twin, self.plain = private(twin, size, **options)
         self.loss = loss
-        self.step = dpfast.graphed(self.model, self.private_loss, compiled)
+        self.step = dpfast.graphed(self.model, self.private_loss, compiled=compiled)
 
     def private_loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         *inputs, target = batch
@@ -231,7 +231,7 @@ def test_padding_contributes_nothing(compiled):
             max_grad_norm=0.05,
             noise_generator=torch.Generator().manual_seed(1),
         )
-        step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), compiled)
+        step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), compiled=compiled)
         torch.manual_seed(3)
         with dpfast.BatchMemoryManager(
             data_loader=loader, max_physical_batch_size=6, optimizer=optimizer, pad=graph

@@ -235,6 +235,11 @@ class Batches:
         elif self.signalled is not None:
             self.signalled.dropped = True
 
+    def lose(self) -> None:
+        """The physical batch was counted as a part of the step, and nothing of it was summed."""
+        if self.pieces:
+            self._lose(self.pieces[0])
+
     def _lose(self, held: Piece) -> None:
         if not held.whole:
             held.batch.dropped = True
