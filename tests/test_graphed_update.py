@@ -21,8 +21,6 @@ from tests.test_graphed import STEPS, Twins, batch, private, small, train
 LATER = 100  # batches that no earlier step of a test has seen
 
 
-
-
 def whole(model: nn.Module | None = None, **options) -> Twins:
     return Twins(model or small(), 5, whole=True, **options)
 

@@ -192,6 +192,8 @@ class ClippedSum(Recorder):
         if self.waits_for_step:
             self.batches.drop_piece()
             self.drop()
+        elif self.batches.tried and self.used:  # its step was refused
+            self.lose()
 
     def drop(self) -> None:
         """Forget what is summed."""
@@ -271,7 +273,7 @@ class ClippedSum(Recorder):
         return padding
 
     def lose(self) -> None:
-        """The graph of :meth:`begin_graph` has not run: what it would have added to is no whole batch any more."""
+        """The sum of a physical batch is gone, and with it the whole of its logical batch."""
         self.batches.lose()
         self.drop()
 
