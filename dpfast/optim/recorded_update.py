@@ -35,7 +35,7 @@ def why_not_recorded(optimizer: FusedDPOptimizer) -> str | None:
     if optimizer.ranks.world_size > 1 or optimizer.ranks.sharded:
         return "ranks add their sums up before the update"
     if clipped_sum.loss_scale != 1:
-        return "a GradScaler steps the optimizer"
+        return "a GradScaler scales the loss"
     if any(p.device.type != "cpu" for p in clipped_sum.names):
         return "the model is not on a CPU"
     if (why := why_not_fused(optimizer.original_optimizer)) is not None:
