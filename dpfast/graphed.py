@@ -216,14 +216,15 @@ class Graphed:
             given += self._opened(update)
         with torch.no_grad(), full_precision(device):
             loss, *rest = graph.replay(*given)
-        self.replays += 1
         if has_lost(rest[3]):
-            self.replays -= 1
             torch.set_rng_state(random)
             if update is None:
                 recorder.batches.take_back(forward)
                 return self._as_written(batch)
             loss, *rest = self._function(size, batch, update)(*given)
+        else:
+            self.replays += 1
+            self.updates += update is not None
         setting = recorder.clips_with(size)
         of_samples, out = Factors(*rest[:4]), rest[4:]
         if update is None:
@@ -233,7 +234,6 @@ class Graphed:
         else:
             update.end(out)
             recorder.report(of_samples, setting.scales.of_norms, padding)
-            self.updates += 1
         return loss
 
     def _as_written(self, batch: Sequence[Any]) -> Tensor:

@@ -259,7 +259,7 @@ def test_a_sample_that_is_not_finite(name, bad, monkeypatch):
     train(twins, 9)
     x, y = batch(LATER)
     x[2, 0, 0] = bad
-    replays, recorded, steps = twins.step.replays, twins.step.recorded, len(used)
+    replays, recorded, steps = twins.step.updates, twins.step.recorded, len(used)
     with pytest.warns(RuntimeWarning, match="contributes exact zeros"):
         twins.step(x, y)
     assert len(used) == steps + 1
@@ -268,7 +268,7 @@ def test_a_sample_that_is_not_finite(name, bad, monkeypatch):
     assert twins.model.nonfinite_samples == twins.twin.nonfinite_samples == 1
     twins.update()
     assert all(p.isfinite().all() for p in twins.model.parameters())
-    assert (twins.step.replays, twins.step.recorded) == (replays, recorded)
+    assert twins.step.updates == twins.step.replays == replays and twins.step.recorded == recorded
     assert twins.optimizer.noise.step == twins.plain.noise.step == 10
     assert_states_alike(twins)
     assert train(twins, 3, first=LATER + 1) >= 2
