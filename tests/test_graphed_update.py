@@ -128,7 +128,7 @@ def test_physical_batches_to_the_bit(secure, options, monkeypatch):
             **options,
         )
         step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), optimizer)
-        logical, parts = 0, 0
+        logical, parts, norms = 0, 0, []
         for _ in range(4):
             with dpfast.BatchMemoryManager(
                 data_loader=loader, max_physical_batch_size=3, optimizer=optimizer, pad=True
@@ -138,12 +138,13 @@ def test_physical_batches_to_the_bit(secure, options, monkeypatch):
                     logical, parts = logical + piece.last, parts + 1
                     if graph:
                         step(x, y)
-                        continue
-                    optimizer.zero_grad()
-                    mse(model(x), y).backward()
-                    optimizer.step()
+                    else:
+                        optimizer.zero_grad()
+                        mse(model(x), y).backward()
+                        optimizer.step()
+                    norms.append(model.per_sample_gradient_norms)  # of the samples, without padding
         assert optimizer.noise.step == logical < parts
-        return [p.detach().clone() for p in model.parameters()], step, logical, parts
+        return [*norms, *(p.detach().clone() for p in model.parameters())], step, logical, parts
 
     (found, step, logical, parts), (expected, *_) = run(True), run(False)
     for p, q in zip(found, expected, strict=True):
@@ -451,6 +452,27 @@ def test_a_refusal_takes_the_whole_logical_batch_along():
     assert all(map(torch.equal, before, model.parameters())) and optimizer.noise.step == 6
     logical(LATER + 10, 2)
     assert optimizer.noise.step == 7 and not any(map(torch.equal, before, model.parameters()))
+
+
+def test_the_same_samples_do_not_count_twice():
+    model, optimizer = private(small(), 5)
+    step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), optimizer)
+
+    def logical(*batches: tuple[Tensor, Tensor]) -> None:
+        for k, given in enumerate(batches):
+            optimizer.signal_skip_step(do_skip=k < len(batches) - 1)
+            step(*given)
+
+    for k in range(6):
+        logical(batch(2 * k), batch(2 * k + 1))
+    before, replayed = [p.detach().clone() for p in model.parameters()], step.updates
+    (x, y), other = batch(LATER), batch(LATER + 1)
+    with pytest.raises(ValueError, match="second backward pass"):
+        logical((x, y), (x, y))
+    assert all(map(torch.equal, before, model.parameters())) and optimizer.noise.step == 6
+    optimizer.abandon()
+    logical((x, y), other)
+    assert optimizer.noise.step == 7 and replayed > 2
 
 
 def test_an_error_of_the_graph_writes_nothing():
