@@ -171,7 +171,9 @@ def prepare(
             model, optimizer, loader = parts
         trainer = Trainer(model, optimizer, loader, criterion, engine, ghost, summed)
     if method.recorded:
-        trainer.recorded = importlib.import_module("dpfast").graphed(trainer.model, trainer.loss, method.compiled)
+        trainer.recorded = importlib.import_module("dpfast").graphed(
+            trainer.model, trainer.loss, compiled=method.compiled
+        )
     elif method.compiled:
         trainer.model = torch.compile(trainer.model)  # type: ignore[assignment]
     return trainer

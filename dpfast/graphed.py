@@ -7,30 +7,28 @@ and that none counts twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpfast.capture.refusals import LayoutError
+from dpfast.capture.strangers import Strangers
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.capture.which_samples import ForwardPass
 from dpfast.clipping.at_once import Ended, has_lost, is_fixed, key_of, presence, traced
-from dpfast.clipping.closing import Factors, closed
-from dpfast.clipping.compiled_backward import mark_backward, with_compiled_backward
+from dpfast.clipping.closing import Factors
+from dpfast.clipping.compiled_backward import with_compiled_backward
 from dpfast.model.private_model import FusedHooks
+from dpfast.model.step_function import StepFunction, captured
 from dpfast.ops import full_precision, needs_full_precision
+from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.optim.recorded_update import RecordedUpdate, why_not_recorded
 
-MOST_GRAPHS = 16  # kinds of calls that are kept: the oldest one goes
-
-
-class _Seen(NamedTuple):
-    """What the first call of a kind has shown."""
-
-    batch: int
-    inputs: Any  # of the model: what it was called with, each tensor as its place in the batch
+logger = logging.getLogger(__name__)
+MOST_GRAPHS = 16  # kinds of calls that are kept, and graphs of each: the oldest one goes
 
 
 class _Graph(NamedTuple):
@@ -39,24 +37,39 @@ class _Graph(NamedTuple):
     parameters: list[int]  # which objects the model's are
 
 
-class _Known(NamedTuple):
-    """A kind of call."""
+@dataclass
+class _Known:
+    """What the first call of a kind has shown."""
 
-    seen: _Seen
-    graph: _Graph | None = None
+    batch: int
+    inputs: Any  # of the model: what it was called with, each tensor as its place in the batch
+    graphs: dict[Any, _Graph] = field(default_factory=dict)  # by what the update depends on, None without one
+
+    def make_room(self, update: RecordedUpdate | None) -> None:
+        """Another graph comes; those of parameters or states that are gone would keep their memory."""
+        if update is not None:
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key is None or key[0] is update.key[0]}
+        while len(self.graphs) >= MOST_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
 
 
-def graphed(model: nn.Module, loss: Callable[..., Tensor], compiled: bool = False) -> Graphed:
-    """``loss(model, *batch).backward()`` of a private model, replayed as a graph.
+def graphed(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    optimizer: FusedDPOptimizer | None = None,
+    compiled: bool = False,
+) -> Graphed:
+    """``loss(model, *batch).backward()`` of a private model, replayed as a graph; with an ``optimizer``, a whole step.
 
-    What it returns is called with each batch, in the place of forward, loss and backward, and gives the loss, without
-    a graph of its own. ``optimizer.step()`` and ``zero_grad()`` follow as ever::
+    What it returns is called with each batch and gives the loss, without a graph of its own. With an optimizer a call
+    is ``optimizer.zero_grad()``, forward, loss, backward and ``optimizer.step()``, so that ``p.grad`` holds the noisy
+    gradient afterwards::
 
-        step = graphed(model, lambda model, x, y: F.cross_entropy(model(x), y))
+        step = graphed(model, lambda model, x, y: F.cross_entropy(model(x), y), optimizer)
         for x, y in loader:
             step(x, y)
-            optimizer.step()
-            optimizer.zero_grad()
+
+    Without one it stands for forward, loss and backward, and ``optimizer.step()`` and ``zero_grad()`` follow as ever.
 
     The first call of a kind runs as it is written, and the second one is recorded. A kind is a shape, dtype and device
     of every tensor of the batch, with what else a step depends on: what is trained, train() or eval() of every module,
@@ -68,23 +81,46 @@ def graphed(model: nn.Module, loss: Callable[..., Tensor], compiled: bool = Fals
     Python code of the model and of the loss is not run again: a branch that it takes by a value of its own (a counter,
     a random number of Python's) stays as it was, while random numbers of torch's, as in dropout, are new each time.
 
+    Of a whole step in particular:
+
+    - Key, step, standard deviation and hyperparameters are tensors that each call gives to the graph. So a key and a
+      step never meet two batches, and learning rate schedulers need no other recording.
+    - The step is accounted for before the graph runs. What refuses, as an accountant may, does so with nothing written.
+      The sum of the call was not made then, and the whole of its logical batch is dropped.
+    - Where a sample's norm is not finite the graph writes nothing, no parameter and no state. The step runs as it is
+      written, with the noise that was handed out for it and that nothing has met yet.
+    - The update is outside of the graph, and ``optimizer.step()`` called, where a physical batch is not the last one of
+      its logical batch, under step hooks, adaptive clipping, DiSK, a GradScaler, several ranks, on a GPU, and for
+      optimizers or settings whose update is not made in the noise's pass. A warning is logged once for each reason.
+
     Args:
         model: what ``make_private`` has returned, not compiled.
         loss: called with the model and the batch; the loss over the batch, as for ``backward()``.
-        compiled: forward and backward go through Inductor, which takes a while once. What clips is replayed as it is,
-            on the very activations and backprops that Inductor's code has written.
+        optimizer: what ``make_private`` has returned with the model, for whole steps.
+        compiled: forward and backward go through Inductor, which takes a while once. What clips and what updates is
+            replayed as it is, on the very activations and backprops that Inductor's code has written.
 
     Raises:
-        ValueError: ``model`` is not private, or is compiled, sharded or run one sample at a time.
+        ValueError: ``model`` is not private, or is compiled, sharded or run one sample at a time; ``optimizer`` is not
+            the model's.
         RuntimeError: from a call, with the operator's name, where the step cannot be recorded.
     """
-    return Graphed(model, loss, compiled)
+    return Graphed(model, loss, optimizer, compiled)
 
 
 class Graphed:
-    """See :func:`graphed`. ``replays`` counts the calls that were replayed, ``recorded`` those that were recorded."""
+    """See :func:`graphed`. ``replays`` counts the calls that were replayed, ``recorded`` those that were recorded.
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], compiled: bool = False):
+    ``updates`` counts the replays that were whole steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        optimizer: FusedDPOptimizer | None = None,
+        compiled: bool = False,
+    ):
         hooks = model
         if hasattr(model, "_orig_mod"):
             raise ValueError("graphed: the model is compiled; give the one that make_private has returned")
@@ -93,27 +129,39 @@ class Graphed:
                 f"graphed: {type(model).__name__} is not a private model of grad_sample_mode='fused'; give what "
                 f"make_private has returned"
             )
-        self.model, self.loss, self.compiled = model, loss, compiled
+        self.model, self.loss, self.optimizer, self.compiled = model, loss, optimizer, compiled
         self.entry, self.recorder = hooks._model_forward, hooks.clipped_sum
         if self.recorder.ranks.sharded or self.recorder.alone:
             raise ValueError("graphed: models that are sharded, or trained one sample at a time, cannot be recorded")
+        if optimizer is not None and getattr(optimizer, "clipped_sum", None) is not self.recorder:
+            raise ValueError(
+                f"graphed: optimizer is a {type(optimizer).__name__} that is not this model's; give the one that "
+                f"make_private has returned with the model, or None to call its step() yourself"
+            )
         self.modules = [*model.modules()]
         self.kinds: dict[Any, _Known] = {}
-        self.replays = self.recorded = 0
+        self.replays = self.recorded = self.updates = 0
+        self._told: set[str] = set()  # why updates stay outside
 
     def __call__(self, *batch: Any) -> Tensor:
-        """Clip and sum a batch, of tensors in any containers; the loss, a tensor without a graph."""
+        """Clip and sum a batch, of tensors in any containers, and step if there is an optimizer.
+
+        Returns:
+            The loss, a tensor without a graph.
+        """
         if not torch.is_grad_enabled():
             raise RuntimeError("graphed: gradients are off; call it outside of torch.no_grad()")
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         kind = self._kind(batch)
         known = self.kinds.get(kind)
         if known is None:
             return self._first(kind, batch)
         held = tensors(batch)
-        args, kwargs = map_tensors(lambda place: held[place.numpy().item()], known.seen.inputs)
+        args, kwargs = map_tensors(lambda place: held[place.numpy().item()], known.inputs)
         if not self._is_plain() or self.entry.is_to_look(args, kwargs):
             return self._as_written(batch)
-        return self._as_graph(kind, known, batch, args, kwargs)
+        return self._as_graph(known, batch, args, kwargs)
 
     def _first(self, kind: Any, batch: Sequence[Any]) -> Tensor:
         """A call of a new kind: run as it is written, looking at what the model is called with."""
@@ -129,23 +177,24 @@ class Graphed:
                 )
 
         with self.model.register_forward_pre_hook(look, prepend=True, with_kwargs=True):
-            out = self._as_written(batch)
+            loss = self._backward(batch)
         if calls and self.recorder.batch_size:
             while len(self.kinds) >= MOST_GRAPHS:
                 del self.kinds[next(iter(self.kinds))]
-            self.kinds[kind] = _Known(_Seen(self.recorder.batch_size, calls[0]))
-        return out
+            self.kinds[kind] = _Known(self.recorder.batch_size, calls[0])
+        self._step()
+        return loss
 
-    def _as_graph(self, kind: Any, known: _Known, batch: Sequence[Any], args: Any, kwargs: Any) -> Tensor:
+    def _as_graph(self, known: _Known, batch: Sequence[Any], args: Any, kwargs: Any) -> Tensor:
         """Replay the call's graph, which is recorded first if there is none."""
-        recorder, seen = self.recorder, known.seen
+        recorder, size = self.recorder, known.batch
         forward = ForwardPass()
-        forward.saw(args, kwargs, seen.batch, self.entry.batch_dim)
+        forward.saw(args, kwargs, size, self.entry.batch_dim)
         recorder.start_forward()
         recorder.batches.forward(forward)
         self.entry.count_step()
         device = next(iter(recorder.names)).device
-        present = presence(seen.batch, recorder.batches.padding([forward]), device)
+        present = presence(size, recorder.batches.padding([forward]), device)
         given = [recorder.clipping.on(device), present, *recorder.shift.shifts.values(), *tensors(batch)]
         random = torch.get_rng_state()
         if elsewhere := [x.device for x in given if device.type == "cuda" and x.device != device]:
@@ -153,29 +202,77 @@ class Graphed:
                 f"graphed: a tensor of the batch is on {elsewhere[0]}, the model on {device}; a CUDA graph would take "
                 f"what is elsewhere for constant: move the batch to {device} first"
             )
-        graph = known.graph
+        update = self._update()
+        key = update.key if update is not None else None
+        graph = known.graphs.get(key)
         if graph is None or graph.parameters != self._parameters():
-            graph = self._record(seen.batch, batch, given)
-            self.kinds[kind] = _Known(seen, graph)
+            known.make_room(update)
+            blank = update.inputs() if update is not None else []
+            graph = known.graphs[key] = self._record(size, batch, [*given, *blank], update)
             torch.set_rng_state(random)
+        padding: list[int] = []
+        if update is not None:
+            padding = recorder.begin_graph(forward, size)
+            given += self._opened(update)
         with torch.no_grad(), full_precision(device):
             loss, *rest = graph.replay(*given)
         if has_lost(rest[3]):
             torch.set_rng_state(random)
-            recorder.batches.take_back(forward)
-            return self._as_written(batch)
-        setting = recorder.clips_with(seen.batch)
-        of_samples, sums = Factors(*rest[:4]), rest[4:]
-        sensitivity = setting.clipping.sensitivity
-        ended = Ended(graph.clipped, sums, of_samples, setting.scales, sensitivity, seen.batch)
-        recorder.end_graph(ended, forward)
-        self.replays += 1
+            if update is None:
+                recorder.batches.take_back(forward)
+                return self._as_written(batch)
+            loss, *rest = self._function(size, batch, update)(*given)
+        else:
+            self.replays += 1
+            self.updates += update is not None
+        setting = recorder.clips_with(size)
+        of_samples, out = Factors(*rest[:4]), rest[4:]
+        if update is None:
+            sensitivity = setting.clipping.sensitivity
+            recorder.end_graph(Ended(graph.clipped, out, of_samples, setting.scales, sensitivity, size), forward)
+            self._step()
+        else:
+            update.end(out)
+            recorder.report(of_samples, setting.scales.of_norms, padding)
         return loss
 
     def _as_written(self, batch: Sequence[Any]) -> Tensor:
+        loss = self._backward(batch)
+        self._step()
+        return loss
+
+    def _backward(self, batch: Sequence[Any]) -> Tensor:
         loss = self.loss(self.model, *batch)
         loss.backward()
         return loss.detach()
+
+    def _step(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def _update(self) -> RecordedUpdate | None:
+        """The update that ends this call, where it can be a part of the graph."""
+        if self.optimizer is None or self.optimizer.is_to_skip:
+            return None
+        if (why := why_not_recorded(self.optimizer)) is not None:
+            if why not in self._told:
+                self._told.add(why)
+                logger.warning("graphed: noise and update are not a part of the recorded step: %s", why)
+            return None
+        self.recorder.start_physical_batch()  # sums of another logical batch go
+        update = RecordedUpdate(self.optimizer)
+        return None if update.why_not is not None else update
+
+    def _opened(self, update: RecordedUpdate) -> list[Tensor]:
+        """The step is accounted for, and has its noise; what the graph is given for its update."""
+        try:
+            if not update.optimizer.begin_step():
+                raise AssertionError("a physical batch that was the last one of its logical batch is not any more")
+            noise, rounding_key, _ = update.optimizer.open_update()
+        except BaseException:
+            self.recorder.lose()
+            raise
+        return update.inputs(noise, rounding_key)
 
     def _is_plain(self) -> bool:
         """Whether the model is one whose layers tell the samples apart, by tensors alone, as its clipping does."""
@@ -204,45 +301,18 @@ class Graphed:
         held = [held for module in self.modules for held in (module._parameters, module._buffers)]
         return [id(x) for each in held for x in each.values()]
 
-    def _record(self, batch_size: int, batch: Sequence[Any], given: Sequence[Tensor]) -> _Graph:
+    def _function(self, size: int, batch: Sequence[Any], update: RecordedUpdate | None) -> StepFunction:
+        run = update.run if update is not None else None
+        return StepFunction(self.model, self.loss, self.recorder, size, batch, run)
+
+    def _record(
+        self, size: int, batch: Sequence[Any], given: Sequence[Tensor], update: RecordedUpdate | None
+    ) -> _Graph:
         """The step on ``batch`` as a graph, which has not been used yet."""
         recorder = self.recorder
-        shifted = [*recorder.shift.shifts]
-        setting = recorder.clips_with(batch_size)
-        params: list[Any] = []
-        strangers = _Strangers(batch_size)
-
-        def run(thresholds: Tensor, present: Tensor, *rest: Tensor) -> list[Tensor]:
-            shifts, its_tensors = rest[: len(shifted)], iter(rest[len(shifted) :])
-            result: list[Tensor] = []
-
-            def close() -> None:
-                strangers.ended = True
-                if self.compiled:
-                    mark_backward()
-                taken = recorder.take()
-                forms = {p: its for p, its in taken.items() if recorder.tracked is None or p in recorder.tracked}
-                params[:] = forms
-                with torch.no_grad(), torch.autocast(thresholds.device.type, enabled=False):
-                    found, sums = closed(forms, setting, thresholds, present)
-                result.extend([*found, *sums])
-
-            before = recorder.shift.shifts
-            with recorder.setting(inside=True, batch_sizes=[batch_size], new_layouts=set(), closing=close):
-                recorder.shift.set(dict(zip(shifted, shifts, strict=True)))
-                recorder.shift.start_forward()
-                known = [*self.model.parameters(), *self.model.buffers(), *rest, *recorder.shift.at(shifted)]
-                try:
-                    with strangers:
-                        strangers.start(known)
-                        loss = self.loss(self.model, *map_tensors(lambda _: next(its_tensors), batch))
-                        loss.backward()
-                finally:
-                    recorder.shift.set(before)
-                if strange := recorder.new_layouts - recorder.verified:
-                    raise LayoutError(f"layers {sorted(name for name, *_ in strange)} were not seen in the first step")
-            return [loss.detach(), *result]
-
+        run = self._function(size, batch, update)
+        run.strangers = Strangers(size)
+        run.marks = self.compiled
         try:
             replay: Any = run
             if self.compiled or not given[0].is_cuda:
@@ -250,7 +320,7 @@ class Graphed:
             if self.compiled:
                 replay = with_compiled_backward(replay, given)
             if given[0].is_cuda:
-                replay = _captured(replay, given)
+                replay = captured(replay, given)
         except Exception as error:
             recorder.take()
             recorder.batches.forwards = 0
@@ -260,57 +330,7 @@ class Graphed:
                 f"without graphed"
             ) from error
         self.recorded += 1
-        return _Graph(replay, params, self._parameters())
-
-
-class _Strangers(TorchDispatchMode):
-    """Refuses tensors that come from elsewhere, and may be of the samples: a graph would keep them for all batches."""
-
-    def __init__(self, batch: int):
-        super().__init__()
-        self.batch = batch
-        self.known: set[int] = set()
-        self.ended = False  # what clips has constants of its own
-
-    def start(self, known: Sequence[Tensor]) -> None:
-        """A forward begins, which may use ``known``."""
-        self.ended, self.known = False, set(map(_storage, known))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.ended:
-            for x in tensors((args, kwargs)):
-                if self.batch in x.shape and _storage(x) not in self.known:
-                    raise ValueError(
-                        f"the loss or the model uses a tensor of shape {list(x.shape)} that is not in the batch, and "
-                        f"may be of its samples: give it to the call, beside the others"
-                    )
-        out = func(*args, **(kwargs or {}))
-        self.known.update(map(_storage, tensors(out)))
-        return out
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
-
-
-def _captured(run: Callable[..., list[Tensor]], given: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """``run`` as a CUDA graph; what it returns is copied, as the next replay writes over it."""
-    held = [x.clone() for x in given]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # whatever a first run sets up is there when it is captured
-        run(*held)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(*held)
-
-    def replay(*given: Tensor) -> list[Tensor]:
-        torch._foreach_copy_(held, list(given))
-        graph.replay()
-        return [x.clone() for x in out]
-
-    return replay
+        return _Graph(replay, run.clipped, self._parameters())
 
 
 def _shape(x: Tensor) -> Any:

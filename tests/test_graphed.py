@@ -29,14 +29,21 @@ def private(model: nn.Module, size: int, **options):
 
 
 class Twins:
-    """A private model whose steps are recorded, and its twin whose are not, given the same batches."""
+    """A private model whose steps are recorded, and its twin whose are not, given the same batches.
 
-    def __init__(self, model: nn.Module, size: int, loss=mse, compiled: bool = False, **options):
+    ``whole`` steps have their updates in the graph; ``make`` makes the optimizers.
+    """
+
+    def __init__(self, model: nn.Module, size: int, loss=mse, compiled=False, whole=False, make=None, **options):
         twin = copy.deepcopy(model)
-        self.model, self.optimizer = private(model, size, **options)
-        self.twin, self.plain = private(twin, size, **options)
-        self.loss = loss
-        self.step = dpfast.graphed(self.model, self.private_loss, compiled)
+
+        def one(model: nn.Module):
+            return private(model, size, **({"optimizer": make(model)} if make else {}), **options)
+
+        (self.model, self.optimizer), (self.twin, self.plain) = one(model), one(twin)
+        self.loss, self.whole = loss, whole
+        optimizer = self.optimizer if whole else None
+        self.step = dpfast.graphed(self.model, self.private_loss, optimizer, compiled)
 
     def private_loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         *inputs, target = batch
@@ -52,11 +59,14 @@ class Twins:
         assert torch.equal(self.model.per_sample_gradient_norms, self.twin.per_sample_gradient_norms)
 
     def update(self) -> None:
-        for optimizer in (self.optimizer, self.plain):
-            optimizer.step()
-            optimizer.zero_grad()
+        if not self.whole:
+            self.optimizer.step()
+        self.plain.step()
         for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True):
             assert torch.equal(p, q)
+            assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
+        for optimizer in (self.optimizer, self.plain):
+            optimizer.zero_grad()
 
     def both(self, do) -> None:
         do(self.model, self.optimizer)
@@ -86,20 +96,18 @@ def train(twins: Twins, steps: int = STEPS, first: int = 0) -> int:
 def test_every_layer_to_the_bit(name):
     torch.manual_seed(0)
     model, inputs, target = specimen(name, 5, F32)
-    twins = Twins(model.train(), 5, loss_of_layer(name))
+    twins = Twins(model.train(), 5, loss_of_layer(name), whole=True)
     if name in REFUSED:
         with pytest.raises(RuntimeError, match=REFUSED[name]):
             for _ in range(3):
                 twins.step(*inputs, target)
-                twins.optimizer.step()
-                twins.optimizer.zero_grad()
         return
     for k in range(STEPS):
         torch.manual_seed(k)
         _, inputs, target = specimen(name, 5, F32)
         twins.backward(*inputs, target)
         twins.update()
-    assert twins.step.replays >= STEPS - 3
+    assert twins.step.updates == twins.step.replays >= STEPS - 3
 
 
 @pytest.mark.parametrize(
@@ -115,8 +123,12 @@ def test_every_layer_to_the_bit(name):
     ],
     ids=str,
 )
-def test_clipping_and_ascents_to_the_bit(options):
-    assert train(Twins(small(), 5, **options)) >= STEPS - 4
+@pytest.mark.parametrize("whole", [False, True])
+def test_clipping_and_ascents_to_the_bit(options, whole):
+    twins = Twins(small(), 5, whole=whole, **options)
+    assert train(twins) >= STEPS - 4
+    outside = isinstance(options.get("ascent"), dpfast.DiSK)
+    assert twins.step.updates == (twins.step.replays if whole and not outside else 0)
 
 
 def test_physical_batches_add_up():
@@ -231,7 +243,7 @@ def test_padding_contributes_nothing(compiled):
             max_grad_norm=0.05,
             noise_generator=torch.Generator().manual_seed(1),
         )
-        step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), compiled)
+        step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), compiled=compiled)
         torch.manual_seed(3)
         with dpfast.BatchMemoryManager(
             data_loader=loader, max_physical_batch_size=6, optimizer=optimizer, pad=graph
@@ -258,15 +270,14 @@ def test_a_compiled_step_is_within_rounding(width):
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.LayerNorm(width), nn.Linear(width, 3))
     twin = copy.deepcopy(model)
     (model, optimizer), (twin, plain) = private(model, 5), private(twin, 5)
-    step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), compiled=True)
+    step = dpfast.graphed(model, lambda model, x, y: mse(model(x), y), optimizer, compiled=True)
     for k in range(STEPS):
         x, y = batch(k)
         step(x, y)
         mse(twin(x), y).backward()
-        for each in (optimizer, plain):
-            each.step()
-            each.zero_grad()
-    assert step.replays >= STEPS - 3
+        plain.step()
+        plain.zero_grad()
+    assert step.updates == step.replays >= STEPS - 3
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 

@@ -160,9 +160,23 @@ class ClippedSum(Recorder):
         if self.tracked is not None and not self.tracked.issuperset(taken):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
         if (recorded or ended) and narrowed and self.loss_is_mean:
-            size = self._common_batch(recorded) if ended is None else ended.batch
-            if size > 1:
-                raise ValueError(refusal(*narrowed, size))
+            self._check_mean(narrowed, self._common_batch(recorded) if ended is None else ended.batch)
+        padding = self._admit(bool(taken or ended))
+        try:
+            if ended is None:
+                self._sum_up(recorded, batch, padding)
+            else:
+                self._add(ended, padding)
+        except BaseException:
+            self.drop()  # a part of the sums may be there: retried, a sample would count twice
+            raise
+
+    def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:
+        if size > 1:
+            raise ValueError(refusal(*narrowed, size))
+
+    def _admit(self, reached: bool) -> list[int]:
+        """The running pass is to be a part of the step, or is refused; rows of it that no sample is in."""
         self.start_physical_batch()
         if self._backwards and not self.accumulation_allowed:
             raise ValueError(
@@ -173,16 +187,12 @@ class ClippedSum(Recorder):
         parameters = self.tracked if self.tracked is not None else self.names
         if self.batches.used and all(getattr(p, "summed_grad", None) is None for p in parameters):
             self.batches.drop()  # the sums were cleared by hand
-        self.batches.use(self.passing, bool(taken or ended), drawn=not self.accumulation_allowed)
-        padding = self.batches.padding(self.passing)
-        try:
-            if ended is None:
-                self._sum_up(recorded, batch, padding)
-            else:
-                self._add(ended, padding)
-        except BaseException:
-            self.drop()  # a part of the sums may be there: retried, a sample would count twice
-            raise
+        self.batches.use(self.passing, reached, drawn=not self.accumulation_allowed)
+        return self.batches.padding(self.passing)
+
+    def _count_pass(self, sensitivity: float) -> None:
+        self._backwards += 1
+        self.sensitivity = max(self.sensitivity, sensitivity)
 
     def drop_physical_batch(self) -> None:
         """Gradients are cleared before a step has used them: the batch is left out, with the logical one around it."""
@@ -190,6 +200,8 @@ class ClippedSum(Recorder):
         if self.waits_for_step:
             self.batches.drop_piece()
             self.drop()
+        elif self.batches.tried and self.used:  # its step was refused
+            self.lose()
 
     def drop(self) -> None:
         """Forget what is summed."""
@@ -201,8 +213,7 @@ class ClippedSum(Recorder):
     def _sum_up(
         self, recorded: dict[nn.Parameter, list[Form | Waiting]], batch: int | None, padding: list[int]
     ) -> None:
-        self._backwards += 1
-        self.sensitivity = max(self.sensitivity, self.clipping.sensitivity)
+        self._count_pass(self.clipping.sensitivity)
         if not recorded:
             self.per_sample_gradient_norms = torch.zeros(batch or 0)
             if self.ranks.sharded:
@@ -219,7 +230,7 @@ class ClippedSum(Recorder):
             found = factors_of(forms, groups, device, setting, self.clipping.on(device))
             if padding:
                 found.factors.index_fill_(1, index_of(tuple(padding), device), 0.0)
-            self._report(found, setting.scales.of_norms, padding)
+            self.report(found, setting.scales.of_norms, padding)
             if self.keeps_grad_samples:
                 for p, its in zip(params, forms, strict=True):
                     keep_grad_sample(p, its, setting.scales.of_norms, padding)
@@ -255,10 +266,31 @@ class ClippedSum(Recorder):
         self.sources, self._ended = {""}, ended
         self.close()
 
+    def begin_graph(self, forward: ForwardPass, size: int) -> list[int]:
+        """A recorded graph of a whole step is to run, on ``size`` samples: as :meth:`close`, but for the sum.
+
+        Returns:
+            Rows that no sample is in, for :meth:`report`.
+        """
+        narrowed, self.narrowed, self.passing = self.narrowed, None, {forward: []}
+        try:
+            if narrowed and self.loss_is_mean:
+                self._check_mean(narrowed, size)
+            padding = self._admit(True)
+        finally:
+            self.passing.clear()
+        self._count_pass(self.clipping.sensitivity)
+        self.last_source = ""
+        return padding
+
+    def lose(self) -> None:
+        """The sum of a physical batch is gone, and with it the whole of its logical batch."""
+        self.batches.lose()
+        self.drop()
+
     def _add(self, ended: Ended, padding: list[int]) -> None:
-        self._backwards += 1
-        self.sensitivity = max(self.sensitivity, ended.sensitivity)
-        self._report(ended.found, ended.scales.of_norms, padding)
+        self._count_pass(ended.sensitivity)
+        self.report(ended.found, ended.scales.of_norms, padding)
         if self.accumulated or self._backwards > 1 or self.loss_scale != 1:
             for p, clipped in zip(ended.params, ended.sums, strict=True):
                 self._accumulate(p, clipped)
@@ -286,7 +318,7 @@ class ClippedSum(Recorder):
         of_norms = (size if self.loss_is_mean else 1) / self.loss_scale
         return Setting(self.clipping, self.planner, self.names, Scales(of_norms, of_norms * self.loss_scale))
 
-    def _report(self, found: Factors, scale: float, padding: list[int]) -> None:
+    def report(self, found: Factors, scale: float, padding: list[int]) -> None:
         """Norms and counts of the samples, without rows that none is in."""
         squared, bounds, lost = found.squared, found.bounds, found.lost
         if padding:

@@ -229,11 +229,20 @@ class Batches:
 
     def drop_piece(self) -> None:
         """The physical batch is not to be used, though its backward was run."""
+        held = self.piece
+        if held is not None and held.loop is not None and not held.whole:
+            self._lose(held)  # and it stays: used once more, it is no batch of its own
+            return
         held = self.stepped()
         if held is not None:
             self._lose(held)
         elif self.signalled is not None:
             self.signalled.dropped = True
+
+    def lose(self) -> None:
+        """What the physical batch was a part of is no whole logical batch any more."""
+        if self.pieces:
+            self._lose(self.pieces[0])
 
     def _lose(self, held: Piece) -> None:
         if not held.whole:

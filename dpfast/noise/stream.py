@@ -34,6 +34,7 @@ class NoiseStream:
     | :meth:`renew`, thus ``PrivacyEngine.load_checkpoint`` | the next step has a new key |
     | :meth:`load_state_dict` | the same key: only for a caller that also brings the very same batches back |
     | a CUDA graph's capture, a trace | refused: what it replays would have the noise of one step for ever |
+    | ``dpfast.graphed`` | each call asks :meth:`next`, outside of the graph, which is given key and step as tensors |
 
     ``fast`` (the default): Philox4x32-10 with a key of 64 bits, drawn once, at the first step. It is the operating
     system's, whatever ``torch.manual_seed`` was given; only ``generator`` repeats it. It is no cryptographic generator.

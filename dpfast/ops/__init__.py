@@ -46,6 +46,7 @@ from dpfast.ops.reductions import (
     weighted_sums,
 )
 from dpfast.ops.update import PARAMETER_DTYPES, SGD, Adam, noisy_step_
+from dpfast.ops.update_in_graph import NUMBERS, WORDS, noisy_step_in_graph_, numbers_of, words_of
 from dpfast.reference import (
     Geometry,
     alike_for_every_batch,
@@ -62,9 +63,11 @@ from dpfast.reference import (
 
 __all__ = [
     "KEY_WORDS",
+    "NUMBERS",
     "PARAMETER_DTYPES",
     "SGD",
     "TRITON_DEVICES",
+    "WORDS",
     "Adam",
     "ClippingFunction",
     "Geometry",
@@ -108,7 +111,9 @@ __all__ = [
     "needs_full_precision",
     "noisy_grad_",
     "noisy_step_",
+    "noisy_step_in_graph_",
     "normalised_sums",
+    "numbers_of",
     "one_position_squared_norm",
     "side_norms",
     "squared_norm",
@@ -117,4 +122,5 @@ __all__ = [
     "weighted_sum",
     "weighted_sums",
     "why_no_triton",
+    "words_of",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ def why_not_fused(optimizer: Optimizer) -> str | None:
     """Why torch's own step must run after the noise; None if noise and update can be one pass."""
     if type(optimizer) not in (SGD, Adam, AdamW):
         return f"{type(optimizer).__name__} has no fused update"
-    if _step_replaced(optimizer):
+    if is_step_replaced(optimizer, type(optimizer)):
         return "its step method was replaced"
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
@@ -90,13 +90,13 @@ def _why_not_these(optimizer: Optimizer, op: str) -> str | None:
     return None
 
 
-def _step_replaced(optimizer: Optimizer) -> bool:
-    """Whether the optimizer has a step method of its own, be it beneath what a scheduler has wrapped around it."""
+def is_step_replaced(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
+    """Whether the optimizer's step is another than ``kind``'s, be it beneath what a scheduler has wrapped around it."""
     step: Any = optimizer.step
     # By where the wrapper is defined: its attributes go over to whatever is wrapped around it.
     while getattr(step, "__globals__", None) is vars(lr_scheduler):
         step = step.__wrapped__
-    return getattr(step, "__func__", step) is not type(optimizer).step
+    return getattr(step, "__func__", step) is not kind.step
 
 
 def _share_memory(params: Sequence[Tensor]) -> bool:
@@ -128,44 +128,109 @@ def noisy_step(
     """
     look, part = _looks[optimizer], tuple(map(id, summed))
     checked = part in look.parts
-    for group in optimizer.param_groups:
-        by_dtype: dict[torch.dtype, list[Any]] = {}
-        for p in group["params"]:
-            if p in summed:
-                by_dtype.setdefault(p.dtype, []).append(p)
-        for dtype, same in by_dtype.items():
-            for rule, params in _by_rule(optimizer, group, same):
-                narrow = dtype != torch.float32
-                parts, indices, firsts = map(list, zip(*(look.place(p, index) for p in params), strict=True))
-                sums = [summed[p] for p in params]
-                grads = [torch.empty_like(part) for part in parts] if narrow else _shaped(sums, parts)
-                masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
-                all_states = _states(optimizer, group, params)
-                ops.noisy_step_(
-                    rule,
-                    parts,
-                    sums,
-                    grads,
-                    all_states,
-                    masters,
-                    indices,
-                    noise,
-                    "stochastic" if narrow and low_precision == "stochastic" else "nearest",
-                    rounding_key,
-                    firsts,
-                    checked=checked,
-                )
-                changed = [*params, *masters, *(state for states in all_states for state in states)]
-                torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
-                for p, grad in zip(params, grads, strict=True):
-                    p.grad = like(grad, p)
+    for update in updates(optimizer, summed, index, low_precision):
+        sums = [summed[p] for p in update.params]
+        grads = update.grads(sums)
+        ops.noisy_step_(
+            update.rule,
+            update.parts,
+            sums,
+            grads,
+            update.states,
+            update.masters,
+            update.indices,
+            noise,
+            update.rounding,
+            rounding_key,
+            update.firsts,
+            checked=checked,
+        )
+        update.end(grads)
     look.parts.add(part)
-    if "step" in vars(optimizer):  # a scheduler asks whether the step that it has wrapped was taken
+    end_step(optimizer)
+
+
+def end_step(optimizer: Optimizer) -> None:
+    """A scheduler asks whether the step that it has wrapped was taken."""
+    if "step" in vars(optimizer):
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def _shaped(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    return [x if x.shape == part.shape else x.view(part.shape) for x, part in zip(sums, parts, strict=True)]
+class Update(NamedTuple):
+    """Parameters that one call of the op updates: those of one group, dtype and history."""
+
+    rule: ops.SGD | ops.Adam
+    params: Sequence[Any]
+    parts: list[Tensor]  # what this rank has of each
+    indices: list[int]  # in the noise stream
+    firsts: list[int]  # elements
+    states: list[list[Tensor]]
+    masters: list[Tensor]
+    rounding: str
+    steps: list[Tensor]  # counters, which do not count this step yet
+
+    def grads(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """Where the op writes noisy gradients: float32 ones into the sums themselves."""
+        if self.parts[0].dtype != torch.float32:
+            return [torch.empty_like(part) for part in self.parts]
+        return [x if x.shape == part.shape else x.view(part.shape) for x, part in zip(sums, self.parts, strict=True)]
+
+    def end(self, grads: Sequence[Tensor]) -> None:
+        """The op has written."""
+        if self.steps:
+            torch._foreach_add_(self.steps, 1)
+        changed = [*self.params, *self.masters, *(state for states in self.states for state in states)]
+        torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = like(grad, p)
+
+
+def updates(
+    optimizer: Optimizer, trained: Collection[Any], index: Mapping[Any, int], low_precision: str
+) -> Iterator[Update]:
+    """The calls that update ``trained``. States that are missing are made; nothing else is changed."""
+    look = _looks[optimizer]
+    for group in optimizer.param_groups:
+        by_dtype: dict[torch.dtype, list[Any]] = {}
+        for p in group["params"]:
+            if p in trained:
+                by_dtype.setdefault(p.dtype, []).append(p)
+        for dtype, same in by_dtype.items():
+            narrow = dtype != torch.float32
+            rounding = "stochastic" if narrow and low_precision == "stochastic" else "nearest"
+            for rule, params in _by_rule(optimizer, group, same):
+                parts, indices, firsts = map(list, zip(*(look.place(p, index) for p in params), strict=True))
+                masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
+                states = _states(optimizer, group, params)
+                steps = [optimizer.state[p]["step"] for p in params] if isinstance(rule, ops.Adam) else []
+                yield Update(rule, params, parts, indices, firsts, states, masters, rounding, steps)
+
+
+def why_not_known(optimizer: Optimizer, trained: Collection[Any], low_precision: str) -> str | None:
+    """Why a step of ``trained`` has to check parameters, or to make states; None if all are as a step before left them.
+
+    :func:`why_not_fused` has just said None.
+    """
+    if tuple(map(id, trained)) not in _looks[optimizer].parts:
+        return "its parameters or their memory are new"
+    for group in optimizer.param_groups:
+        names = [name for name, used in _used(optimizer, group).items() if used]
+        names += [] if isinstance(optimizer, SGD) else ["step"]
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if p in trained and any(state.get(name) is None for name in names):
+                return "its state is not there yet"
+            if p in trained and low_precision == "master" and p.dtype != torch.float32 and not _has_master(state):
+                return "its master copies are not there yet"
+    return None
+
+
+def look_of(optimizer: Optimizer) -> object:
+    """Another one when a parameter, its memory or the state is another one.
+
+    :func:`why_not_fused` has just said None.
+    """
+    return _looks[optimizer]
 
 
 def _by_rule(
@@ -193,10 +258,9 @@ def _by_rule(
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(p)
-    steps = [optimizer.state[p]["step"] for p in params]
-    torch._foreach_add_(steps, 1)
+    steps = torch.stack([optimizer.state[p]["step"] for p in params]) + 1  # as each will be counted
     by_time: dict[float, list[Any]] = defaultdict(list)
-    for p, t in zip(params, torch.stack(steps).tolist(), strict=True):
+    for p, t in zip(params, steps.tolist(), strict=True):
         by_time[t].append(p)
     beta1, beta2 = group["betas"]
     for t, same in by_time.items():
@@ -215,17 +279,25 @@ def _by_rule(
         )
 
 
+def _used(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, bool]:
+    """States that the op takes, and whether the group has them."""
+    if isinstance(optimizer, SGD):
+        return {"momentum_buffer": group["momentum"] != 0}
+    return {"exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": group["amsgrad"]}
+
+
 def _states(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]) -> list[list[Tensor]]:
     """A list for each state that the op takes, empty where the group does without it."""
-    if isinstance(optimizer, SGD):
-        used = {"momentum_buffer": group["momentum"] != 0}
-    else:
-        used = {"exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": group["amsgrad"]}
+    used = _used(optimizer, group)
     return [[local(optimizer.state[p][name]) for p in params] if here else [] for name, here in used.items()]
+
+
+def _has_master(state: Mapping[str, Any]) -> bool:
+    return MASTER in state and state[MASTER].dtype == torch.float32  # torch's load_state_dict rounds it
 
 
 def _master(optimizer: Optimizer, p: Any) -> Tensor:
     state = optimizer.state[p]
-    if MASTER not in state or state[MASTER].dtype != torch.float32:  # torch's load_state_dict rounds it
+    if not _has_master(state):
         state[MASTER] = p.detach().float()
     return local(state[MASTER])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -80,7 +80,7 @@ class FusedDPOptimizer(DPOptimizer):
         check_ascent(ascent, optimizer, low_precision)
         other = clipped_sum.optimizer() if clipped_sum.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
-        if other is not None and set(other._all_parameters()) != mine:
+        if other is not None and set(other.all_parameters()) != mine:
             raise ValueError(
                 "optimizer: another private optimizer of this model has other parameters than this one, and the two "
                 "would end each other's logical batches; delete it, or use one optimizer with param groups"
@@ -113,7 +113,7 @@ class FusedDPOptimizer(DPOptimizer):
         clipped_sum.shift = self.ascending.shift
         clipped_sum.counts_unclipped = adaptive is not None
         clipped_sum.optimizer = weakref.ref(self)
-        clipped_sum.tracked = set(self._all_parameters())
+        clipped_sum.tracked = set(self.all_parameters())
 
     @property
     def max_grad_norm(self) -> float:
@@ -182,7 +182,7 @@ class FusedDPOptimizer(DPOptimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
-    def _has_own_parts(self) -> bool:
+    def has_own_parts(self) -> bool:
         """Whether a part of the step was replaced, by a subclass or on this very optimizer."""
         return any(
             name in vars(self) or getattr(type(self), name) is not getattr(FusedDPOptimizer, name) for name in PARTS
@@ -195,8 +195,8 @@ class FusedDPOptimizer(DPOptimizer):
         """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
         noise = self._next_noise()
         self._divided = True
-        sums = self._take_sums()
-        for p in self._all_parameters():
+        sums = _filled(self._take_sums())
+        for p in self.all_parameters():
             p.grad = None
         for summed in self.ranks.totals(sums):
             grads = {
@@ -228,30 +228,26 @@ class FusedDPOptimizer(DPOptimizer):
         """The noise that the sums of this logical batch get, of all ranks together; adaptive clipping then moves C."""
         check_noise_multiplier(self.noise_multiplier)
         sensitivity = self.clipped_sum.sensitivity or self.clipping.sensitivity
-        elements = sum([p.numel() for p in self._all_parameters() if p.requires_grad])
+        elements = sum([p.numel() for p in self.all_parameters() if p.requires_grad])
         multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
         noise = self.noise.next(multiplier, sensitivity, elements, 1 / self._divisor())
         if self.adaptive is not None:
             self._adapt(self.adaptive, noise)
         return noise
 
-    def _take_sums(self) -> dict[Any, torch.Tensor]:
-        """This rank's clipped sums of the logical batch, zeros for what no sample has reached."""
+    def _take_sums(self) -> dict[Any, torch.Tensor | None]:
+        """This rank's clipped sums of the logical batch, None for what no sample has reached."""
         summed = {}
-        for p in self._all_parameters():
-            if not p.requires_grad:
-                continue
-            total = getattr(p, "summed_grad", None)
-            if total is None:
-                total = torch.zeros(local(p).shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
-            summed[p] = total.contiguous()
-            p.summed_grad = total.clone() if self._keeps_sums else None
+        for p in self.all_parameters():
+            if p.requires_grad:
+                summed[p] = total = getattr(p, "summed_grad", None)
+                p.summed_grad = None if total is None or not self._keeps_sums else total.clone()
         return summed
 
     @property
     def _keeps_sums(self) -> bool:
         """Whether somebody may look at ``p.summed_grad`` between this step and ``zero_grad()``."""
-        return self.keep_summed_grad or bool(self._hooks) or self._has_own_parts
+        return self.keep_summed_grad or bool(self._hooks) or self.has_own_parts
 
     def _adapt(self, adaptive: AdaptiveClipping, noise: ops.Noise) -> None:
         """The next step's C, from the noisy count of samples that were not clipped."""
@@ -274,9 +270,9 @@ class FusedDPOptimizer(DPOptimizer):
             self.keep_summed_grad = keeps
 
     def _pre_step(self) -> bool:
-        if not self._begin_step():
+        if not self.begin_step():
             return False
-        if self._has_own_parts:
+        if self.has_own_parts:
             self._check_own_parts()
         self._account()
         self._divided = False
@@ -297,13 +293,9 @@ class FusedDPOptimizer(DPOptimizer):
                 closure()
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
-        for_hook = bool(self._hooks) and self.low_precision == "nearest"
-        if (
-            for_hook
-            or self._has_own_parts
-            or self.ascending.filters
-            or why_not_fused(self.original_optimizer) is not None
-        ):
+        for_hook = self.has_hooks and self.low_precision == "nearest"
+        replaced = self.has_own_parts or self.ascending.filters
+        if for_hook or replaced or why_not_fused(self.original_optimizer) is not None:
             check_low_precision(self.low_precision, self.original_optimizer)
             if not self._pre_step():
                 return None
@@ -312,21 +304,13 @@ class FusedDPOptimizer(DPOptimizer):
             loss = self.original_optimizer.step()
             self.ascending.after_update()
             return loss
-        if self._begin_step():
-            self._account()
-            self._call_hooks()
-            self.ascending.before_update()
-            try:
-                noise = self._next_noise()
-                sums = self._take_sums()
-            finally:
-                self._end_logical_batch()
-            key = self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0)
+        if self.begin_step():
+            noise, key, found = self.open_update()
+            sums = _filled(found)
             with torch.no_grad():
                 for summed in self.ranks.totals(sums):
                     noisy_step(self.original_optimizer, summed, self.clipped_sum.index, noise, self.low_precision, key)
-                self.ascending.see_gradients()
-                self.ascending.after_update()
+            self.close_update()
         return None
 
     def _check_own_parts(self) -> None:
@@ -340,8 +324,31 @@ class FusedDPOptimizer(DPOptimizer):
             if getattr(p, "summed_grad", None) is None:
                 p.summed_grad = torch.zeros(p.shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
 
-    def _begin_step(self) -> bool:
-        """Whether this call of step ends a logical batch."""
+    def open_update(self) -> tuple[ops.Noise, tuple[int, int], dict[Any, torch.Tensor | None]]:
+        """:meth:`begin_step` has said yes: account for the step, and end its logical batch.
+
+        Returns:
+            The noise, which no other step gets; the key of stochastic rounding; and the sums that are to be released,
+            by parameter, None where no sample was reached.
+        """
+        self._account()
+        self._call_hooks()
+        self.ascending.before_update()
+        try:
+            noise = self._next_noise()
+            sums = self._take_sums()
+        finally:
+            self._end_logical_batch()
+        return noise, self.noise.rounding_key() if self.low_precision == "stochastic" else (0, 0), sums
+
+    def close_update(self) -> None:
+        """Parameters and ``p.grad`` are as the update has left them."""
+        with torch.no_grad():
+            self.ascending.see_gradients()
+            self.ascending.after_update()
+
+    def begin_step(self) -> bool:
+        """Whether this call of step ends a logical batch; refuses what cannot be released."""
         if self.__dict__.pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
             raise ValueError(
                 "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
@@ -361,7 +368,7 @@ class FusedDPOptimizer(DPOptimizer):
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
-        if nothing and not self.clipped_sum.batches.empty and any(p.requires_grad for p in self._all_parameters()):
+        if nothing and not self.clipped_sum.batches.empty and any(p.requires_grad for p in self.all_parameters()):
             raise ValueError(
                 "step: no backward pass of the private model has ended since the last step, and there is nothing to "
                 "release but noise. Call loss.backward() first, of an output of the model that make_private has "
@@ -374,7 +381,7 @@ class FusedDPOptimizer(DPOptimizer):
             self.adaptive.of_sums(self.noise_multiplier)
         self.noise.check()
         self._look_for_bypass()
-        self._is_last_step_skipped = self._check_skip_next_step(pop_next=False)
+        self._is_last_step_skipped = self.is_to_skip
         if self._is_last_step_skipped:
             self.clipped_sum.batches.stepped()
             if self.clipped_sum.batches.of is not None and self.clipped_sum.batches.of.dropped:
@@ -386,7 +393,7 @@ class FusedDPOptimizer(DPOptimizer):
     def _refuse_unknown_parameters(self) -> None:
         """A parameter that came into the wrapped optimizer behind this one's back: it would get noise alone."""
         tracked = self.clipped_sum.tracked or set()
-        params = self._all_parameters()
+        params = self.all_parameters()
         if len(params) == len(tracked) and {id(p) for p in params} == {id(p) for p in tracked}:
             return
         if unknown := [p for p in params if p not in tracked]:
@@ -406,7 +413,7 @@ class FusedDPOptimizer(DPOptimizer):
         """
         if not self.ranks.sharded:
             return
-        for p in self._all_parameters():
+        for p in self.all_parameters():
             grad = p.grad
             if p.requires_grad and grad is not None and bool(local(grad).any()):
                 self._first_bypassed = 1 + self.clipped_sum.index[p]
@@ -423,7 +430,7 @@ class FusedDPOptimizer(DPOptimizer):
         clipped_sum = self.clipped_sum
         own = clipped_sum.sensitivity or self.clipping.sensitivity
         mine = (own, float(clipped_sum.accumulated), clipped_sum.unclipped, float(self._first_bypassed))
-        trained = [clipped_sum.index[p] for p in self._all_parameters() if p.requires_grad]
+        trained = [clipped_sum.index[p] for p in self.all_parameters() if p.requires_grad]
         alike = {
             "noise_multiplier": float(self.noise_multiplier),
             "the noise's step": float(self.noise.step),
@@ -458,6 +465,16 @@ class FusedDPOptimizer(DPOptimizer):
         batches = self.clipped_sum.batches
         piece = batches.stepped() if pop_next else batches.piece
         return piece is not None and (not piece.last or piece.batch.dropped)
+
+    @property
+    def is_to_skip(self) -> bool:
+        """Whether the next ``step`` only ends a physical batch."""
+        return self._check_skip_next_step(pop_next=False)
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a step calls more than what accounts for it."""
+        return bool(self._hooks)
 
     def expect_no_samples(self) -> None:
         """The next step is of a batch without samples: noise alone, and no backward comes before it."""
@@ -529,7 +546,7 @@ class FusedDPOptimizer(DPOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The wrapped optimizer's; float32 master copies stay float32 (torch would round them to the parameter)."""
         super().load_state_dict(state_dict)
-        for k, p in enumerate(self._all_parameters()):
+        for k, p in enumerate(self.all_parameters()):
             master = state_dict["state"].get(k, {}).get(MASTER)
             if master is not None:
                 self.original_optimizer.state[p][MASTER] = master.detach().clone().to(p.device)
@@ -544,7 +561,7 @@ class FusedDPOptimizer(DPOptimizer):
             self.clipped_sum.drop()
             self._stepped, self._first_bypassed = False, 0
         if self.clipped_sum.keeps_grad_samples:
-            for p in self._all_parameters():
+            for p in self.all_parameters():
                 p.grad_sample = None
         self.original_optimizer.zero_grad(set_to_none)
 
@@ -578,9 +595,20 @@ class FusedDPOptimizer(DPOptimizer):
         """For ``pickle``: see :func:`dpfast.optim.copies.pickled`."""
         return pickled(self)
 
-    def _all_parameters(self) -> list[Any]:
+    def all_parameters(self) -> list[Any]:
         """Frozen ones too (``params`` leaves them out): they may be unfrozen between steps."""
         return list({id(p): p for group in self.param_groups for p in group["params"]}.values())
+
+
+def _filled(sums: Mapping[Any, torch.Tensor | None]) -> dict[Any, torch.Tensor]:
+    """``sums`` by parameter, with zeros for what no sample has reached."""
+
+    def one(p: Any, total: torch.Tensor | None) -> torch.Tensor:
+        if total is None:
+            return torch.zeros(local(p).shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
+        return total.contiguous()
+
+    return {p: one(p, total) for p, total in sums.items()}
 
 
 def check_noise_multiplier(value: Any) -> None:

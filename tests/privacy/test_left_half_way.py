@@ -348,6 +348,43 @@ def test_a_physical_batch_that_is_skipped_takes_its_logical_batch_along(bad, cle
     assert steps == [1]
 
 
+@pytest.mark.parametrize(
+    ("again", "why"),
+    [*((k, why) for k in range(3) for why in ("cleared", "a setting")), (2, "the accountant")],  # asked at the last one
+)
+def test_a_physical_batch_that_is_dropped_and_run_again_is_no_release(again, why):
+    """Alone, it is a part of a batch; and the sums of the parts before it are gone."""
+    model, optimizer, loader = private()
+    steps = []
+    optimizer.attach_step_hook(lambda o: steps.append(1))
+    counts = optimizer.accounting
+
+    def refused(batch):
+        if why == "cleared":
+            F.cross_entropy(model(batch[0]), batch[1], reduction="sum").backward()
+            return
+        if why == "a setting":
+            optimizer.noise_multiplier = -1
+        else:
+            optimizer.accounting = lambda _: 1 / 0
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            train(batch, model, optimizer)
+        optimizer.noise_multiplier, optimizer.accounting = 0.0, counts
+
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=MOST, optimizer=optimizer) as physical:
+        batches = iter(physical)
+        for k in range(3):
+            batch = next(batches)
+            if k == again:
+                with pytest.warns(RuntimeWarning, match="a physical batch was dropped"):
+                    refused(batch)
+                    optimizer.zero_grad()
+            train(batch, model, optimizer)
+        assert steps == []
+        assert first_release(batches, model, optimizer) == 3
+    assert steps == [1]
+
+
 def test_a_physical_batch_without_its_own_step_is_refused():
     model, optimizer, loader = private()
     with (

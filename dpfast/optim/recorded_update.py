@@ -1,0 +1,133 @@
+"""The update of a private optimizer as the end of a recorded step: what it reads, and whether it can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast import ops
+from dpfast.optim.fused_update import (
+    Update,
+    end_step,
+    is_step_replaced,
+    look_of,
+    updates,
+    why_not_fused,
+    why_not_known,
+)
+from dpfast.optim.optimizer import FusedDPOptimizer
+
+
+def why_not_recorded(optimizer: FusedDPOptimizer) -> str | None:
+    """Why the updates of ``optimizer`` stay outside of a recorded step; None if they can be a part of it."""
+    clipped_sum, ascending = optimizer.clipped_sum, optimizer.ascending
+    if is_step_replaced(optimizer, FusedDPOptimizer):
+        return "the optimizer's step method was replaced"
+    if optimizer.has_hooks:
+        return "the optimizer has step hooks"
+    if optimizer.has_own_parts:
+        return "a method of the optimizer was replaced"
+    if optimizer.keep_summed_grad:
+        return "the clipped sums are kept for somebody to look at"
+    if optimizer.adaptive is not None:
+        return "adaptive clipping counts samples between the clipped sum and the noise"
+    if ascending.filters:
+        return f"the filter of {ascending.ascent!r} stands between noise and update"
+    if optimizer.ranks.world_size > 1 or optimizer.ranks.sharded:
+        return "ranks add their sums up before the update"
+    if clipped_sum.loss_scale != 1:
+        return "a GradScaler scales the loss"
+    if any(p.device.type != "cpu" for p in clipped_sum.names):
+        return "the model is not on a CPU"
+    if (why := why_not_fused(optimizer.original_optimizer)) is not None:
+        return f"the update is not made in the noise's pass, as {why}"
+    return None
+
+
+class RecordedUpdate:
+    """The update that the next step makes, of which a recorded one may be a part.
+
+    :func:`why_not_recorded` has just said None. Nothing is changed before :meth:`end`.
+
+    A recorded graph is given tensors alone, in the order of :meth:`inputs`; the rest is in :attr:`key`, and a graph
+    that was recorded under another one is not used.
+    """
+
+    def __init__(self, optimizer: FusedDPOptimizer):
+        clipped_sum = optimizer.clipped_sum
+        self.optimizer, wrapped = optimizer, optimizer.original_optimizer
+        self.trained = dict.fromkeys(p for p in optimizer.all_parameters() if p.requires_grad)
+        self.why_not = why_not_known(wrapped, self.trained, optimizer.low_precision)
+        if self.why_not is not None:
+            return
+        self.plan: list[Update] = [*updates(wrapped, self.trained, clipped_sum.index, optimizer.low_precision)]
+        sums = ((p, getattr(p, "summed_grad", None)) for p in self.trained)  # of physical batches before
+        self.earlier = {p: total.contiguous() for p, total in sums if total is not None}
+        each = tuple(
+            [
+                (type(x.rule), x.rounding, tuple(map(id, x.params)), tuple(map(len, x.states)), len(x.masters))
+                for x in self.plan
+            ]
+        )
+        self.key = look_of(wrapped), each, tuple(map(id, self.earlier))
+
+    def inputs(self, noise: ops.Noise | None = None, rounding_key: tuple[int, int] = (0, 0)) -> list[Tensor]:
+        """Tensors that the graph is given. Without ``noise``, as while it is recorded, they let it write nothing."""
+        rows, words = [[0.0] * ops.NUMBERS] * len(self.plan), [0] * ops.WORDS
+        if noise is not None:
+            rows = [ops.numbers_of(each.rule, noise) for each in self.plan]
+            words = ops.words_of(noise, rounding_key)
+        out = [torch.tensor(rows, dtype=torch.float64), torch.tensor(words), *self.earlier.values()]
+        for each in self.plan:
+            out += [*each.parts, *(state for states in each.states for state in states), *each.masters]
+        return out
+
+    def run(self, sums: Mapping[Any, Tensor], given: Sequence[Tensor], lost: Tensor) -> list[Tensor]:
+        """A part of the graph: clipped ``sums`` of its pass become noisy gradients, and update the parameters.
+
+        Nothing is written where a sample is ``lost [B]``: sums that may have NaN in them cannot be taken back.
+        """
+        left = iter(given)
+        numbers, words = next(left), next(left)
+        totals = dict(sums)
+        for p in self.earlier:
+            earlier = next(left)
+            totals[p] = totals[p].add_(earlier) if p in totals else earlier
+        out: list[Tensor] = []
+        for k, each in enumerate(self.plan):
+            params = [next(left) for _ in each.parts]
+            states = [[next(left) for _ in of] for of in each.states]
+            masters = [next(left) for _ in each.masters]
+            summed = [
+                totals[p].contiguous() if p in totals else torch.zeros(part.shape, dtype=torch.float32)
+                for p, part in zip(each.params, params, strict=True)
+            ]
+            grads = each.grads(summed)
+            ops.noisy_step_in_graph_(
+                type(each.rule),
+                params,
+                summed,
+                grads,
+                states,
+                masters,
+                each.indices,
+                each.rounding,
+                each.firsts,
+                numbers[k],
+                words,
+                lost,
+            )
+            out += grads
+        return out
+
+    def end(self, grads: Sequence[Tensor]) -> None:
+        """The graph has run, and written ``grads``, which ``p.grad`` is from now on."""
+        left = iter(grads)
+        for each in self.plan:
+            each.end([next(left) for _ in each.params])
+        end_step(self.optimizer.original_optimizer)
+        end_step(self.optimizer)
+        self.optimizer.close_update()
