@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from dpfast.dropin.registry import register as register
     from dpfast.dropin.registry import unregister as unregister
     from dpfast.engine import PrivacyEngine as PrivacyEngine
-    from dpfast.graphed import graphed as graphed
     from dpfast.optim.ascent import DPSAT as DPSAT
     from dpfast.optim.ascent import DiSK as DiSK
     from dpfast.optim.ascent import DPSATMomentum as DPSATMomentum
+    from dpfast.recorded import graphed as graphed
 
 _HOMES = {
     "Abadi": "dpfast.clipping.functions",
@@ -47,7 +47,7 @@ _HOMES = {
     "SensitivityReport": "dpfast.analysis.sensitivity",
     "check_sensitivity": "dpfast.analysis.sensitivity",
     "explain": "dpfast.analysis.explain",
-    "graphed": "dpfast.graphed",
+    "graphed": "dpfast.recorded",
     "patch_opacus": "dpfast.dropin.patch",
     "register": "dpfast.dropin.registry",
     "unpatch_opacus": "dpfast.dropin.patch",

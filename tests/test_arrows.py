@@ -28,7 +28,7 @@ LEVELS = [
     {"layers", "separation"},
     {"clipping", "noise"},
     {"model", "optim", "data", "accounting"},
-    {"amp", "checkpoints", "graphed"},
+    {"amp", "checkpoints", "recorded"},
     {"engine"},
     {"analysis", "dropin"},
     {"integrations"},
