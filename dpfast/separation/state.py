@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+PLAIN = (int, float, bool, str, type(None))
 OWN = set(vars(nn.Module()))  # a module's registries of parameters, buffers, hooks
 
 
@@ -81,12 +82,13 @@ class Kept(TorchDispatchMode):
                 x.copy_(copy)
         self._copies = {}
         for module, attributes in self._plain:
-            vars(module).update(attributes)
+            now = vars(module)
+            now.update({name: value for name, value in attributes.items() if type(now.get(name)) in PLAIN})
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
     """Numbers and texts among a module's attributes: counters and flags that its forward may set."""
-    return {name: value for name, value in attributes.items() if type(value) in (int, float, bool, str, type(None))}
+    return {name: value for name, value in attributes.items() if type(value) in PLAIN}
 
 
 @cache

@@ -40,11 +40,11 @@ def test_a_gamma_that_takes_two_evaluations(gamma):
         (dict(ascent=dpfast.DPSAT), "give an object"),
         (dict(ascent=0.1), "give an object"),
         (dict(ascent=RHO, grad_sample_mode="hooks"), "fused mode"),
-        (dict(ascent=RHO, grad_sample_mode="ghost"), "fused mode"),
+        (dict(ascent=RHO, grad_sample_mode="ew"), "fused mode"),
         (dict(ascent=dpfast.DiSK(0.7), low_precision="master"), "low_precision"),
         (dict(ascent=RHO, optimizer=SGD([dict(params=[])], lr=0.1)), "no parameter"),
     ],
-    ids=["class", "number", "hooks", "ghost", "DiSK in one pass", "no parameter"],
+    ids=["class", "number", "hooks", "ew", "DiSK in one pass", "no parameter"],
 )
 def test_refused_before_anything_is_changed(kw, word):
     model = nn.Linear(2, 2)

@@ -187,7 +187,11 @@ REFUSALS = {
     "one C per layer": (good, {"max_grad_norm": [1.0] * 5, "clipping": "flat"}, ["max_grad_norm"]),
     "mode": (good, {"grad_sample_mode": "fussed"}, ["fussed"]),
     "other parameters": (good, {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)}, []),
-    "criterion": (good, {"criterion": nn.CrossEntropyLoss(reduction="sum")}, ["reduction", "sum"]),
+    "criterion": (
+        good,
+        {"criterion": nn.CrossEntropyLoss(reduction="sum"), "grad_sample_mode": "ghost"},
+        ["reduction", "sum"],
+    ),
 }
 
 

@@ -59,7 +59,7 @@ def test_secure_mode_needs_no_other_package(monkeypatch):
     assert 200 < len({i for batch in batches[0] for i in batch}) < 320
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch", "ew"])
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
 def test_opacus_modes_are_as_secure_as_opacus(mode):
     """Without torchcsprng they raise what Opacus raises, and nothing is changed."""
     if importlib.util.find_spec("torchcsprng") is not None:
