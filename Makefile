@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test bench bench-compare lint sanitize clean
+.PHONY: demo test compiled bench bench-compare lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -28,6 +28,11 @@ test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
 	wait $$half && exit $$rest
+
+# Compile every kernel in every case and for every architecture, and note that these sources were found good.
+compiled: $(READY)
+	DPFAST_COMPILE_ALL=1 $(RUN) -m pytest -q tests/kernels/test_compile.py tests/native/test_build.py -k "test_compiled or test_cuda_compiles"
+	$(RUN) -m tests.unchanged
 
 # In bench/out, or OUT: records, tables and plots, in about ten minutes.
 bench: $(READY)
