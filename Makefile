@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test bench bench-compare lint sanitize clean
+.PHONY: demo test opacus-tests bench bench-compare lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -28,6 +28,10 @@ test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
 	wait $$half && exit $$rest
+
+# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in half an hour
+opacus-tests: $(READY)
+	$(RUN) -m tests.dropin.opacus_suite
 
 # In bench/out, or OUT: records, tables and plots, in about ten minutes.
 bench: $(READY)

@@ -409,8 +409,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer, self.accountant)}
 
         def save(file: Any) -> None:
-            opacus.PrivacyEngine.save_checkpoint(
-                self, path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
+            super(PrivacyEngine, self).save_checkpoint(
+                path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
             )
 
         checkpoints.write(path, save)
