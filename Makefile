@@ -29,7 +29,7 @@ test: lint
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
 	wait $$half && exit $$rest
 
-# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in half an hour
+# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about twenty minutes
 opacus-tests: $(READY)
 	$(RUN) -m tests.dropin.opacus_suite
 
