@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test compiled bench bench-compare lint sanitize clean
+.PHONY: demo test compiled opacus-tests bench bench-compare lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -33,6 +33,10 @@ test: lint
 compiled: $(READY)
 	DPFAST_COMPILE_ALL=1 $(RUN) -m pytest -q tests/kernels/test_compile.py tests/native/test_build.py -k "test_compiled or test_cuda_compiles"
 	$(RUN) -m tests.unchanged
+
+# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about twenty minutes
+opacus-tests: $(READY)
+	$(RUN) -m tests.dropin.opacus_suite
 
 # In bench/out, or OUT: records, tables and plots, in about ten minutes.
 bench: $(READY)

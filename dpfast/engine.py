@@ -431,8 +431,8 @@ class PrivacyEngine(OpacusEngine):
         held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer, self.accountant)}
 
         def save(file: Any) -> None:
-            OpacusEngine.save_checkpoint(
-                self, path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
+            super(PrivacyEngine, self).save_checkpoint(
+                path=file, module=module, optimizer=optimizer, checkpoint_dict=held, **kwargs
             )
 
         checkpoints.write(path, save)

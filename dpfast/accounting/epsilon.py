@@ -106,11 +106,11 @@ def noise_multiplier_for(
     while at_low <= target_epsilon and low > LEAST:
         high, at_high, low = low, at_low, low / apart
         at_low, apart = spent(low), min(apart**2, 16.0)
-    turn = 0
-    while at_low > target_epsilon and target_epsilon - at_high > epsilon_tolerance and high > low * CLOSE:
+    turn, left = 0, epsilon_tolerance / 4  # so that the default spends the budget to two decimal places, rounded
+    while at_low > target_epsilon and target_epsilon - at_high > left and high > low * CLOSE:
         share, turn = 0.5, turn + 1
         if turn % 3 and at_high > 0 and at_low < math.inf:  # log ε is nearly linear in log σ
-            aim = max(target_epsilon - epsilon_tolerance / 2, at_high)
+            aim = max(target_epsilon - left / 2, at_high)
             share = math.log(at_low / aim) / math.log(at_low / at_high) if aim > at_high else 1.0
         middle = low * (high / low) ** min(max(share, 0.02), 0.98)
         if (here := spent(middle)) <= target_epsilon:

@@ -80,6 +80,8 @@ class EmbeddingBag(Embedding):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
+        if module.mode == "max":  # of a module that nothing has refused before
+            raise ValueError(f"EmbeddingBag: {self.refusal(module)}")
         if per_sample_weights is not None and module.mode != "sum":
             raise ValueError(f"per_sample_weights needs mode='sum', not mode={module.mode!r} (as in PyTorch)")
         if input.dim() == 1:

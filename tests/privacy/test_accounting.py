@@ -408,6 +408,15 @@ def test_the_search_is_as_close_as_it_is_told():
         assert 3 - tolerance <= epsilon_of(counted([(sigma, Q, 20)]), 1e-5) <= 3
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_the_budget_is_spent_to_two_decimal_places(accountant):
+    """As users of Opacus check it, and Opacus' own tests do."""
+    sigma = noise_multiplier_for(
+        target_epsilon=2.0, target_delta=1e-5, sample_rate=0.125, steps=16, accountant=accountant
+    )
+    assert 1.995 < epsilon_of(counted([(sigma, 0.125, 16)], accountant), 1e-5) <= 2.0
+
+
 def test_a_checkpoint_does_not_change_what_is_reported():
     run = Run().train(batches(2))
     kept, other = io.BytesIO(run.save().getvalue()), Run()
