@@ -218,7 +218,7 @@ class BareParameter:
         return self._then("permute", lambda x: x.permute(0, *places))
 
     def _by_element(self, name: str, func: Any, args: Any, kwargs: Any) -> BareParameter:
-        if any([isinstance(x, (Tensor, BareParameter)) for x in (*args, *kwargs.values())]) or kwargs.get("inplace"):
+        if any([isinstance(x, (Tensor, BareParameter)) or x is True for x in (*args, *kwargs.values())]):
             raise self.unserved(f"{name} with a tensor, or in place")
         return self._then(name, lambda x: func(x, *args, **kwargs))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from dpfast.capture.recorder import Recorder
+from dpfast.capture.shift import Shift
 from dpfast.capture.traced_tap import TracedTap
+from dpfast.capture.trees import tensors
 from dpfast.layers.broadcast import BareParameter, Broadcast, stand_ins
 from dpfast.layers.generic import Generic
 from dpfast.model.forwards import GenericForward
+from dpfast.separation import aside, kept, own_random_numbers, same, without_autocast
 
 
 class BareParameters:
@@ -29,7 +32,7 @@ class BareParameters:
         self.stands = False
         self._stood: list[tuple[dict[str, Any], str, BareParameter]] = []
         self.worked = False  # a forward has come to its end like this
-        self.compared: set[tuple[int, ...]] = set()  # numbers of dimensions of inputs that were compared
+        self._compared: set[tuple[int, ...]] = set()  # numbers of dimensions of inputs that were compared
 
     @contextmanager
     def standing(self, backward: bool = False) -> Iterator[None]:
@@ -59,6 +62,25 @@ class BareParameters:
         for held, name, _ in self._stood:
             held.pop(name, None)
         self._stood, self.stands = [], False
+
+    def computes_the_same(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether the model does with stand-ins what it does without: its code may ask of what kind they are.
+
+        It is tried once for inputs of as many dimensions each.
+        """
+        signature = tuple([x.dim() for x in tensors((args, kwargs))])
+        if signature in self._compared:
+            return True
+        full = without_autocast(module, args, kwargs)
+        with aside(module), self.recorder.setting(shift=Shift()), full as inputs:
+            with self.recorder.setting(paused=True), kept(module), own_random_numbers(0):
+                expected = tensors(run(*inputs))
+            with own_random_numbers(0):
+                found = tensors(run(*inputs))
+        if not same(expected, found):
+            return False
+        self._compared.add(signature)
+        return True
 
     def check(self, out: Any) -> None:
         """What a forward returned has no stand-in in it; one that was used otherwise has raised, and been caught."""

@@ -26,18 +26,7 @@ from dpfast.layers.generic import Generic
 from dpfast.model import graph_inputs
 from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.forwards import Forward, lend, on_nobody, trains
-from dpfast.separation import (
-    Check,
-    Verdict,
-    aside,
-    kept,
-    kind,
-    noisy,
-    own_random_numbers,
-    same,
-    unvarying,
-    without_autocast,
-)
+from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, unvarying, without_autocast
 from dpfast.separation.schedule import Schedule
 from dpfast.separation.texts import Left
 
@@ -221,7 +210,11 @@ class ModelForward(Forward):
             with self._uncompiled():
                 if left := self._check(args, kwargs).state():
                     raise LayoutError(left)
-        self._compare(args, kwargs)
+        if recorder.verifies and self.bare.served and not self.runs_by_sample:
+            with self._uncompiled():
+                same_so = self.bare.computes_the_same(self._run, self.module, args, kwargs)
+            if not same_so:
+                self._give_up(every=True)
         picks, due = False, self._is_checked and running_backward() == OUTSIDE and self._schedule.due()
         try:
             why = ""
@@ -250,22 +243,6 @@ class ModelForward(Forward):
             self._switch_to_samples(why, args, kwargs)
             return self._run(args, kwargs)
         return out
-
-    def _compare(self, args: Any, kwargs: Any) -> None:
-        """With stand-ins for bare parameters the model must compute the same; code may ask what kind they are."""
-        signature = tuple([x.dim() for x in tensors((args, kwargs))])
-        if not (self.bare.served and self.recorder.verifies) or self.runs_by_sample or signature in self.bare.compared:
-            return
-        full = without_autocast(self.module, args, kwargs)
-        with self._uncompiled(), aside(self.module), self.recorder.setting(shift=Shift()), full as inputs:
-            with self.recorder.setting(paused=True), kept(self.module), own_random_numbers(0):
-                expected = tensors(self._run(*inputs))
-            with own_random_numbers(0):
-                found = tensors(self._run(*inputs))
-        if same(expected, found):
-            self.bare.compared.add(signature)
-        else:
-            self._give_up(every=True)
 
     def is_to_look(self, args: Any, kwargs: Any) -> bool:
         """Whether the next forward is to look at the samples, so that it has to run as it is written."""
