@@ -125,7 +125,7 @@ class BareParameter:
 
     @property
     def shape(self) -> torch.Size:
-        return self._one().shape[1:]
+        return self._one().shape[1:] if self.steps else self.parameter.shape
 
     @property
     def dtype(self) -> torch.dtype:
