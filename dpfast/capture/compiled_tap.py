@@ -46,7 +46,7 @@ def tapped(
         use.accumulators.update(accumulators(owned))
     call = _call(tap, use, token, x, shared)
     with autocasting(x, autocast):
-        return call.forward(x, *(weight, bias)[: len(owned)])
+        return _apart(tap, call.forward(x, *(weight, bias)[: len(owned)]))
 
 
 @tapped.register_fake
@@ -64,7 +64,7 @@ def _(
     tap = taps[handle]
     use = tap.uses[number]
     with autocasting(x, autocast):
-        return tap.layer.forward(Call(tap, use.spec), x, *(weight, bias)[: len(use.params)])
+        return _apart(tap, tap.layer.forward(Call(tap, use.spec), x, *(weight, bias)[: len(use.params)]))
 
 
 @torch.library.custom_op("dpfast::tapped_backward", mutates_args=(), tags=TAGS)
@@ -142,8 +142,13 @@ def _call(tap: Tap, use: Use, token: Tensor, x: Tensor, shared: bool) -> Call:
     """What :meth:`Tap.__call__` makes of the batch."""
     batch, layout = len(token), None
     if batch:
-        batch, layout = tap.recorder.resolve_rows(tap, 1 if shared else x.shape[0], x.dim(), batch)
+        batch, layout = tap.recorder.resolve_rows(tap, 1 if shared else x.shape[0], x.dim(), batch, use.spec)
     return Call(tap, use.spec, batch, layout, forward_pass=tap.forward_pass)
+
+
+def _apart(tap: Tap, y: Tensor) -> Tensor:
+    """``y`` with memory of its own, as operators have to return it."""
+    return y.clone(memory_format=torch.contiguous_format) if tap.layer.aliases else y
 
 
 def autocasting(x: Tensor, dtype: torch.dtype | None) -> Any:

@@ -108,7 +108,8 @@ class GraphCalls:
         with recorder.setting(source=source):
             for each in self.calls:
                 G, x = given[each.G], given[each.x]
-                batch, layout = recorder.resolve_rows(each.tap, 1 if each.shared else x.shape[0], x.dim(), self.batch)
+                rows = 1 if each.shared else x.shape[0]
+                batch, layout = recorder.resolve_rows(each.tap, rows, x.dim(), self.batch, each.use.spec)
                 call, owned = each.of(given, batch, layout), each.use.params
                 with as_autograd_sees():
                     needed = each.use.reached(each.tap.name, accumulators(owned))

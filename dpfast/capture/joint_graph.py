@@ -178,7 +178,7 @@ class _Expansion:
                 if user.target is operator.getitem and user.args[1] == 0:
                     user.replace_all_uses_with(gx)
         rows = 1 if shared else x.meta["val"].shape[0]
-        layout = tap.recorder.layout_of(tap, rows, x.meta["val"].dim(), self.batch)
+        layout = tap.recorder.layout_of(tap, rows, x.meta["val"].dim(), self.batch, use.spec)
 
         def place(part: Any) -> int:
             return given.setdefault(part, len(given))

@@ -63,6 +63,7 @@ class Recorder:
         self.under_way: Any = None  # the ForwardPass that the model's forward is
         self.token: Tensor | None = None  # a [B] tensor that vmap has batched, while the model runs under vmap
         self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
+        self.copied: Callable[[Tensor], Tensor] | None = None  # a proof is to know of copies of bare parameters
         self.follows_rows = False  # the model picks rows of samples: whose they are is noted
         self.paused = False  # layers run their own forward, untapped
         self.evaluating = False  # the last forward was in eval(): its gradients are not for training
@@ -303,10 +304,12 @@ class Recorder:
         if self.needs_model and not self.inside and running_backward() == OUTSIDE:
             raise called_outside(name, self.model)
 
-    def resolve_rows(self, tap: Tap, rows: int, ndim: int, batch: int | None = None) -> tuple[int, RowLayout | None]:
+    def resolve_rows(
+        self, tap: Tap, rows: int, ndim: int, batch: int | None = None, spec: Any = None
+    ) -> tuple[int, RowLayout | None]:
         """The batch size for a layer called with ``rows`` along its batch dimension, and the layout that implies.
 
-        ``batch`` is the batch size where the caller knows it.
+        ``batch`` is the batch size where the caller knows it, ``spec`` what the tap was called with.
 
         Raises:
             LayoutError: if the rows cannot be attributed to samples.
@@ -315,12 +318,12 @@ class Recorder:
             if len(self.batch_sizes) > 1 and rows in self.batch_sizes:
                 self.batch_sizes = [rows]
             batch = rows if self.batch_size is None else self.batch_size
-        layout = self.layout_of(tap, rows, ndim, batch)
+        layout = self.layout_of(tap, rows, ndim, batch, spec)
         if layout is not None and layout not in self.verified:
             self.new_layouts.add(layout)
         return batch, layout
 
-    def layout_of(self, tap: Tap, rows: int, ndim: int, batch: int) -> RowLayout | None:
+    def layout_of(self, tap: Tap, rows: int, ndim: int, batch: int, spec: Any) -> RowLayout | None:
         """What the rows are taken for; None where there are no samples.
 
         Raises:
@@ -329,7 +332,8 @@ class Recorder:
         if batch == 0:
             return None
         if rows == batch or rows % batch == 0:
-            return tap.name, ndim, "per sample" if rows == batch else "samples first"
+            taken = "per sample" if rows == batch else "samples first"
+            return tap.name, ndim, f"{taken}: {spec}" if tap.layer.checks_each_use else taken
         if rows == 1:
             return tap.name, ndim, "shared"
         raise RowsError(f"layer {tap.name!r} was called with {rows} rows at a batch size of {batch}")

@@ -102,7 +102,7 @@ class Tap:
         dim = self.batch_dim if dims > least else 0
         if dim:
             x = x.movedim(dim, 0)
-        batch, layout = recorder.resolve_rows(self, x.shape[0], dims)
+        batch, layout = recorder.resolve_rows(self, x.shape[0], dims, spec=spec)
         if layout not in recorder.verified:
             self.note_use(spec, params)
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient

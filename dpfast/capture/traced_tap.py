@@ -34,6 +34,15 @@ def batch_token(batch: int | None) -> Iterator[None]:
 class TracedTap(Tap):
     """Every tap of a private model. What only a compiler needs is here, so that :class:`Tap` is the main path."""
 
+    def is_batch(self, rows: int) -> bool:
+        """Whether so many rows are the samples, each once and in their order, as far as their number tells."""
+        recorder = self.recorder
+        if recorder.token is not None or recorder.row_order is not None or recorder.follows_rows:
+            return False
+        if torch.compiler.is_compiling():  # whose sizes may be unknown numbers
+            return _token is not None and rows == _token.shape[0]
+        return rows == recorder.batch_size
+
     def _in_graph(self, x: Tensor, *params: Tensor | None, spec: Any) -> Tensor:
         """:meth:`__call__` as ``torch.compile`` traces it; a use that is new or no plain one breaks the graph."""
         from dpfast.capture import compiled_tap

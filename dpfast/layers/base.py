@@ -25,6 +25,8 @@ class Layer:
     inherits: ClassVar[tuple[str, ...]] = ()  # methods besides forward that a subclass must have kept to be served
     least_dims: ClassVar[int] = 1  # dimensions of the smallest x that has a batch dimension
     saves: ClassVar[bool] = False  # forward leaves tensors in call.saved for the backward
+    aliases: ClassVar[bool] = False  # the output may be a view of a parameter
+    checks_each_use: ClassVar[bool] = False  # what one use shows of the samples says nothing of one with another spec
     needs_batch: ClassVar[bool] = False  # the op takes the dimension before the features for the batch (convolutions)
 
     def refusal(self, module: nn.Module) -> str | None:

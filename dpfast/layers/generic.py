@@ -42,7 +42,7 @@ class Copies(Layer):
     """A parameter, once for every sample: ``[*shape]`` → ``[B, *shape]``; ``g_i`` is what flows back into copy i."""
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
-        return params[0].expand(len(x), *params[0].shape)
+        return params[0].expand(x.shape[0], *params[0].shape)
 
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any

@@ -16,6 +16,7 @@ from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 
 from dpfast.capture import joint_graph
+from dpfast.model.bare_parameters import BareForward
 from dpfast.model.forwards import GenericForward
 
 joint_graph.install()
@@ -48,6 +49,7 @@ for function in (outside_graph, within):
     skip_code(function.__code__)
 # vmap, and copies of parameters in place of parameters, are nothing for a compiler: not even for layers below.
 GenericForward.__call__ = torch.compiler.disable(GenericForward.__call__)  # type: ignore[method-assign]
+BareForward.beside = torch.compiler.disable(BareForward.beside)  # type: ignore[method-assign]
 
 
 def of_one_model(module: nn.Module, previous: Any, plain: Callable[..., Any]) -> Callable[..., Any]:

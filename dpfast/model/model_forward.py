@@ -21,8 +21,10 @@ from dpfast.capture.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsEr
 from dpfast.capture.shift import Shift, inside_checkpoint
 from dpfast.capture.traced_tap import batch_token
 from dpfast.capture.trees import map_tensors, packed_sequences, tensors
+from dpfast.layers.broadcast import UnservedError
 from dpfast.layers.generic import Generic
 from dpfast.model import graph_inputs
+from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.forwards import Forward, lend, on_nobody, trains
 from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, unvarying, without_autocast
 from dpfast.separation.schedule import Schedule
@@ -48,12 +50,14 @@ class ModelForward(Forward):
         module: nn.Module,
         inner: Forward | None,
         by_sample: Generic,
+        bare: BareParameters,
         batch_dim: int,
         one_by_one: bool = False,
     ):
         super().__init__(module)
         self.inner = inner
         self.by_sample = by_sample
+        self.bare = bare
         self.recorder = by_sample.recorder
         self.batch_dim = batch_dim
         self.one_by_one = one_by_one
@@ -98,6 +102,8 @@ class ModelForward(Forward):
         recorder = self.recorder
         if recorder.paused or recorder.inside or recorder.token is not None:
             return self._run(args, kwargs)
+        if running_backward() == OUTSIDE:
+            self.bare.leave()
         if not trains(self.module):
             return self._run_without_gradients(args, kwargs)
         self._guard_parameters()
@@ -130,7 +136,7 @@ class ModelForward(Forward):
         batch = recorder.batch_size
         for x in tensors(out):
             if x.requires_grad:  # the outermost backward comes by here before any checkpoint's inner one
-                x.register_hook(partial(_opens, recorder, batch, running_backward() == OUTSIDE))
+                x.register_hook(partial(_opens, recorder, self.bare, batch, running_backward() == OUTSIDE))
         return out
 
     def install(self) -> None:
@@ -174,11 +180,26 @@ class ModelForward(Forward):
         while True:
             try:
                 return self._try_to_run(args, kwargs)
+            except UnservedError:
+                if not self._give_up():
+                    raise
             except BypassError as error:
+                if self._give_up(every=True):
+                    continue
                 if not lend(self.module, self.inner, self.by_sample, error.parameters):
                     if self.runs_by_sample:
                         raise
                     self._switch_to_samples(str(error), args, kwargs)
+            except Exception:  # of code that wants a tensor and no stand-in, perhaps
+                if self.bare.worked or not self._give_up(every=True):
+                    raise
+
+    def _give_up(self, every: bool = False) -> bool:
+        """Have vmap serve those bare parameters that are not served else, or ``every`` one; False if it does."""
+        if not self.bare.give_up(every):
+            return False
+        self.recorder.verified = set()
+        return True
 
     def _try_to_run(self, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
@@ -189,6 +210,11 @@ class ModelForward(Forward):
             with self._uncompiled():
                 if left := self._check(args, kwargs).state():
                     raise LayoutError(left)
+        if recorder.verifies and self.bare.served and not self.runs_by_sample:
+            with self._uncompiled():
+                same_so = self.bare.computes_the_same(self._run, self.module, args, kwargs)
+            if not same_so:
+                self._give_up(every=True)
         picks, due = False, self._is_checked and running_backward() == OUTSIDE and self._schedule.due()
         if recorder.verifies and (due or not recorder.verified):
             refuse_gradient_hooks(recorder.names)
@@ -202,16 +228,18 @@ class ModelForward(Forward):
                 out = self._run(args, kwargs)
                 why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
             picks = why != "" and self.verdict is not None and self.verdict.picks
+        except (UnservedError, BypassError):
+            raise
         except LayoutError as error:
             why, picks = str(error), isinstance(error, RowsError)
-        except BypassError:
-            raise
         except RuntimeError as error:
             if self._compiler is not None or not any(rows == "shared" for _, _, rows in recorder.new_layouts):
                 raise
             # Copies of what all samples share have a batch dimension, which the model's code may not expect.
             why = f"inputs shared by all samples do not fit ({error})"
         if picks and self._follow_rows():
+            return self._try_to_run(args, kwargs)
+        if why and self._give_up(every=True):
             return self._try_to_run(args, kwargs)
         if why:
             self._switch_to_samples(why, args, kwargs)
@@ -274,6 +302,8 @@ class ModelForward(Forward):
             )
         with self._uncompiled():
             self.verdict = self._check(args, kwargs, run).whole()
+        if self.verdict.untried and self._give_up(every=True):  # their rows may be the samples' by chance
+            return self._why_mixed(args, kwargs, run)
         if not self.verdict.mixed:
             self._kinds.add(self._kind(args, kwargs))
             self._untested |= self._unvarying(args, kwargs)
@@ -297,13 +327,24 @@ class ModelForward(Forward):
         if self.runs_by_sample and not self.recorder.paused and torch.is_grad_enabled() and self.recorder.token is None:
             with self._uncompiled():
                 return self.by_sample(self.plain, *args, **kwargs)
+        if self.bare.stands:
+            return self._run_whole(args, kwargs)
+        with self.bare.standing():
+            out = self._run_whole(args, kwargs)
+            if self.bare.stands:
+                self.bare.check(out)
+            return out
+
+    def _run_whole(self, args: Any, kwargs: Any) -> Any:
         if self._compiler is None or self.runs_by_sample or self.recorder.follows_rows:
             batch = self.recorder.batch_size
             with PickedRows(batch, self.module) if self.recorder.follows_rows and batch else nullcontext():
                 return (self.inner or self.plain)(*args, **kwargs)
         from dpfast.model import compiling
 
-        own = self.inner or compiling.of_one_model(self.module, self.previous, self.plain)
+        served = isinstance(self.inner, BareForward) and self.inner.served and self.bare.stands
+        inner = None if served else self.inner
+        own = inner or compiling.of_one_model(self.module, self.previous, self.plain)
         return compiling.within(self._compiler, own, *args, **kwargs)
 
     @contextmanager
@@ -425,13 +466,15 @@ def input_sizes(args: Any, kwargs: Any, batch_dim: int) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _opens(recorder: Recorder, batch: int | None, before: bool, gradient: Tensor) -> None:
+def _opens(recorder: Recorder, bare: BareParameters, batch: int | None, before: bool, gradient: Tensor) -> None:
     """``before``: the forward ran before all passes, so that the pass is one of its own, not within another."""
     if before:
         recorder.drop_failed()
     if recorder.opens():  # checkpoints may run compiled layers again
         during = ExitStack()
         during.enter_context(batch_token(batch))
+        if recorder.compiled:
+            during.enter_context(bare.standing(backward=True))
         torch.autograd.Variable._execution_engine.queue_callback(during.close)
     if running_pass.trains(recorder.names):  # torch.autograd.grad(output, x) is no backward
         recorder.open(batch)

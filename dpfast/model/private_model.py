@@ -26,6 +26,7 @@ from dpfast.distributed.ranks import Ranks
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.derived import Parametrized, sources_of
 from dpfast.layers.generic import Generic
+from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.counted_forward import CountedForward
 from dpfast.model.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.model.one_by_one import OneByOneForward
@@ -103,6 +104,7 @@ class FusedHooks(AbstractGradSampleHooks):
         inside = {child for owner in made for child in owner.modules()}  # runs when its tensor is made, and only then
         for p in {p for source in sources for p in source.parameters}:
             loose.pop(p, None)
+        bare = BareParameters(self.clipped_sum)
         for name, module in root.named_modules():
             if _is_container(module):
                 continue  # never called: its parameters are its parent's affair
@@ -132,12 +134,15 @@ class FusedHooks(AbstractGradSampleHooks):
                         f"requires_grad_(False), or use DistributedDataParallel"
                     )
                 forward = GenericForward(module, generic)
+                derived = is_parametrized(module) or any(source.owner is module for source in sources)
+                if batch_dim == 0 and not derived and not self.clipped_sum.ranks.sharded:
+                    forward = BareForward(module, generic, bare, below)
             if forward is not None:
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
         by_sample = Generic(root, loose, self.clipped_sum, batch_dim, whole_model=loss_reduction, sources=sources)
-        model = CountedForward(root, inner, by_sample, batch_dim, one_by_one=max_physical_batch_size == 1)
+        model = CountedForward(root, inner, by_sample, bare, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)
         for forward in self._forwards:

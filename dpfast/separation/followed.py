@@ -53,7 +53,7 @@ class Followed(Proof):
         assert recorder.batch_size is not None
         super().__init__(module, recorder.batch_size, answer, base)
         self.public = public
-        self.root, self.batch_dim, self.earlier = module, batch_dim, earlier or {}
+        self.recorder, self.root, self.batch_dim, self.earlier = recorder, module, batch_dim, earlier or {}
         self.axes = recorder.input_axes
         self.met: dict[str, set[str]] = {}
         self.lost: set[str] = set()
@@ -67,12 +67,18 @@ class Followed(Proof):
     @contextmanager
     def following(self) -> Iterator[Proof]:
         before = _outside_of_torch()
-        with super().following():
+        with super().following(), self.recorder.setting(copied=self._copied):
             yield self
         after = _outside_of_torch()
         self.drew = before != after
         if self._between not in (None, after):
             self.lost.add("Python's or numpy's random numbers in a backward")
+
+    def _copied(self, copies: Tensor) -> Tensor:
+        """Copies of a parameter ``[B, *shape]`` with memory of their own: each is as good as its sample's data."""
+        copies = copies.clone(memory_format=torch.contiguous_format)
+        self.labels[copies] = self.labels.in_order(0, len(copies))
+        return copies
 
     def label(self, batch: Any) -> None:
         """Say whose the tensors of a batch are."""
