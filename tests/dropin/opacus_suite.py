@@ -4,6 +4,7 @@ They come with Opacus' wheel, and run in several ways, each in a process of its 
 
     stock     Opacus as it is
     samplers  after ``dpfast.register()``
+    patched   after ``dpfast.patch_opacus()``
     engine    ``dpfast.PrivacyEngine`` in the place of Opacus', in the mode that a test asks for, or Opacus' default
 
 What fails is listed in ``docs/migrating-from-opacus.md`` with its reason, and nowhere else. A failure that is not
