@@ -19,6 +19,7 @@ MIB = 1 << 20
 THREADS = 2
 WARM_UP = 2  # calls before the first that is timed: the first may compile, or check what it will trust afterwards
 MOST_WARM_UP, WARM_UP_SECONDS = 70, 1.0  # and of short ones so many more, within this time
+COMPILES = 2.0  # a call that takes more than this many times as long as a later one has compiled, or checked
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 SLOW = 8.0  # who takes this many times as long as the first one ...
 SLOW_ROUNDS = 3  # ... is timed in this many rounds only
@@ -85,11 +86,23 @@ def in_turns(
 
 
 def _warmed_up(call: Step, device: torch.device) -> float:
-    """The least of the first calls; short ones have more, as private models are checked in their 2nd, 4th, 8th."""
+    """The least of the first calls; short ones have more, as private models are checked in their 2nd, 4th, 8th.
+
+    A call that compiles is far longer than those after it. It leaves them their time, and is not the last one.
+    """
     taken: list[float] = []
-    while len(taken) < WARM_UP or (len(taken) < MOST_WARM_UP and sum(taken) < WARM_UP_SECONDS):
+    while (
+        len(taken) < WARM_UP
+        or COMPILES * taken[-1] < taken[-2]
+        or (len(taken) < MOST_WARM_UP and _of_steps(taken) < WARM_UP_SECONDS)
+    ):
         taken.append(timed(call, device))
     return min(taken)
+
+
+def _of_steps(taken: Sequence[float]) -> float:
+    """Seconds of those that did nothing but a step."""
+    return sum(once for once in taken if once < COMPILES * min(taken))
 
 
 def turns_of(

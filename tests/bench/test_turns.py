@@ -204,3 +204,20 @@ def test_who_fails_is_let_go_and_the_others_go_on():
     taken, reasons = measure.turns_of(calls, CPU, 0.01)
     assert list(calls) == ["a"] and reasons == {"b": "IndexError: pop from empty list"}
     assert sorted(taken["a"]) == list(range(len(taken["a"]))) and len(taken["a"]) >= measure.MIN_ROUNDS
+
+
+@pytest.mark.parametrize(
+    "times, calls",
+    [
+        ([1e-3] * 100, measure.MOST_WARM_UP),
+        ([9.0, 4.0, *[1e-3] * 98], measure.MOST_WARM_UP),  # compiles twice, and has its time all the same
+        ([0.6] * 100, 2),
+        ([9.0, 0.4, *[0.3] * 98], 4),
+    ],
+    ids=["short", "compiled", "long", "compiled and long"],
+)
+def test_a_warm_up_does_not_count_what_compiles(monkeypatch, times, calls):
+    left = iter(times)
+    monkeypatch.setattr(measure, "timed", lambda call, device: next(left))
+    assert measure._warmed_up(lambda: None, torch.device("cpu")) == min(times[:calls])
+    assert len(list(left)) == len(times) - calls
