@@ -91,7 +91,7 @@ def squared_norms(hooks: FusedHooks, loss: Callable[[], Tensor], samples: int) -
     clipped_sum, module = hooks.clipped_sum, hooks._module
     total = torch.zeros(samples, dtype=torch.float64)
 
-    def observe(name: str, form: Form) -> None:
+    def observe(name: str, form: Form, parameter: Any) -> None:
         squared = form.squared_norm()[0].double().cpu()
         if len(squared) == samples:
             total.add_(squared)

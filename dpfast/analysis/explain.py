@@ -31,9 +31,9 @@ def explain(model: nn.Module, batch: Any) -> str:
             which the first element is the input and the rest (targets) is ignored.
 
     Returns:
-        A table: layer, T positions, d and p (the sides of its per-sample gradient), way, what its norm and clipped sum
-        were predicted to take and took here (the ordinary weight gradient, which they replace, is in these), and the
-        bytes of per-sample gradients that are kept until the factors are known. Below it: whether the model keeps the
+        A table: layer and parameter, T positions, d and p (the sides of its per-sample gradient), way, what its norm
+        and clipped sum were predicted to take and took here (the ordinary weight gradient, which they replace, is in
+        these), and the bytes of per-sample gradients that are kept until the factors are known. Below it: whether the model keeps the
         samples apart, proved from its operators or tried, and which operators in which modules are not proved. Of a
         private model that ``torch.compile`` has met in training: which layers are in a graph, and why others are not.
     """
@@ -45,11 +45,11 @@ def explain(model: nn.Module, batch: Any) -> str:
     with torch.no_grad():
         forms, separation = _forms(plain, batch)
         for name, kept in forms.items():
-            for form in kept:
+            for part, form in kept:
                 plan, took = _measured(name, form, planner)
                 total = [sum(pair) for pair in zip(total, (plan.seconds, took, plan.kept), strict=True)]
                 sizes = map(str, (plan.T, plan.d, plan.p, plan.way))
-                rows.append((name, *sizes, *_numbers(plan.seconds, took, plan.kept)))
+                rows.append((part, *sizes, *_numbers(plan.seconds, took, plan.kept)))
     rows.append(("total", "", "", "", "", *_numbers(*total)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -122,14 +122,18 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     return plan, seconds(run, device)
 
 
-def _forms(plain: nn.Module, batch: Any) -> tuple[dict[str, list[Form]], Verdict | None]:
-    """What a backward pass on a copy of the model hands over, by layer; and whether samples are kept apart."""
-    found: dict[str, list[Form]] = {}
+def _forms(plain: nn.Module, batch: Any) -> tuple[dict[str, list[tuple[str, Form]]], Verdict | None]:
+    """What a backward pass on a copy of the model hands over, by layer, each form with the name of its row; and whether
+    samples are kept apart.
+    """
+    found: dict[str, list[tuple[str, Form]]] = {}
     twin = pristine_copy(plain).train()
     hooks = FusedHooks(twin)
 
-    def observe(layer: str, form: Form) -> None:
-        found.setdefault(layer, []).append(form)
+    def observe(layer: str, form: Form, parameter: Any) -> None:
+        name = hooks.clipped_sum.names[parameter]
+        row = layer if name == layer else f"{layer}.{name.rpartition('.')[2]}"
+        found.setdefault(layer, []).append((row, form))
 
     with torch.enable_grad(), torch.random.fork_rng():
         outputs = [x for x in tensors(call(twin, batch)) if x.requires_grad]

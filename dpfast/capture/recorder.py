@@ -78,7 +78,7 @@ class Recorder:
         self.passing: dict[
             Any, list[Any]
         ] = {}  # the forwards that it is of, with nodes of its graph below their outputs
-        self.observer: Callable[[str, Form], None] | None = None  # gets all forms instead
+        self.observer: Callable[[str, Form, Any], None] | None = None  # gets all forms instead: layer, form, parameter
         self.closing: Callable[[], None] | None = None  # runs at the end of a pass in the place of close
         self.bypassed: list[nn.Parameter] = []  # what the observer will want to know of
         self._forms: dict[nn.Parameter, list[Form | Waiting]] = {}
@@ -223,7 +223,7 @@ class Recorder:
         if self.opens():
             self.open()
         if self.observer is not None:
-            self.observer(self.names[parameter], form)
+            self.observer(self.names[parameter], form, parameter)
         else:
             self._forms.setdefault(parameter, []).append(form)
             self.sources.add("")
@@ -231,8 +231,8 @@ class Recorder:
     def record_call(self, call: Call, forms: Iterable[tuple[Any, Form | Waiting]]) -> None:
         """Keep the forms of the parameters of one call of a layer."""
         if self.observer is not None:
-            for _, form in forms:
-                self.observer(call.tap.name, form_of(form))
+            for owner, form in forms:
+                self.observer(call.tap.name, form_of(form), owner)
             return
         if call.forward_pass == OUTSIDE:
             self.drop_failed()

@@ -138,7 +138,7 @@ class Experiment:
         """
         found: Sketches = {}
 
-        def observe(name: str, form: Form) -> None:
+        def observe(name: str, form: Form, parameter: Any) -> None:
             with _disable_current_modes():
                 if follow:
                     follow.sees(name, form)

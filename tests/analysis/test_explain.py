@@ -103,3 +103,17 @@ def test_frozen_layers_cost_nothing(capsys):
     lines = table(capsys, model, torch.randn(6, 4))
     assert not any("0.weight" in line for line in lines)
     assert any("1.weight" in line or line.startswith("1") for line in lines)
+
+
+def test_weight_and_bias_have_rows_of_their_own(capsys):
+    lines = table(capsys, nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)), torch.randn(3, 2, 5))
+    assert {line.split()[0] for line in lines[2:6]} == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert row(lines, "0.weight").split()[1:4] == ["2", "5", "4"]
+
+
+def test_a_table_is_shown_once(capsys):
+    """A notebook and Python's prompt show what a line ends in; that was printed already."""
+    shown = dpfast.explain(nn.Linear(3, 2), torch.randn(2, 3))
+    assert capsys.readouterr().out == f"{shown}\n"
+    shown._ipython_display_()
+    assert capsys.readouterr().out == "" and "Linear.weight" in shown and "\n" not in repr(shown)
