@@ -33,9 +33,10 @@ def explain(model: nn.Module, batch: Any) -> str:
     Returns:
         A table: layer and parameter, T positions, d and p (the sides of its per-sample gradient), way, what its norm
         and clipped sum were predicted to take and took here (the ordinary weight gradient, which they replace, is in
-        these), and the bytes of per-sample gradients that are kept until the factors are known. Below it: whether the model keeps the
-        samples apart, proved from its operators or tried, and which operators in which modules are not proved. Of a
-        private model that ``torch.compile`` has met in training: which layers are in a graph, and why others are not.
+        these), and the bytes of per-sample gradients that are kept until the factors are known. Below it: whether the
+        model keeps the samples apart, proved from its operators or tried, and which operators in which modules are not
+        proved. Of a private model that ``torch.compile`` has met in training: which layers are in a graph, and why
+        others are not.
     """
     plain = model._module if isinstance(model, FusedModule) else model
     planner = model.clipped_sum.planner if isinstance(model, FusedModule) else Planner()
