@@ -237,11 +237,11 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _take_sums(self) -> dict[Any, torch.Tensor | None]:
         """This rank's clipped sums of the logical batch, None for what no sample has reached."""
-        summed = {}
+        summed, keeps = {}, self._keeps_sums
         for p in self.all_parameters():
             if p.requires_grad:
                 summed[p] = total = getattr(p, "summed_grad", None)
-                p.summed_grad = None if total is None or not self._keeps_sums else total.clone()
+                p.summed_grad = total.clone() if keeps and total is not None else None
         return summed
 
     @property
