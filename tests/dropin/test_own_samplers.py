@@ -86,7 +86,7 @@ def test_one_that_mixes_samples_is_refused(called):
 def test_opacus_own_samplers_are_not_used():
     model, *_ = make_private(net())
     assert type(vars(model._module[0])["forward"]).__name__ == "LayerForward"
-    assert type(vars(model._module[1])["forward"]).__name__ == "GenericForward"
+    assert type(vars(model._module[1])["forward"]).__name__ == "BareForward"
 
 
 def test_frozen_and_empty(called):

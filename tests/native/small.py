@@ -34,7 +34,8 @@ def checkout(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     for path in [*(ROOT / "dpfast/native").glob("*.py"), ROOT / "dpfast/native/about.cpp"]:
         shutil.copy(path, native)
-    (folder / "dpfast/__init__.py").write_text('__version__ = "0.0.1"\n')
+    (folder / "dpfast/__init__.py").write_text("")
+    (folder / "dpfast/version.py").write_text('__version__ = "0.0.1"\n')
     write_csrc(folder / "csrc")
     return folder
 
