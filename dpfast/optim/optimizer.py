@@ -185,9 +185,10 @@ class FusedDPOptimizer(DPOptimizer):
     @property
     def has_own_parts(self) -> bool:
         """Whether a part of the step was replaced, by a subclass or on this very optimizer."""
-        return any([self._has_own(name) for name in PARTS])
+        return any([self.has_own(name) for name in PARTS])
 
-    def _has_own(self, name: str) -> bool:
+    def has_own(self, name: str) -> bool:
+        """Whether the method ``name`` was replaced, by a subclass or on this very optimizer."""
         return name in vars(self) or getattr(type(self), name) is not getattr(FusedDPOptimizer, name)
 
     def clip_and_accumulate(self) -> None:
@@ -201,7 +202,7 @@ class FusedDPOptimizer(DPOptimizer):
 
         They are divided in the same pass, unless :meth:`scale_grad` was replaced, which then has that to do.
         """
-        self._divided = not self._has_own("scale_grad")
+        self._divided = not self.has_own("scale_grad")
         noise = self._next_noise(1 / self._divisor() if self._divided else 1.0)
         sums = _filled(self._take_sums())
         for p in self.all_parameters():
@@ -287,7 +288,7 @@ class FusedDPOptimizer(DPOptimizer):
         if self.has_own_parts:
             self._check_own_parts()
             reached = self._fill_sums()
-            if reached and self._has_own("clip_and_accumulate"):
+            if reached and self.has_own("clip_and_accumulate"):
                 self._clip_as_replaced(piece is None or piece.whole)
         self._account()
         self._divided = False
@@ -305,6 +306,9 @@ class FusedDPOptimizer(DPOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
+        if self.has_own("pre_step"):
+            check_low_precision(self.low_precision, self.original_optimizer, "the optimizer's pre_step was replaced")
+            return self.original_optimizer.step() if self.pre_step() else None
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
         for_hook = self.has_hooks and self.low_precision == "nearest"
@@ -659,9 +663,12 @@ def check_noise_multiplier(value: Any) -> None:
         raise ValueError(f"noise_multiplier={value!r}: give a finite number that is not negative")
 
 
-def check_low_precision(value: Any, optimizer: Optimizer) -> None:
-    """Refuse a way to update 16-bit parameters that is unknown, or that ``optimizer``'s own step does not have."""
+def check_low_precision(value: Any, optimizer: Optimizer, why_not: str | None = None) -> None:
+    """Refuse a way to update 16-bit parameters that is unknown, or that ``optimizer``'s own step does not have.
+
+    ``why_not`` is why that step makes the update, if it does whatever the optimizer is.
+    """
     if value not in LOW_PRECISION:
         raise ValueError(f"low_precision={value!r}: use one of {', '.join(map(repr, LOW_PRECISION))}")
-    if value != "nearest" and (reason := why_not_fused(optimizer)) is not None:
+    if value != "nearest" and (reason := why_not or why_not_fused(optimizer)) is not None:
         raise ValueError(f"low_precision={value!r} needs the update in the noise's pass, but {reason}; use 'nearest'")

@@ -246,6 +246,18 @@ class TestReplacedParts:
         optimizer.step()
         assert max(p.grad.abs().max() for p in model.parameters()) > 10
 
+    def test_pre_step(self):
+        model, optimizer, _ = make_private(net(), size=5, lr=1.0, max_grad_norm=0.1)
+        own, called = optimizer.pre_step, []
+        optimizer.pre_step = lambda: (called.append(1), own())[1]
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(model, *batch())
+        expected = [p.summed_grad / 5 for p in model.parameters()]
+        optimizer.step()
+        assert called == [1]
+        for p, was, grad in zip(model.parameters(), before, expected, strict=True):
+            torch.testing.assert_close(p.detach(), was - grad)
+
     def test_clipping_of_opacus_on_no_samples(self):
         model, optimizer, _ = make_private(net(), size=5, noise_multiplier=1.0, keep_grad_samples=True)
         optimizer.clip_and_accumulate = lambda: DPOptimizer.clip_and_accumulate(optimizer)
