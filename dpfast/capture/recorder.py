@@ -34,6 +34,14 @@ SHARDED_AS = "dpfast_sharded_as"  # attribute of a gathered parameter: the one o
 RowLayout = tuple[str, int, str]  # a layer, its input's number of dimensions, and what its rows are taken for
 
 
+def between_passes() -> dict[str, Any]:
+    """Attributes of a recorder of a model that does not run, as of a copy that a forward makes of its model."""
+    of_forward: dict[str, Any] = dict(inside=False, paused=False, token=None, row_order=None, copied=None)
+    of_look: dict[str, Any] = dict(observer=None, closing=None, bypassed=[])
+    of_backward: dict[str, Any] = dict(_forms={}, _versions=[], _waiting=0, _untrusted=[], _ordinary={})
+    return of_forward | of_look | of_backward | dict(_pass=None, _pass_batch=None)
+
+
 def running_backward() -> int:
     """Id of the backward pass that this thread is in, or -1; a compiler that traces this takes it to be in none."""
     if torch.compiler.is_compiling():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpfast.capture.forms import Form, Waiting
 from dpfast.capture.graph_calls import GraphCalls
 from dpfast.capture.mean_in_16_bits import refusal
-from dpfast.capture.recorder import Recorder
+from dpfast.capture.recorder import Recorder, between_passes
 from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import ForwardPass, leaves_gradients
 from dpfast.clipping.at_once import Ended, end_at_once
@@ -95,6 +95,7 @@ class ClippedSum(Recorder):
             "sources": set(),
             "_ended": None,
             "last_source": "",
+            **between_passes(),
         }  # of this run
 
     def start_logical_batch(self) -> None:

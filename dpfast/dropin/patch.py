@@ -14,13 +14,12 @@ from opacus import PrivacyEngine as OpacusEngine
 from torch import nn
 
 from dpfast.data.physical_batches import BatchMemoryManager
+from dpfast.dropin.replaced import PARTS, replaced_in_opacus
 from dpfast.dropin.script_needs import first_need
 from dpfast.engine import FUSED, PrivacyEngine
 
 logger = logging.getLogger("dpfast")
 SERVED = ("hooks", "functorch", "ew", "ghost")  # modes of Opacus whose step the fused mode takes
-# What a subclass of Opacus' engine may have made its own, and the fused mode does not call.
-_PARTS = ("_prepare_model", "_prepare_optimizer", "_prepare_data_loader", "_prepare_criterion")
 
 
 class Call(NamedTuple):
@@ -87,8 +86,10 @@ def why_opacus(engine: OpacusEngine, mode: str, frame: FrameType | None) -> str 
         return None
     if mode not in SERVED:
         return f"the fused mode has nothing for {mode!r}"
-    if own := [name for name in _PARTS if getattr(type(engine), name) is not getattr(OpacusEngine, name)]:
+    if own := [name for name in PARTS if getattr(type(engine), name) is not getattr(OpacusEngine, name)]:
         return f"{type(engine).__name__} has its own {', '.join(own)}"
+    if (replaced := replaced_in_opacus()) is not None:
+        return f"{replaced} was replaced"
     need = first_need(frame)
     return None if need is None else f"{need.where} {need.what}"
 

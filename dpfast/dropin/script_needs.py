@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 READ = ("grad_sample", "grad_samples")  # attributes that are per-sample gradients
-REPLACED = ("add_noise", "clip_and_accumulate")  # methods of Opacus' optimizer
+# Methods of Opacus' optimizer, and the function that its noise comes from.
+REPLACED = ("add_noise", "clip_and_accumulate", "scale_grad", "pre_step", "_generate_noise")
+REPLACING = ("setattr", "object")  # of pytest's monkeypatch, of unittest.mock.patch
 # Nobody's script: their code is no use of Opacus, or is Opacus.
 _NOT_SCRIPTS = ("dpfast", "opacus", "torch", "numpy", "IPython", "ipykernel", "runpy", "pytest", "_pytest", "pluggy")
 
@@ -83,6 +85,10 @@ def _what(node: ast.AST) -> str | None:
             return f"reads .{node.attr}"
         if node.attr in REPLACED and isinstance(node.ctx, ast.Store):
             return f"replaces .{node.attr}"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) > 1:
+        named = node.args[1]
+        if node.func.attr in REPLACING and isinstance(named, ast.Constant) and named.value in REPLACED:
+            return f"replaces .{named.value}"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
         asked = node.args[1]
         if node.func.id in ("getattr", "hasattr") and isinstance(asked, ast.Constant) and asked.value in READ:

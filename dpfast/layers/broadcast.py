@@ -9,6 +9,7 @@ check of the model shows that, as for every layer. Whatever else is done with th
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -302,6 +303,12 @@ class BareParameter:
             f"parameter {self.tap.name!r} is used where per-sample gradients cannot be taken ({how}): compute with it "
             f"in the model's forward alone"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the parameter, as that of a module has it: what stands for it is of this forward."""
+        if self.steps:
+            raise self.unserved("a copy of what was computed from it")
+        return copy.deepcopy(self.parameter, memo)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "parameter" not in vars(self):

@@ -34,6 +34,13 @@ class BareParameters:
         self.worked = False  # a forward has come to its end like this
         self._compared: set[tuple[int, ...]] = set()  # numbers of dimensions of inputs that were compared
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "stands": False,
+            "_stood": [],
+        }  # a copy that a forward makes is of a model that does not run
+
     @contextmanager
     def standing(self, backward: bool = False) -> Iterator[None]:
         """Within, they stand in for all parameters that are trained, where gradients are taken or in a ``backward``."""
@@ -118,6 +125,17 @@ class BareForward(GenericForward):
                     tap = taps.setdefault(p, TracedTap(generic.recorder, Broadcast(), names[p]))
                     self.places.append((holder, name, BareParameter(self, tap, p)))
         bare.served.append(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: what stands for a parameter is of the copied one, whose own copy is a parameter."""
+        return {
+            **vars(self),
+            "places": [(holder, name, bare.tap, bare.parameter) for holder, name, bare in self.places],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.places = [(holder, name, BareParameter(self, tap, p)) for holder, name, tap, p in state["places"]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.bare.stands and self.served:

@@ -71,6 +71,7 @@ class _Output(Layer):
 
     def __init__(self, of: SampledForward, activations: list[Tensor], params: list[nn.Parameter]):
         self.of, self.activations, self.params = of, activations, params
+        self.versions = [x._version for x in activations]
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         return x.clone()
@@ -81,6 +82,11 @@ class _Output(Layer):
     def forms(
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
+        if [x._version for x in self.activations] != self.versions:
+            raise RuntimeError(
+                f"the input of layer {self.of.name!r} was modified in place after its forward (as in x += layer(x)), "
+                f"and its grad sampler {self.of.sampler.__qualname__} computes with it: leave the input as it was"
+            )
         found = self.of.sampler(self.of.module, self.activations, G)
         for k in needed:
             samples = found.get(self.params[k])

@@ -95,6 +95,7 @@ class FusedDPOptimizer(DPOptimizer):
         self._stepped = False  # and not cleared since
         self._first_bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
         self._divided = False  # gradients, in this step
+        self._put_aside: dict[Any, torch.Tensor] = {}  # sums, while a replaced clip_and_accumulate makes its own
         self.keep_summed_grad = False  # until zero_grad(), also where nobody is known to look at it
         self.accounting: StepHook | None = None  # called once a step, whatever other hooks there are
         self._called: list[StepHook] = []  # in this step
@@ -184,17 +185,25 @@ class FusedDPOptimizer(DPOptimizer):
     @property
     def has_own_parts(self) -> bool:
         """Whether a part of the step was replaced, by a subclass or on this very optimizer."""
-        return any(
-            name in vars(self) or getattr(type(self), name) is not getattr(FusedDPOptimizer, name) for name in PARTS
-        )
+        return any([self.has_own(name) for name in PARTS])
+
+    def has_own(self, name: str) -> bool:
+        """Whether the method ``name`` was replaced, by a subclass or on this very optimizer."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(FusedDPOptimizer, name)
 
     def clip_and_accumulate(self) -> None:
-        """Nothing is left to do: every backward has clipped and summed at its end."""
+        """Put the clipped sums into ``p.summed_grad``: every backward has made them at its end."""
+        for p, total in self._put_aside.items():
+            p.summed_grad = total
+        self._put_aside = {}
 
     def add_noise(self) -> None:
-        """Noisy gradients, divided, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step."""
-        noise = self._next_noise()
-        self._divided = True
+        """Noisy gradients, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step.
+
+        They are divided in the same pass, unless :meth:`scale_grad` was replaced, which then has that to do.
+        """
+        self._divided = not self.has_own("scale_grad")
+        noise = self._next_noise(1 / self._divisor() if self._divided else 1.0)
         sums = _filled(self._take_sums())
         for p in self.all_parameters():
             p.grad = None
@@ -209,7 +218,7 @@ class FusedDPOptimizer(DPOptimizer):
                 p.grad = like(grad, p)
 
     def scale_grad(self) -> None:
-        """Divide gradients, unless :meth:`add_noise` has done so in its own pass, as it does if it is not replaced."""
+        """Divide gradients, unless :meth:`add_noise` has done so in its own pass, as it does if neither is replaced."""
         if self._divided or self.loss_reduction != "mean":
             return
         self._divided = True
@@ -224,13 +233,16 @@ class FusedDPOptimizer(DPOptimizer):
         assert self.expected_batch_size is not None
         return self.expected_batch_size * self.accumulated_iterations
 
-    def _next_noise(self) -> ops.Noise:
-        """The noise that the sums of this logical batch get, of all ranks together; adaptive clipping then moves C."""
+    def _next_noise(self, scale: float) -> ops.Noise:
+        """The noise that the sums of this logical batch get, of all ranks together; adaptive clipping then moves C.
+
+        ``scale`` is what noisy sums are multiplied with.
+        """
         check_noise_multiplier(self.noise_multiplier)
         sensitivity = self.clipped_sum.sensitivity or self.clipping.sensitivity
         elements = sum([p.numel() for p in self.all_parameters() if p.requires_grad])
         multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
-        noise = self.noise.next(multiplier, sensitivity, elements, 1 / self._divisor())
+        noise = self.noise.next(multiplier, sensitivity, elements, scale)
         if self.adaptive is not None:
             self._adapt(self.adaptive, noise)
         return noise
@@ -270,14 +282,17 @@ class FusedDPOptimizer(DPOptimizer):
             self.keep_summed_grad = keeps
 
     def _pre_step(self) -> bool:
+        piece = self.clipped_sum.batches.piece
         if not self.begin_step():
             return False
         if self.has_own_parts:
             self._check_own_parts()
+            reached = self._fill_sums()
+            if reached and self.has_own("clip_and_accumulate"):
+                self._clip_as_replaced(piece is None or piece.whole)
         self._account()
         self._divided = False
         try:
-            self.clip_and_accumulate()
             self.add_noise()
             self.scale_grad()
             self.ascending.filter()
@@ -291,6 +306,9 @@ class FusedDPOptimizer(DPOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
+        if self.has_own("pre_step"):
+            check_low_precision(self.low_precision, self.original_optimizer, "the optimizer's pre_step was replaced")
+            return self.original_optimizer.step() if self.pre_step() else None
         # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
         # that torch's own step does not have, the hook sees none.
         for_hook = self.has_hooks and self.low_precision == "nearest"
@@ -314,15 +332,43 @@ class FusedDPOptimizer(DPOptimizer):
         return None
 
     def _check_own_parts(self) -> None:
-        """What a replaced part of the step needs: every parameter's clipped sum, in ``summed_grad``."""
         if self.ranks.world_size > 1 or self.adaptive is not None:
             raise ValueError(
                 "step: a method of the optimizer was replaced (one of add_noise, scale_grad, clip_and_accumulate), "
                 "which cannot be done on several ranks, or with clipping='adaptive': both go through dpfast's own noise"
             )
+
+    def _fill_sums(self) -> bool:
+        """What a replaced part of the step needs: every parameter's sum, in ``summed_grad``. Whether there was one."""
+        missing = [p for p in self.params if getattr(p, "summed_grad", None) is None]
+        for p in missing:
+            p.summed_grad = torch.zeros(p.shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
+        return len(missing) < len(self.params)
+
+    def _clip_as_replaced(self, whole: bool) -> None:
+        """``clip_and_accumulate`` as in Opacus: it finds no sums, and adds to what it finds.
+
+        Where it makes none, those that the backward passes have made are what is released.
+
+        Raises:
+            ValueError: it has made sums of its own, and the batch is no ``whole`` one; nothing was released.
+        """
+        self._put_aside = {p: p.summed_grad for p in self.params}
         for p in self.params:
-            if getattr(p, "summed_grad", None) is None:
-                p.summed_grad = torch.zeros(p.shape, dtype=ops.compute_dtype(p.dtype), device=p.device)
+            p.summed_grad = None
+        try:
+            self.clip_and_accumulate()
+            if self._put_aside and any(p.summed_grad is not None for p in self.params):
+                if not whole:
+                    raise ValueError(
+                        "step: clip_and_accumulate was replaced, and has made sums of the last physical batch alone: "
+                        "have it call the optimizer's own, or train without BatchMemoryManager"
+                    )
+                zeros = {p: torch.zeros_like(total) for p, total in self._put_aside.items() if p.summed_grad is None}
+                self._put_aside = zeros
+                self.clipped_sum.sensitivity = max(self.clipped_sum.sensitivity, self.clipping.sensitivity)
+        finally:
+            FusedDPOptimizer.clip_and_accumulate(self)
 
     def open_update(self) -> tuple[ops.Noise, tuple[int, int], dict[Any, torch.Tensor | None]]:
         """:meth:`begin_step` has said yes: account for the step, and end its logical batch.
@@ -335,7 +381,7 @@ class FusedDPOptimizer(DPOptimizer):
         self._call_hooks()
         self.ascending.before_update()
         try:
-            noise = self._next_noise()
+            noise = self._next_noise(1 / self._divisor())
             sums = self._take_sums()
         finally:
             self._end_logical_batch()
@@ -617,9 +663,12 @@ def check_noise_multiplier(value: Any) -> None:
         raise ValueError(f"noise_multiplier={value!r}: give a finite number that is not negative")
 
 
-def check_low_precision(value: Any, optimizer: Optimizer) -> None:
-    """Refuse a way to update 16-bit parameters that is unknown, or that ``optimizer``'s own step does not have."""
+def check_low_precision(value: Any, optimizer: Optimizer, why_not: str | None = None) -> None:
+    """Refuse a way to update 16-bit parameters that is unknown, or that ``optimizer``'s own step does not have.
+
+    ``why_not`` is why that step makes the update, if it does whatever the optimizer is.
+    """
     if value not in LOW_PRECISION:
         raise ValueError(f"low_precision={value!r}: use one of {', '.join(map(repr, LOW_PRECISION))}")
-    if value != "nearest" and (reason := why_not_fused(optimizer)) is not None:
+    if value != "nearest" and (reason := why_not or why_not_fused(optimizer)) is not None:
         raise ValueError(f"low_precision={value!r} needs the update in the noise's pass, but {reason}; use 'nearest'")

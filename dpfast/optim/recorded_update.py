@@ -28,7 +28,7 @@ def why_not_recorded(optimizer: FusedDPOptimizer) -> str | None:
         return "the optimizer's step method was replaced"
     if optimizer.has_hooks:
         return "the optimizer has step hooks"
-    if optimizer.has_own_parts:
+    if optimizer.has_own_parts or optimizer.has_own("pre_step"):
         return "a method of the optimizer was replaced"
     if optimizer.keep_summed_grad:
         return "the clipped sums are kept for somebody to look at"

@@ -29,8 +29,8 @@ from dpfast.separation.inputs import replaced
 from dpfast.separation.labels import Drawn, Rows
 from dpfast.separation.passes import own_random_numbers, own_saved_tensors, same
 from dpfast.separation.proof import Read
-from dpfast.separation.state import kept
-from dpfast.separation.texts import Left
+from dpfast.separation.state import Numbers, kept
+from dpfast.separation.texts import Left, left_for_next
 
 MOST_ANSWERS = 8  # questions of Python about samples that are answered otherwise, each by itself
 
@@ -160,7 +160,8 @@ class Check:
         """Why a forward may not leave what it leaves in the model, at any size of the batch."""
         with torch.random.fork_rng():
             try:
-                why = self._forward()[0].why()
+                follow, _ = self._forward()
+                why = follow.why() or self._left_by_answers(follow)
             except LayoutError:  # it comes again where the model runs, which knows what to do
                 return ""
         return why if isinstance(why, Left) else ""
@@ -180,9 +181,15 @@ class Check:
             if outputs is None:
                 follow, outputs = self._forward()
             self._try_samples(follow.reads_of_samples(), outputs, verdict)
+            verdict.mixed = self._left_by_answers(follow) or self._left_by_others(follow) or verdict.mixed
 
-    def _forward(self, high: bool | None = None, inputs: Any = None, **kw: Any) -> tuple[Followed, list[Tensor]]:
-        """A forward that a proof follows, and its outputs that train; ``high``: of random numbers not torch's."""
+    def _forward(
+        self, high: bool | None = None, inputs: Any = None, numbers: Numbers | None = None, **kw: Any
+    ) -> tuple[Followed, list[Tensor]]:
+        """A forward that a proof follows, and its outputs that train; ``high``: of random numbers not torch's.
+
+        It finds ``numbers`` that another forward has left in the model's attributes.
+        """
         args, kwargs = map_tensors(Tensor.detach, self.inputs if inputs is None else inputs)
         if kw.get("earlier"):  # which may be the inputs themselves
             args, kwargs = map_tensors(Tensor.clone, (args, kwargs))
@@ -191,12 +198,15 @@ class Check:
             stack.enter_context(all_branches(lambda x: isinstance(x, Tensor)))
             stack.enter_context(own_random_numbers(self.seed))
             stack.enter_context(own_saved_tensors())
-            stack.enter_context(kept(self.module))
+            keeping = stack.enter_context(kept(self.module))
+            if numbers is not None:
+                keeping.put(numbers)
             stack.enter_context(nullcontext() if high is None else answers.extreme_draws(high))
             follow.starts(args, kwargs)
             stack.enter_context(follow.following())
             outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             follow.returns(outputs, outputs)
+            follow.numbers = keeping.numbers()
         return follow, [x.detach() for x in outputs]
 
     def _try_chance(self, verdict: Verdict) -> None:
@@ -241,12 +251,56 @@ class Check:
                 return "changed"
         return ""
 
+    def _left_by_answers(self, follow: Followed) -> str:
+        """Why numbers that Python has read of samples may not stay in the model: each is answered otherwise."""
+        answered = [read for read in follow.reads_of_samples() if read.answered]
+        for k, read in enumerate(answered[:MOST_ANSWERS]):
+            for other in answers.of_samples(k):
+                try:
+                    found, _ = self._forward(answer=other)
+                except Exception:  # whatever the model says to it
+                    continue
+                if why := self._left(follow.numbers, found.numbers, read.label):
+                    return why
+        return ""
+
+    def _left_by_others(self, follow: Followed) -> str:
+        """The same of numbers that are read past PyTorch's operators: half of the samples are replaced."""
+        try:
+            found, _ = self._forward(inputs=self._half_replaced(follow))
+        except Exception:  # whatever the model says to it
+            return ""
+        return self._left(follow.numbers, found.numbers)
+
+    def _left(self, numbers: Numbers, others: Numbers, where: object = None) -> str:
+        """Why a forward may not leave either of these behind: the next one computes something else by them."""
+        places = zip(self.module.named_modules(), numbers, others, strict=True)
+        names = [
+            f"{name}.{key}" if name else key
+            for (name, _), mine, its in places
+            for key in its
+            if key not in mine or mine[key] != its[key]
+        ]
+        if all(self.public(name) for name in names):
+            return ""
+        try:
+            alike = same(self._forward(numbers=numbers)[1], self._forward(numbers=others)[1])
+        except Exception:  # whatever the model says to it
+            return ""
+        return "" if alike else left_for_next(names, where)
+
+    def _half(self, follow: Followed) -> Tensor:
+        batch = follow.labels.batch
+        return torch.arange(batch).split((batch + 1) // 2)[self.seed // 2 % 2]
+
+    def _half_replaced(self, follow: Followed) -> Any:
+        return replaced(self.inputs, self._half(follow), follow.labels.batch, self.batch_dim, follow.axes)
+
     def _replaced_forward(self, follow: Followed, outputs: list[Tensor]) -> str:
         """Half of the samples replaced, the outputs of the others must stay."""
-        batch = follow.labels.batch
-        half = torch.arange(batch).split((batch + 1) // 2)[self.seed // 2 % 2]
+        batch, half = follow.labels.batch, self._half(follow)
         try:
-            _, after = self._forward(inputs=replaced(self.inputs, half, batch, self.batch_dim, follow.axes))
+            _, after = self._forward(inputs=self._half_replaced(follow))
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return ""
         stays = torch.tensor([k for k in range(batch) if k not in set(half.tolist())])

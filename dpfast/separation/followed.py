@@ -20,7 +20,7 @@ from dpfast.capture.refusals import listed
 from dpfast.separation.inputs import label_inputs
 from dpfast.separation.labels import PICKED, Drawn, Label, Lost, Met, Rows, Unwritten
 from dpfast.separation.proof import Proof, Read
-from dpfast.separation.state import attributes
+from dpfast.separation.state import Numbers, attributes
 from dpfast.separation.texts import left
 
 SIDES = ("samples", "ids", "A", "G", "x")  # of forms: what they hold of samples
@@ -37,6 +37,7 @@ class Followed(Proof):
         reached: parameters and buffers that samples are in when the forward ends.
         picked: layers that got rows that the samples' values pick.
         drew: Python's or numpy's random numbers were drawn.
+        numbers: that modules have as attributes when the forward ends.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Followed(Proof):
         self.forward_reads = -1  # how many values Python had read when the forward ended
         self.reached: dict[str, Label] = {}
         self.drew = False
+        self.numbers: Numbers = []
         self.picked: set[str] = set()
         self._between: Any = None
         self.returned = base or "what the model returns"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 PLAIN = (int, float, bool, str, type(None))
+Numbers = list[dict[str, Any]]  # by module, in their order, and by attribute
 OWN = set(vars(nn.Module()))  # a module's registries of parameters, buffers, hooks
 
 
@@ -66,6 +67,15 @@ class Kept(TorchDispatchMode):
                 if buffer is not None and buffer is not buffers.get(key):
                     found[f"{prefix}.{key}" if prefix else key] = buffer.detach().clone()
         return found
+
+    def numbers(self) -> Numbers:
+        """Numbers, flags and texts that modules have as attributes now."""
+        return [_plain(vars(module)) for module, _ in self._plain]
+
+    def put(self, numbers: Numbers) -> None:
+        """Have modules hold what :meth:`numbers` of an earlier forward was."""
+        for (module, _), values in zip(self._plain, numbers, strict=True):
+            vars(module).update(values)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -11,6 +11,7 @@ from opacus.schedulers import ExponentialGradClip
 from torch import nn
 
 import dpfast
+from dpfast.data.physical_batches import BatchMemoryManager
 from dpfast.optim.optimizer import FusedDPOptimizer
 from tests import oracle
 from tests.helpers import SLACK, make_private, mse
@@ -201,6 +202,104 @@ class TestReplacedParts:
         backward(model, *batch())
         optimizer.step()
         assert called == [name]
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("how", ["Opacus' code", "around our own"])
+    def test_scale_grad_finds_what_is_not_divided(self, how, reduction):
+        model, optimizer, _ = make_private(net(), size=5, max_grad_norm=0.1, loss_reduction=reduction)
+        plain, found = DPOptimizer.scale_grad if how == "Opacus' code" else FusedDPOptimizer.scale_grad, []
+
+        def scale_grad():
+            found.extend([p.grad.clone() for p in optimizer.params])
+            plain(optimizer)
+
+        optimizer.scale_grad = scale_grad
+        backward(model, *batch())
+        sums = [p.summed_grad.clone() for p in model.parameters()]
+        optimizer.step()
+        for p, grad, total in zip(model.parameters(), found, sums, strict=True):
+            torch.testing.assert_close(grad, total)
+            torch.testing.assert_close(p.grad, total / 5 if reduction == "mean" else total)
+
+    @pytest.mark.parametrize("noise_first", [False, True])
+    def test_clipping_of_opacus_counts_a_sample_once(self, noise_first):
+        """Opacus' code adds to the sum that it finds; ours is not there then."""
+        model, optimizer, _ = make_private(net(), size=5, max_grad_norm=0.1, keep_grad_samples=True)
+        optimizer.clip_and_accumulate = lambda: DPOptimizer.clip_and_accumulate(optimizer)
+        if noise_first:
+            optimizer.add_noise = lambda: DPOptimizer.add_noise(optimizer)
+        backward(model, *batch())
+        expected = [p.summed_grad / 5 for p in model.parameters()]
+        optimizer.step()
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)  # Opacus adds 1e-6 to norms
+
+    def test_a_larger_norm_comes_before_clipping_of_ones_own(self):
+        """What it clips to, which has changed since the backward, is what the noise is scaled by."""
+        noise = torch.Generator().manual_seed(0)
+        model, optimizer, _ = make_private(
+            net(), size=5, max_grad_norm=1e-6, noise_multiplier=1.0, keep_grad_samples=True, noise_generator=noise
+        )
+        optimizer.clip_and_accumulate = lambda: DPOptimizer.clip_and_accumulate(optimizer)
+        backward(model, *batch())
+        optimizer.max_grad_norm = 100.0
+        optimizer.step()
+        assert max(p.grad.abs().max() for p in model.parameters()) > 10
+
+    def test_pre_step(self):
+        model, optimizer, _ = make_private(net(), size=5, lr=1.0, max_grad_norm=0.1)
+        own, called = optimizer.pre_step, []
+        optimizer.pre_step = lambda: (called.append(1), own())[1]
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(model, *batch())
+        expected = [p.summed_grad / 5 for p in model.parameters()]
+        optimizer.step()
+        assert called == [1]
+        for p, was, grad in zip(model.parameters(), before, expected, strict=True):
+            torch.testing.assert_close(p.detach(), was - grad)
+
+    def test_clipping_of_opacus_on_no_samples(self):
+        model, optimizer, _ = make_private(net(), size=5, noise_multiplier=1.0, keep_grad_samples=True)
+        optimizer.clip_and_accumulate = lambda: DPOptimizer.clip_and_accumulate(optimizer)
+        backward(model, *(x[:0] for x in batch()))
+        optimizer.expect_no_samples()
+        optimizer.step()
+        assert all(p.grad.any() for p in model.parameters())
+
+    def test_clipping_that_fails_or_makes_nothing(self):
+        model, optimizer, _ = make_private(net(), size=5, max_grad_norm=0.1)
+        backward(model, *batch())
+        expected = [p.summed_grad / 5 for p in model.parameters()]
+
+        def fails():
+            raise ArithmeticError
+
+        optimizer.clip_and_accumulate = fails
+        with pytest.raises(ArithmeticError):
+            optimizer.step()
+        optimizer.clip_and_accumulate = lambda: None
+        optimizer.step()
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, grad)
+
+    def test_clipping_of_ones_own_in_physical_batches(self):
+        """Their per-sample gradients are gone by the last of them. Around our own nothing is lost."""
+        data = torch.utils.data.TensorDataset(*batch(8))
+        loader = torch.utils.data.DataLoader(data, batch_size=4)
+        model, optimizer, loader = make_private(net(), data_loader=loader, keep_grad_samples=True)
+        optimizer.clip_and_accumulate = lambda: FusedDPOptimizer.clip_and_accumulate(optimizer)
+
+        def epoch():
+            with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+                for x, y in parts:
+                    optimizer.zero_grad()
+                    backward(model, x, y)
+                    optimizer.step()
+
+        epoch()
+        optimizer.clip_and_accumulate = lambda: DPOptimizer.clip_and_accumulate(optimizer)
+        with pytest.raises(ValueError, match="last physical batch alone"):
+            epoch()
 
     def test_a_subclass(self):
         model, optimizer, _ = make_private(net(), size=5, noise_multiplier=1.0)

@@ -253,4 +253,7 @@ def test_what_source_needs():
     assert _need_of("cell 3", "x = 1\nif hasattr(p, 'grad_sample'): pass").where == "cell 3:2"
     assert _need_of("cell 4", "'a text on grad_sample'") is None
     assert _need_of("cell 5", "def add_noise(): pass") is None
+    assert _need_of("cell 7", "patch.object(DPOptimizer, 'add_noise', mine)").what == "replaces .add_noise"
+    assert _need_of("cell 8", "optimizer.pre_step = mine").what == "replaces .pre_step"
+    assert _need_of("cell 9", "opacus.optimizers.optimizer._generate_noise = mine").what.endswith("_generate_noise")
     assert _need_of("cell 6", "setattr(optimizer, 'clip_and_accumulate', mine)").what.endswith("clip_and_accumulate")

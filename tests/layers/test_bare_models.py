@@ -299,3 +299,42 @@ def test_random_numbers(vmaps):
     private, *_ = make_private(model, size=B)
     mse(private(rows()), torch.randn(B, T, 2)).backward()
     assert not vmaps and private.per_sample_gradient_norms.isfinite().all()
+
+
+class Copying(nn.Module):
+    """Keeps a copy of what it is given by ``what`` in its first forward."""
+
+    def __init__(self, what: Callable[..., Any]):
+        super().__init__()
+        self.mix, self.gamma, self.what = nn.Linear(4, 2), nn.Parameter(torch.rand(4) + 0.5), what
+        self.first: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.first:
+            self.first = [copy.deepcopy(self.what(self))]
+        return self.mix(x * self.gamma).mean(1)
+
+
+@pytest.mark.parametrize("what", [lambda m: m.gamma, lambda m: m.mix, lambda m: m], ids=["parameter", "layer", "model"])
+def test_a_copy_that_a_forward_makes(what):
+    """It is of parameters, and of nothing that the looks at the samples are in the middle of."""
+    private = examine(Copying(what), (rows(),), targets(), mse)
+    model = private.model.to(F64)
+    made = model.first[0]
+    if made is not None and isinstance(made, nn.Module):
+        assert [type(p) for p in made.parameters()] == [nn.Parameter] * len(list(made.parameters()))
+        assert not any(isinstance(x, BareParameter) for m in made.modules() for x in vars(m).values())
+    else:
+        assert type(made) is nn.Parameter and torch.equal(made, model.gamma) and made is not model.gamma
+
+
+def test_a_copied_model_trains_by_itself():
+    """One that a forward of the original has made, in the middle of a look."""
+    private = Private(Copying(lambda m: m), TIGHT)
+    private.backward((rows(),), targets(), mse)
+    made = private.model.first[0]
+    for _ in range(2):
+        made.first = [None]
+        made.zero_grad()
+        mse(made(rows(3)), targets(3)).backward()
+    assert all(torch.isfinite(p).all() for p in made.parameters())

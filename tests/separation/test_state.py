@@ -173,3 +173,95 @@ def test_what_the_next_forward_reads(keep):
     x, y = torch.randn(B, D, dtype=F64), torch.randn(B, D, dtype=F64)
     with pytest.raises(RuntimeError, match="an earlier forward has left"):
         private.backward((x,), y, mse)
+
+
+def mean_of_the_last(m, x):
+    out = m.number
+    m.number = 0.9 * m.number + 0.1 * x.mean().item()
+    return out
+
+
+def how_many_of_the_last(m, x):
+    out = m.number
+    m.number = int((x > 0).sum())
+    return 0.1 * out
+
+
+def one_sample_of_the_last(m, x):
+    out = m.number
+    m.number = x[0, 0].item()
+    return out
+
+
+def read_as_a_list(m, x):
+    out = m.number
+    m.number = sum(x[:, 0].tolist())
+    return out
+
+
+def read_by_numpy(m, x):
+    out = m.number
+    m.number = float(x.detach().numpy().mean())
+    return out
+
+
+def a_flag_of_the_last(m, x):
+    out = 1.0 if m.number else 2.0
+    m.number = bool((x.mean() > 0).item())
+    return out
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [mean_of_the_last, how_many_of_the_last, one_sample_of_the_last, read_as_a_list, read_by_numpy, a_flag_of_the_last],
+)
+def test_a_number_that_the_next_forward_computes_with(keep):
+    """The looks at the samples put numbers back: what one has left is shown to the next forward nevertheless."""
+    model = Keeping(keep).double()
+    model.number = 0
+    private = Private(model, TIGHT)
+    x, y = torch.randn(B, D, dtype=F64), torch.randn(B, D, dtype=F64)
+    with pytest.raises(RuntimeError, match=r"keeps a number of the samples in 'number'.*the next forward"):
+        private.backward((x,), y, mse)
+    assert private.nothing_summed() and private.model.number == 0
+
+
+def test_such_a_number_of_a_lone_sample():
+    model = Keeping(mean_of_the_last).double()
+    model.number = 0
+    private = Private(model, TIGHT)
+    with pytest.raises(RuntimeError, match="keeps a number of the samples in 'number'"):
+        private.backward((torch.randn(1, D, dtype=F64),), torch.randn(1, D, dtype=F64), mse)
+
+
+def told(m, x):
+    m.number = x.mean().item()
+
+
+def told_as_a_list(m, x):
+    m.number = max(x[:, 0].tolist())
+
+
+def counter(m, x):
+    m.number += 1
+    return 0.1 * m.number
+
+
+@pytest.mark.parametrize("keep", [told, told_as_a_list, counter])
+def test_numbers_that_no_forward_computes_with_or_of_no_sample(keep):
+    model = Keeping(keep).double()
+    model.number = 0
+    private = Private(model, TIGHT)
+    for _ in range(3):
+        x, y = torch.randn(B, D, dtype=F64), torch.randn(B, D, dtype=F64)
+        private.backward((x,), y, mse)
+    expected = {told: x.mean(), told_as_a_list: x[:, 0].max(), counter: 3}[keep]
+    assert private.model.number == expected
+
+
+def test_a_number_of_a_module_declared_public():
+    model = nn.Sequential(Keeping(mean_of_the_last), nn.Linear(D, D)).double()
+    model[0].number = 0
+    private = Private(model, TIGHT, public_state=["0"])
+    private.backward((torch.randn(B, D, dtype=F64),), torch.randn(B, D, dtype=F64), mse)
+    assert private.model[0].number != 0
