@@ -112,15 +112,8 @@ def facts(config: FinetuneConfig, plan: Plan, epsilon: float, checked: str) -> d
     }
 
 
-def card(
-    config: FinetuneConfig,
-    plan: Plan,
-    epsilon: float,
-    figures: dict[str, float],
-    classes: list[Any] | None,
-    made: bool,
-) -> str:
-    """README.md of a result, a model card; ``made``: the model began from random weights."""
+def card(config: FinetuneConfig, text: str, made: bool) -> str:
+    """README.md of a result, a model card with ``text``; ``made``: the model began from random weights."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
@@ -129,7 +122,6 @@ def card(
         pipeline_tag="text-classification" if config.task == "classification" else "text-generation",
         tags=["differential-privacy", "dp-sgd", "dpfast"],
     )
-    text = _page(config, plan, epsilon, figures, classes, made)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
@@ -157,7 +149,7 @@ def _loading(config: FinetuneConfig, classes: list[Any] | None, made: bool) -> l
     ]
 
 
-def _page(
+def page(
     config: FinetuneConfig,
     plan: Plan,
     epsilon: float,
@@ -165,6 +157,7 @@ def _page(
     classes: list[Any] | None,
     made: bool,
 ) -> str:
+    """What a result is, for people, and how to load it."""
     lines = [
         "# A model fine-tuned with differential privacy",
         "",

@@ -195,7 +195,7 @@ def _finish(job: Job, tokenizer: Any, names: list[Any] | None, made: bool, say: 
 
         state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if job.place.rank == 0:
-        card = result.card(config, plan, epsilon, job.figures, names, made)
+        card = result.card(config, result.page(config, plan, epsilon, job.figures, names, made), made)
         result.save(Path(config.output), net, tokenizer, card, result.facts(config, plan, epsilon, checked), state)
     job.place.wait()
     spent = f"epsilon {epsilon:.3f} at delta {plan.delta:g} after {job.step} steps"
