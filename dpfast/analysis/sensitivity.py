@@ -215,7 +215,11 @@ class _Runner:
         clipped_sum.verifies = False  # what mixes samples is to be measured here, not refused
         follow = Followed(clipped_sum, self.twin, self.batch_dim, base="the loss")
         try:
-            with observed(clipped_sum, follow.sees), own_random_numbers(0), torch.enable_grad():
+            with (
+                observed(clipped_sum, lambda name, form, _: follow.sees(name, form)),
+                own_random_numbers(0),
+                torch.enable_grad(),
+            ):
                 follow.label(batch)
                 with follow.following():
                     loss = self._loss(batch)

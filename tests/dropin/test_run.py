@@ -186,31 +186,31 @@ def test_refusals_and_exits_are_the_scripts(found):
 
 
 SPAWNED = """
-import os
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
-
-def work(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=1)
-    given["module"] = DPDDP(model)
-    private, private_optimizer, private_loader = engine.make_private(noise_multiplier=1.0, **given)
-    for x, y in private_loader:
-        private_optimizer.zero_grad()
-        criterion(private(x), y).backward()
-        private_optimizer.step()
-    print(type(private).__name__, flush=True)
-    dist.destroy_process_group()
+def work():
+    private, *_ = engine.make_private(noise_multiplier=1.0, **given)
+    return type(private).__name__
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(os.getcwd(),), nprocs=1)
+    raise SystemExit("the script was begun anew")
+"""
+CHILD = """
+import sys
+from multiprocessing import spawn
+from dpfast.dropin import run
+
+data = run.preparation_data("a child")
+spawn.prepare({"name": "a child", "init_main_from_name": data["init_main_from_name"]})
+assert spawn.get_preparation_data is run.preparation_data
+print(sys.modules["__main__"].work())
 """
 
 
-def test_spawned_processes(tmp_path):
-    """A rank that is spawned is patched, and says so."""
-    (tmp_path / "ranks.py").write_text(HEAD + SPAWNED)
-    ran = python("-m", "dpfast", "run", "ranks.py", folder=tmp_path)
+def test_spawned_processes(tmp_path, monkeypatch):
+    """What a spawned process does first, in the words of ``multiprocessing``: it is patched, and says so at its end."""
+    (tmp_path / "script.py").write_text(HEAD + SPAWNED)
+    monkeypatch.setenv(run.CHILD, str(tmp_path / "script.py"))
+    (tmp_path / "child.py").write_text(CHILD)
+    ran = python("child.py", folder=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["FusedModule"]
     assert ran.stderr.count("1 of 1 calls of make_private ran fused") == 1

@@ -122,6 +122,8 @@ def within_an_operator(m, h, x):
     "mix", [torchs, torchs_number, torchs_integer, pythons, pythons_high, numpys, within_an_operator]
 )
 def test_by_chance(mix):
+    random.seed(0)  # a draw below RARELY in one of two forwards that are compared would be a difference of its own
+    np.random.seed(0)
     refused_or_apart(Two(mix), *batch(), "aten.mean", "Two")
 
 
