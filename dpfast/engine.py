@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from opacus import PrivacyEngine as OpacusEngine
@@ -40,7 +40,6 @@ from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_
 from dpfast.planning.planner import Planner
 
 FUSED, GHOST = "fused", "ghost"
-SERVED_HERE = (None, FUSED, GHOST)  # other modes are Opacus'
 
 
 class PrivacyEngine(OpacusEngine):
@@ -193,7 +192,7 @@ class PrivacyEngine(OpacusEngine):
             ValueError, UnsupportedModuleError: before anything is changed; module, optimizer and loader are as they
                 were.
         """
-        if grad_sample_mode not in SERVED_HERE:
+        if self._is_opacus(grad_sample_mode):
             fused_only: dict[str, Any] = dict(
                 memory_budget=memory_budget, plan=plan, public_state=public_state or None, ascent=ascent
             )
@@ -299,6 +298,10 @@ class PrivacyEngine(OpacusEngine):
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
 
+    def _is_opacus(self, mode: str | None) -> TypeGuard[str]:
+        """Whether ``mode`` runs as it does in Opacus, and not fused."""
+        return mode not in (None, FUSED, GHOST)
+
     def _check_mode_of_opacus(self, mode: str, module: nn.Module, fused_only: Mapping[str, Any]) -> None:
         """What Opacus' own modes cannot serve."""
         if given := [name for name, value in fused_only.items() if value is not None]:
@@ -377,7 +380,7 @@ class PrivacyEngine(OpacusEngine):
                 **search,
             )
 
-        if grad_sample_mode in SERVED_HERE:
+        if not self._is_opacus(grad_sample_mode):
             asked = {name: kwargs.get(name) for name in ("expected_batch_size", "sample_rate")}
             public, _ = public_numbers(data_loader, kwargs.get("poisson_sampling", True), **asked)
             rate, steps = public.sample_rate, public.steps
@@ -398,7 +401,7 @@ class PrivacyEngine(OpacusEngine):
             **kwargs,
         )
         # Opacus' own sampler gives int(1 / (1 / n)) batches, which may be n - 1, and its modes account for that rate.
-        if grad_sample_mode not in SERVED_HERE and len(made[-1]) != steps:
+        if self._is_opacus(grad_sample_mode) and len(made[-1]) != steps:
             made[1].noise_multiplier = noise_multiplier_at(1 / len(made[-1]), len(made[-1]))
         return made
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import opacus.utils.batch_memory_manager
 from opacus import PrivacyEngine as OpacusEngine
@@ -55,6 +55,9 @@ class PatchedEngine(PrivacyEngine):
     ) -> tuple[Any, ...]:
         """As ``opacus.PrivacyEngine.make_private_with_epsilon``."""
         return self._served(super().make_private_with_epsilon, grad_sample_mode, criterion, kwargs)
+
+    def _is_opacus(self, mode: str | None) -> TypeGuard[str]:
+        return mode != FUSED  # "ghost" comes this far where it is to stay Opacus' own
 
     def _served(self, make: Callable[..., tuple[Any, ...]], asked: str, criterion: Any, kwargs: Any) -> tuple[Any, ...]:
         if self._decided:

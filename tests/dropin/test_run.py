@@ -65,6 +65,10 @@ model, optimizer, loader = engine.make_private(noise_multiplier=1.0, poisson_sam
 criterion(model(data[:8][0]), data[:8][1]).backward()
 print(list(model._module[0].weight.grad_sample.shape))
 """,
+    "reads_ghost.py": """
+model, optimizer, criterion, loader = engine.make_private(noise_multiplier=1.0, grad_sample_mode="ghost", **given)
+print(type(model).__name__, model._module[0].weight.grad_sample)
+""",
     "replaces.py": """
 model, optimizer, loader = engine.make_private(noise_multiplier=1.0, **given)
 optimizer.add_noise = lambda: None
@@ -166,6 +170,7 @@ def test_epsilon_is_that_of_opacus(found):
     "script, why, out",
     [
         ("reads.py", "reads .grad_sample", "[8, 3, 4]"),
+        ("reads_ghost.py", "reads .grad_sample", "GradSampleModuleFastGradientClipping"),
         ("replaces.py", "replaces .add_noise", ""),
         ("subclass.py", "Mine has its own _prepare_optimizer", "mine"),
         ("no_op.py", "nothing for 'no_op'", ""),
