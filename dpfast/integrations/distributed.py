@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.tensor import DTensor
 
 from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
@@ -19,6 +20,39 @@ from dpfast.engine import PrivacyEngine
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 PRIVACY_NAME = "privacy.pt"
+SHARDS = "shards"  # beside it, in a checkpoint of a Trainer whose model is sharded
+EVERYTHING = states.StateDictOptions()
+TRAINED = states.StateDictOptions(ignore_frozen_params=True, strict=False)  # the frozen base is nothing to be saved
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has shared the model's parameters out over ranks."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def full(x: Tensor) -> Tensor:
+    """All of a tensor. Where it is sharded, all ranks have to ask together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The ``state_dict`` of a sharded model, on the CPU of rank 0; called by all ranks."""
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return states.get_model_state_dict(model, options=options)
+
+
+def save_shards(folder: str, model: nn.Module, optimizer: FusedDPOptimizer) -> None:
+    """What trains of a sharded model, and the optimizer's state, into a part of ``folder``; called by all ranks."""
+    dcp.save(
+        _state(model, optimizer, TRAINED), checkpoint_id=os.path.join(folder, SHARDS), process_group=_group(optimizer)
+    )
+
+
+def load_shards(folder: str, model: nn.Module, optimizer: FusedDPOptimizer) -> None:
+    """What :func:`save_shards` has saved, at any number of ranks; called by all ranks."""
+    held = _state(model, optimizer, TRAINED)
+    dcp.load(held, checkpoint_id=os.path.join(folder, SHARDS), process_group=_group(optimizer))
+    _take_over(held, model, optimizer, TRAINED)
 
 
 def save_checkpoint(
@@ -89,23 +123,27 @@ def load_checkpoint(
         )
     held = _state(module, optimizer)
     dcp.load(held, checkpoint_id=path, process_group=_group(optimizer))
-    model = _model(module)
-    states.set_model_state_dict(model, held["model"])
-    states.set_optimizer_state_dict(model, optimizer.original_optimizer, optim_state_dict=held["optimizer"])
+    _take_over(held, module, optimizer)
     counted.take_over()
     optimizer.noise.renew()
     optimizer.clipping.thresholds = list(privacy["max_grad_norms"])
     return privacy["extra"]
 
 
-def _state(module: Any, optimizer: FusedDPOptimizer) -> dict[str, Any]:
+def _state(module: Any, optimizer: FusedDPOptimizer, options: Any = EVERYTHING) -> dict[str, Any]:
     """Tensors by name, sharded ones as each rank has them."""
     model = _model(module)
     # The wrapped optimizer's: to have a state to fill, torch takes a step with it, which must not be a private one.
     return {
-        "model": states.get_model_state_dict(model),
+        "model": states.get_model_state_dict(model, options=options),
         "optimizer": states.get_optimizer_state_dict(model, optimizer.original_optimizer),
     }
+
+
+def _take_over(held: dict[str, Any], module: Any, optimizer: FusedDPOptimizer, options: Any = EVERYTHING) -> None:
+    model = _model(module)
+    states.set_model_state_dict(model, held["model"], options=options)
+    states.set_optimizer_state_dict(model, optimizer.original_optimizer, optim_state_dict=held["optimizer"])
 
 
 def _model(module: Any) -> nn.Module:

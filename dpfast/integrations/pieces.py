@@ -36,26 +36,25 @@ class CollatedPieces:
     Args:
         collator: from a list of samples to a batch.
         size: most samples of a physical batch.
-        padded_from: the data set that the samples are of. Each physical batch then has ``size`` rows, zeros behind the
-            samples, and there is at least one.
+        data: the data set that the samples are of; used where there are ``rows``.
+        rows: fewest rows of a physical batch. Zeros stand behind the samples, and there is at least one batch.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any], size: int, padded_from: Any = None):
-        self.pad = padded_from is not None
-        self.collator = CollateOrEmpty(collator, padded_from, 0) if self.pad else collator
-        self.size = size
+    def __init__(self, collator: Callable[[list[Any]], Any], size: int, data: Any = None, rows: int = 0):
+        self.collator = CollateOrEmpty(collator, data, 0) if rows else collator
+        self.size, self.rows = size, rows
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        starts = range(0, max(len(samples), int(self.pad)), self.size)
+        starts = range(0, max(len(samples), int(self.rows > 0)), self.size)
         return {"samples": len(samples), "pieces": [self._piece(samples[k : k + self.size]) for k in starts]}
 
     def _piece(self, samples: list[Any]) -> Any:
         batch = self.collator(samples)
-        return padded(batch, len(samples), self.size) if self.pad else batch
+        return batch if len(samples) >= self.rows else padded(batch, len(samples), self.rows)
 
 
 def announced(
-    optimizer: FusedDPOptimizer, parts: Iterable[Any], of: Sequence[int], rows: int | None = None
+    optimizer: FusedDPOptimizer, parts: Iterable[Any], of: Sequence[int], rows: int = 0
 ) -> Iterator[tuple[Any, int, bool]]:
     """Each piece of a logical batch, how many samples it has, and whether it is the last.
 
@@ -66,12 +65,12 @@ def announced(
         optimizer: private.
         parts: what the model will see, on its device; taken one at a time.
         of: the number of samples in each.
-        rows: that each has, if that is fixed: those behind the samples are left out of the clipped sum.
+        rows: fewest that each has; those behind the samples are left out of the clipped sum.
     """
     batch, loop, start = LogicalBatch(), Loop(), 0
     for k, (part, given) in enumerate(zip(parts, of, strict=True)):
         last = k == len(of) - 1
-        samples = Samples(id(batch), range(start, start + given), padding=0 if rows is None else rows - given)
+        samples = Samples(id(batch), range(start, start + given), padding=max(0, rows - given))
         optimizer.clipped_sum.batches.give_piece(Piece(batch, k == 0, last, samples, loop), False, part)
         yield part, given, last
         start += given
@@ -82,7 +81,7 @@ def backward_in_pieces(
     parts: Iterable[Any],
     of: Sequence[int],
     loss_of: Callable[[Any, int], Tensor],
-    rows: int | None = None,
+    rows: int = 0,
 ) -> Tensor:
     """Forward and backward of one logical batch, a piece at a time; ``optimizer.step()`` has to follow.
 

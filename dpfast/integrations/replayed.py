@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from dpfast.integrations.distributed import full
+
 # What a run's seed is used for, beside its batches.
 TRANSFORMS, MODEL = 1, 2
 MOST_ROWS = 1 << 14  # of a data set of one's own that is read whole, to tell it from another
@@ -128,12 +130,15 @@ def _digest(items: Any) -> str | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the parameters' names, shapes and dtypes, and of the values of those that stay frozen."""
+    """A hash of the parameters' names, shapes and dtypes, and of the values of those that stay frozen.
+
+    Of a sharded model all ranks have to ask together.
+    """
     found = hashlib.sha256()
     for name, p in model.named_parameters():
         found.update(repr((name, tuple(p.shape), str(p.dtype), p.requires_grad)).encode())
         if not p.requires_grad:
-            found.update(repr(torch.hash_tensor(p.detach()).view(torch.int64).item()).encode())
+            found.update(repr(torch.hash_tensor(full(p.detach())).view(torch.int64).item()).encode())
     return found.hexdigest()
 
 

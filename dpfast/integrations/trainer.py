@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
-import os
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -16,47 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
 
 from dpfast.accounting.epsilon import noise_multiplier_for
-from dpfast.accounting.runs import joined, state_of
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
-from dpfast.checkpoints import read, written
+from dpfast.capture.trees import map_tensors
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
+from dpfast.integrations.distributed import is_sharded
 from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts
-from dpfast.integrations.replayed import MODEL, Replayed, Rows, digest_of, fingerprint, seed_all, whole
+from dpfast.integrations.replayed import MODEL, Replayed, Rows, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
-from dpfast.model.private_model import FusedHooks
-from dpfast.noise.stream import as_text, check_state
+from dpfast.integrations.trainer_checkpoints import PRIVACY_NAME, ResumableTrainer
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.planning.planner import check_state as check_plan
 
-__all__ = ["DPArguments", "DPTrainer"]
-
-PRIVACY_NAME = "privacy.pt"  # in a checkpoint's folder
-UNKNOWN = "cannot be told from others"  # of data, in the settings
-# Of these the sums of a run depend, beside data and model.
-DECISIVE = (
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "seed", "mixed_precision"),  # which `accelerate launch` sets too
-    *("world_size", "torch_compile", "gradient_checkpointing"),  # on which dropout depends
-)
+__all__ = ["PRIVACY_NAME", "DPArguments", "DPTrainer"]
 
 
-class DPTrainer(Trainer):
+class DPTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose training is (ε, δ)-differentially private for one sample added or left out.
 
     Arguments are the Trainer's, and ``privacy``. One step accounts for one logical batch: each sample of
     ``train_dataset`` is in it with probability 1/(steps per epoch), independently, and its expected size is about
-    ``per_device_train_batch_size · gradient_accumulation_steps · world size``. It runs forward and backward
-    ``per_device_train_batch_size`` samples at a time; ``privacy.pad`` makes this the number of rows. Gradients are
-    clipped per sample, by ``privacy.max_grad_norm``; the Trainer's ``max_grad_norm`` is not used. Each step adds noise
-    and is accounted for once, an empty batch's too.
+    ``per_device_train_batch_size · gradient_accumulation_steps · world size``, or ``privacy.expected_batch_size``. It
+    runs forward and backward ``per_device_train_batch_size`` samples at a time; ``privacy.pad`` makes this the number
+    of rows. Gradients are clipped per sample, by ``privacy.max_grad_norm``; the Trainer's ``max_grad_norm`` is not
+    used. Each step adds noise and is accounted for once, an empty batch's too.
 
     Losses are per sample. Causal language models, masked and sequence-to-sequence language models, token and
     sequence classification and image classification are known by the model's class; a language model's loss is the
@@ -75,7 +60,8 @@ class DPTrainer(Trainer):
     numbers, text, arrays nor tensors, and samples or a collator that draw from generators of their own.
 
     On several processes (torchrun, ``accelerate launch``) every rank clips its share of the logical batch, and the
-    clipped sums are added up; the model is not left in ``DistributedDataParallel``.
+    clipped sums are added up; the model is not left in ``DistributedDataParallel``. A model that ``fully_shard`` has
+    sharded stays sharded, in checkpoints too. Its collator is not tried out on rows alone and together.
 
     ``fp16=True`` multiplies losses by the constant ``privacy.loss_scale``, which norms and sums are free of: see
     :class:`dpfast.amp.GradScaler`, and its advice on how to choose the scale.
@@ -89,9 +75,6 @@ class DPTrainer(Trainer):
         ValueError: an argument that cannot be had with privacy, or a model whose per-sample loss is not known.
     """
 
-    optimizer: Any  # private from the beginning of training
-    model: Any
-
     def __init__(
         self,
         model: Any = None,
@@ -104,14 +87,11 @@ class DPTrainer(Trainer):
         check_arguments(args)
         self.privacy = DPArguments() if privacy is None else privacy
         self.engine = PrivacyEngine(accountant=self.privacy.accountant, secure_mode=self.privacy.secure_mode)
-        self.hooks: FusedHooks | None = None
-        self._resumed: dict[str, Any] | None = None  # what privacy.pt of the checkpoint holds
-        self._batch_seed: int | None = None
+        self.hooks = None
+        self._resumed, self._batch_seed = None, None
         self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
-        self._data_digest: str | None = None
-        self._logical_batch_size = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-        )
+        product = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        self._logical_batch_size = self.privacy.expected_batch_size or product
         args = copy.copy(args)  # the user's own stays as it is
         args.gradient_accumulation_steps = 1  # the loop sees one logical batch a step
         args.max_grad_norm = 0.0  # the sum of clipped gradients and noise is not to be clipped again
@@ -122,7 +102,7 @@ class DPTrainer(Trainer):
         super().__init__(model, args, *positional, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "accelerate was launched with DeepSpeed or FSDP: DPTrainer keeps a whole model on each rank"
+                "accelerate was launched with DeepSpeed or FSDP: launch without, and shard the model with fully_shard"
             )
         self._task_loss = None if self.compute_loss_func is not None else task_loss(self.model)
         own = self.compute_loss_func is not None or type(self).compute_loss is not DPTrainer.compute_loss
@@ -158,6 +138,11 @@ class DPTrainer(Trainer):
             )
         return len(data)
 
+    @property
+    def _rows(self) -> int:
+        """Fewest rows of a physical batch: the ranks of a sharded model gather its parameters in every forward."""
+        return self._train_batch_size if self.privacy.pad else int(is_sharded(self.model))
+
     def _batches(self, seed: int) -> _Batches:
         steps_per_epoch = math.ceil(self._samples / self._logical_batch_size)
         rank, ranks = self.args.process_index, self.args.world_size
@@ -180,7 +165,7 @@ class DPTrainer(Trainer):
         data, collator = self._data_and_collator()
         workers = self.args.dataloader_num_workers
         self._collated = data, collator
-        pieces = CollatedPieces(collator, self._train_batch_size, data if self.privacy.pad else None)
+        pieces = CollatedPieces(collator, self._train_batch_size, data, self._rows)
         return DataLoader(
             Replayed(data, pieces, batches.seed, batches.rank),
             batch_sampler=batches,
@@ -208,7 +193,10 @@ class DPTrainer(Trainer):
             warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
         sigma = self._noise_multiplier(batches)
         model = self.model.train()
-        if self.args.world_size > 1:  # tells make_private of the ranks, and makes their parameters equal
+        self._fingerprint = fingerprint(model)
+        if self.args.world_size > 1 and not is_sharded(
+            model
+        ):  # tells make_private of the ranks, and makes their parameters equal
             model = DistributedDataParallel(model)
         privacy = self.privacy
         self.hooks, optimizer, _ = self.engine.make_private(
@@ -272,127 +260,6 @@ class DPTrainer(Trainer):
             torch.distributed.broadcast_object_list(held, src=0)
         return held[0]
 
-    def steps_accounted(self) -> int:
-        """Steps that the accountant has counted."""
-        return sum(steps for _, _, steps in self.engine.accountant.history)
-
-    def privacy_spent(self) -> tuple[float, float]:
-        """``(ε, δ)`` of all steps so far, of a resumed run since its beginning; δ is ``privacy.target_delta``."""
-        history = self.engine.accountant.history
-        delta = self.privacy.target_delta
-        if not history or any(sigma == 0 for sigma, _, _ in history):
-            return (math.inf if history else 0.0), delta
-        return float(self.engine.get_epsilon(delta)), delta
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's.
-
-        Raises:
-            ValueError: the checkpoint was not accounted for (it has no ``privacy.pt``), or is of another number of
-                samples, other batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
-        """
-        self._resumed, self._batch_seed = None, None
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            self._resumed = self._read(os.path.join(resume_from_checkpoint, PRIVACY_NAME))
-            self._batch_seed = self._resumed["batch_seed"]
-        elif self.privacy.target_epsilon is not None and self.steps_accounted():
-            raise ValueError(
-                f"target_epsilon={self.privacy.target_epsilon}: this trainer's first train() was planned to spend it; "
-                f"resume from a checkpoint, or give noise_multiplier, with which any number of runs adds up"
-            )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _read(self, path: str) -> dict[str, Any]:
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"resume_from_checkpoint: there is no {path}; the checkpoint is of a run that was not accounted for, "
-                f"or was saved with save_only_model=True. To start from its weights load them into the model"
-            )
-        state = read(path, map_location="cpu")
-        check_state(state["noise"])
-        check_plan(state["plan"])
-        batches = self._batches(0)
-        for name in ("num_samples", "steps_per_epoch"):
-            mine = getattr(batches, name)
-            if state[name] != mine:
-                raise ValueError(
-                    f"resume_from_checkpoint: {name} is {mine}, and was {state[name]} in {path}: resume with the same "
-                    f"train_dataset and the same batch size over all"
-                )
-        if (done := self.steps_accounted()) > (held := sum(steps for *_, steps in state["accountant"]["history"])):
-            raise ValueError(
-                f"resume_from_checkpoint: this trainer has taken {done} steps and {path} accounts for {held} of them; "
-                f"the others would be forgotten. Resume from the last checkpoint"
-            )
-        joined(self.engine.accountant, state["accountant"])
-        return state
-
-    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._resumed is not None:
-            assert self.hooks is not None
-            noise, settings = self._resumed["noise"], self._settings()
-            saved = self._resumed.get("settings", {})
-            changed = sorted(
-                name
-                for name in {*saved, *settings}
-                if saved.get(name) != settings.get(name) or settings[name] == UNKNOWN
-            )
-            if changed and not self.privacy.secure_mode:
-                warnings.warn(
-                    f"resume_from_checkpoint: {', '.join(changed)} changed; the noise takes a new key, as the same "
-                    f"noise on the sums of two runs would lay their difference bare",
-                    stacklevel=2,
-                )
-                noise = {**noise, "key": None}
-            self.optimizer.noise.load_state_dict(noise)
-            self.hooks.clipped_sum.planner.load_state_dict(self._resumed["plan"])
-            joined(self.engine.accountant, self._resumed["accountant"]).take_over()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        assert self.hooks is not None and self._batch_seed is not None
-        batches = self._batches(self._batch_seed)
-        state = {
-            "noise": self.optimizer.noise.state_dict(),
-            "accountant": state_of(self.engine.accountant),
-            "plan": self.hooks.clipped_sum.planner.state_dict(),
-            "settings": self._settings(),
-            "noise_multiplier": self.optimizer.noise_multiplier,
-            "batch_seed": batches.seed,
-            "step": self.state.global_step,
-            "num_samples": batches.num_samples,
-            "steps_per_epoch": batches.steps_per_epoch,
-        }
-        with written(os.path.join(output_dir, PRIVACY_NAME)) as file:
-            torch.save(state, file)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        """Not needed: its scale is constant, and among the settings."""
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Not needed, and a run that goes on with another precision has none to load into."""
-
-    def _settings(self) -> dict[str, str]:
-        """What has to be as it was for the same noise to meet the same sums."""
-        found = {name: getattr(self.args, name, None) for name in DECISIVE}
-        privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
-        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad")}
-        found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
-        parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
-        long = {name: as_text({name: part})[name].encode() for name, part in parts.items()}
-        if self._data_digest is None:
-            self._data_digest = digest_of(*self._data_and_collator()) or UNKNOWN
-        return (
-            as_text(found)
-            | {name: hashlib.blake2b(text, digest_size=16).hexdigest() for name, text in long.items()}
-            | {"train_dataset": self._data_digest, "parameters": fingerprint(self.model)}
-        )
-
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one logical batch; returns its loss, or 0 where that is not logged."""
         model.train()
@@ -400,7 +267,7 @@ class DPTrainer(Trainer):
         seed_all(self._batch_seed, MODEL, self.state.global_step, self.args.process_index)  # dropout
         optimizer: FusedDPOptimizer = self.optimizer
         scaler = self.accelerator.scaler
-        if self._collated is not None:
+        if self._collated is not None and not is_sharded(self.model):  # whose ranks would see other rows
             assert self.hooks is not None
             (data, collator), self._collated = self._collated, None
             check_collation(
@@ -409,13 +276,14 @@ class DPTrainer(Trainer):
         size, held = self._train_batch_size, inputs["pieces"]
         of = counts(inputs["samples"], size, optimizer.ranks.most(len(held)))
         # Where other ranks have more pieces: one without samples, of which no row counts.
-        parts = [*held, *(held[:1] if self.privacy.pad else [None]) * (len(of) - len(held))]
+        filling = map_tensors(lambda x: x[: self._rows], held[0]) if self._rows else None
+        parts = [*held, *[filling] * (len(of) - len(held))]
 
         def loss_of(part: Any, given: int) -> Tensor:
             if part is None:  # many models cannot run on no samples
                 return torch.zeros((), device=self.args.device, requires_grad=True)
             losses = self._losses(model, part)
-            if len(losses) != (seen := size if self.privacy.pad else given):
+            if len(losses) != (seen := max(given, self._rows)):
                 raise ValueError(
                     f"the loss has shape {list(losses.shape)} for a batch of {seen} samples: compute_loss and "
                     f"compute_loss_func must return one loss for each sample, [B]; one number for all couples them"
@@ -423,7 +291,7 @@ class DPTrainer(Trainer):
             return scaler.scale(losses[:given].sum())
 
         on_device = (None if part is None else self._prepare_inputs(part) for part in parts)
-        total = backward_in_pieces(optimizer, on_device, of, loss_of, size if self.privacy.pad else None)
+        total = backward_in_pieces(optimizer, on_device, of, loss_of, self._rows)
         total = total / optimizer.clipped_sum.loss_scale
         if not self.privacy.log_training_loss:
             return torch.zeros_like(total)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from dpfast.amp import check_scale
 
@@ -15,8 +17,8 @@ from dpfast.amp import check_scale
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mixed_precision": (lambda x: x == "fp8", "its layers have no per-sample gradients; use bf16=True"),
     "deepspeed": (bool, "it has an optimizer and gradients of its own; use torchrun or `accelerate launch` without it"),
-    "fsdp": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
-    "parallelism_config": (bool, "DPTrainer keeps a whole model on each rank; leave it out"),
+    "fsdp": (bool, "leave it out, and shard the model with fully_shard before the trainer gets it"),
+    "parallelism_config": (bool, "leave it out; a model may be sharded with fully_shard"),
     "use_liger_kernel": (bool, "its fused layers have no per-sample gradients; leave it out"),
     "neftune_noise_alpha": (bool, "its noise depends on the padded length of the batch, which other samples set"),
     "label_smoothing_factor": (bool, "pass compute_loss_func with per-sample losses [B] that are smoothed"),
@@ -30,6 +32,22 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "hub_strategy": (lambda x: "checkpoint" in str(x).lower(), "a checkpoint has the noise's key; use 'end'"),
 }  # fmt: skip
+
+# Reports of Transformers that upload checkpoints: a setting (of the environment in capitals), when it does, a remedy.
+UPLOADS: dict[str, list[tuple[str, Callable[[Any], bool], str]]] = {
+    "WandbCallback": [("WANDB_LOG_MODEL", lambda x: x == "checkpoint", "set it to 'end' or leave it out")],
+    "MLflowCallback": [("HF_MLFLOW_LOG_ARTIFACTS", lambda x: _on(x), "leave it out")],
+    "DagsHubCallback": [("HF_DAGSHUB_LOG_ARTIFACTS", lambda x: _on(x), "leave it out")],
+    "CometCallback": [("COMET_LOG_ASSETS", lambda x: _on(x), "leave it out")],
+    "ClearMLCallback": [("CLEARML_LOG_MODEL", lambda x: x is None or _on(x), "set it to 'FALSE'")],
+    "DVCLiveCallback": [("_log_model", lambda x: x == "all", "leave it out, or set it to true")],
+    "NeptuneCallback": [("_log_checkpoints", lambda x: x is not None, "leave log_checkpoints out")],
+    "FlyteCallback": [("sync_checkpoints", bool, "give sync_checkpoints=False")],
+}
+
+
+def _on(value: str | None) -> bool:
+    return value is not None and value.upper() in ENV_VARS_TRUE_VALUES
 
 
 @dataclass
@@ -49,6 +67,8 @@ class DPArguments:
         loss_scale: what losses are multiplied by under ``fp16=True``, a power of two that stays as it is: one that
             follows the gradients would tell of samples. A sample whose gradient overflows contributes zeros.
         log_training_loss: log the loss of the training batches, which is not private.
+        expected_batch_size: samples that a step is expected to see, over all processes, instead of
+            ``per_device_train_batch_size · gradient_accumulation_steps · world size``.
         pad: every physical batch has ``per_device_train_batch_size`` rows, an empty Poisson batch included, so that
             ``torch_compile`` compiles for one number of rows. Zeros stand behind the samples, in every tensor whose
             first dimension is the batch; they contribute exactly nothing, and are in no loss that is logged. Where the
@@ -69,6 +89,7 @@ class DPArguments:
     memory_budget: int | float | None = None
     loss_scale: float = 2.0**10
     log_training_loss: bool = False
+    expected_batch_size: int | None = None
     pad: bool = False
 
     def __post_init__(self):
@@ -82,6 +103,9 @@ class DPArguments:
             raise ValueError(f"target_epsilon={self.target_epsilon}: give a positive number")
         if not 0 < self.target_delta < 1:
             raise ValueError(f"target_delta={self.target_delta}: give a number between 0 and 1")
+        size = self.expected_batch_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"expected_batch_size={size!r}: give a whole number of at least 1")
         check_scale("loss_scale", self.loss_scale)
         if self.secure_mode and self.seed is not None:
             raise ValueError(f"seed={self.seed} with secure_mode=True, whose keys no seed repeats: leave it out")
@@ -93,3 +117,20 @@ def check_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and bad(value) and (name != "hub_strategy" or args.push_to_hub):
             raise ValueError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
+
+
+def check_reports(callbacks: Iterable[Any]) -> None:
+    """Refuse reports that would carry checkpoints, in which the noise's key is, to where others can read them.
+
+    Raises:
+        ValueError: the name of the setting, its value and what to set instead.
+    """
+    for callback in callbacks:
+        for kind in type(callback).__mro__:
+            for setting, uploads, remedy in UPLOADS.get(kind.__name__, ()):
+                value = os.environ.get(setting) if setting.isupper() else getattr(callback, setting, None)
+                if uploads(value):
+                    raise ValueError(
+                        f"{kind.__name__} with {setting}={value!r} would upload checkpoints, and a checkpoint has the "
+                        f"noise's key: {remedy}, and upload the model that save_model() has written"
+                    )

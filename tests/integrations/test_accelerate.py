@@ -61,6 +61,33 @@ def test_finetune_sharded_with_lora(two, tmp_path):
         torch.testing.assert_close(got[name], p, rtol=1e-4, atol=1e-7)
 
 
+def test_a_sharded_run_resumes(two):
+    """Killed after its first step and resumed it is bit-equal, from shards that each rank has saved of its own."""
+    folder, _ = two
+    checkpoint = folder / "killed" / "checkpoints" / "checkpoint-2"
+    assert sorted(path.name for path in (checkpoint / "shards").glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    got, want = (load_file(folder / name / "adapter_model.safetensors") for name in ("killed", "finetuned"))
+    assert set(got) == set(want) and all(torch.equal(got[name], p) for name, p in want.items())
+
+
+def killed_and_resumed(output: Path) -> None:
+    """A sharded run that ends before its second step, and goes on."""
+    from dpfast.integrations.finetune.trainer import FinetuneTrainer
+
+    whole = FinetuneTrainer.training_step
+
+    def training_step(self: Any, *given: Any) -> Any:
+        if self.state.global_step == 1:
+            raise BlockingIOError
+        return whole(self, *given)
+
+    FinetuneTrainer.training_step = training_step  # type: ignore[method-assign]
+    with pytest.raises(BlockingIOError):
+        main(command(output, "--fsdp", "--save-every", "1"))
+    FinetuneTrainer.training_step = whole  # type: ignore[method-assign]
+    assert main(command(output, "--fsdp", "--resume")) == 0
+
+
 def runs(folder: Path, world_size: int) -> dict[str, Any]:
     """A step without samples, which is noise alone, and a run whose batches are those of any number of processes."""
     privacy = {"noise_multiplier": 1.0, "log_training_loss": True}
@@ -96,5 +123,6 @@ if __name__ == "__main__":
     # A second group that met where the first one did would find the first one's addresses.
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{where}/meet", rank=rank, world_size=2)
+    killed_and_resumed(where / "killed")
     torch.save(runs(where, 2), where / f"{rank}.pt")
     dist.destroy_process_group()

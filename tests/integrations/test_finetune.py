@@ -1,5 +1,6 @@
 """Fine-tuning from Python: a whole run on a tiny model, what it leaves, and that it resumes bit for bit."""
 
+import itertools
 import json
 import re
 import shutil
@@ -13,10 +14,12 @@ pytest.importorskip("peft")
 
 from huggingface_hub import ModelCard
 from opacus.accountants import RDPAccountant
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from dpfast.integrations.distributed import PRIVACY_NAME
 from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, checkpoint, command, finetune, model
-from dpfast.integrations.finetune.loop import Job
+from dpfast.integrations.finetune.trainer import FinetuneTrainer
 
 TEXTS = [f"the number {k} comes after {k - 1}" for k in range(1, 41)]
 ROWS = [{"text": text, "label": ["no", "yes"][len(text) % 2]} for text in TEXTS]
@@ -54,15 +57,15 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, step):
     """The process ends right before that step."""
-    whole = Job.take_step
+    whole = FinetuneTrainer.training_step
 
-    def take_step(self, batch):
-        if self.step == step:
+    def training_step(self, *given):
+        if self.state.global_step == step:
             raise Killed
-        return whole(self, batch)
+        return whole(self, *given)
 
-    monkeypatch.setattr(Job, "take_step", take_step)
-    return lambda: monkeypatch.setattr(Job, "take_step", whole)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", training_step)
+    return lambda: monkeypatch.setattr(FinetuneTrainer, "training_step", whole)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "task": "classification", "physical_batch_size": "auto"}])
@@ -83,14 +86,14 @@ def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch, changes):
 def test_an_interruption_is_saved(tmp_path, monkeypatch, capsys):
     """Ctrl-C ends a run after its step, with a checkpoint, and says of which step; what comes out is the same."""
     uninterrupted = weights(finetune(config(tmp_path / "a", seed=5, max_steps=4)))
-    whole = Job.take_step
+    whole = FinetuneTrainer.training_step
 
-    def take_step(self, batch):
-        if self.step == 1:
+    def training_step(self, *given):
+        if self.state.global_step == 1:
             signal.raise_signal(signal.SIGINT)
-        return whole(self, batch)
+        return whole(self, *given)
 
-    monkeypatch.setattr(Job, "take_step", take_step)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", training_step)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     given = "--noise-multiplier 1 --accountant rdp --batch-size 8 --physical-batch-size 3 --max-steps 4 --seed 5"
@@ -98,7 +101,7 @@ def test_an_interruption_is_saved(tmp_path, monkeypatch, capsys):
     assert command.main(given) == 130
     assert "interrupted after step 2, which is saved; --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(Job, "take_step", whole)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", whole)
     assert command.main([*given, "--resume"]) == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").named_parameters()
     assert all(torch.equal(uninterrupted[name], p) for name, p in again)
@@ -108,7 +111,7 @@ def test_an_interruption_before_any_step(tmp_path, monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Job, "choose_size", interrupted)
+    monkeypatch.setattr(FinetuneTrainer, "_choose_size", interrupted)
     given = [
         "--output",
         str(tmp_path / "out"),
@@ -174,23 +177,24 @@ def test_a_lora_result_loads(tmp_path):
     exec(code.replace('folder = "."', f"folder = {str(moved)!r}"), names := {})
     loaded = dict(names["model"].named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in found.model.named_parameters())
-    held = torch.load(checkpoint.newest(found.output / "checkpoints"), weights_only=True)
-    assert set(held["module_state_dict"]) == {f"_module.{name}" for name in trained}  # not the frozen base
+    held = load_file(checkpoint.newest(found.output) / "adapter_model.safetensors")
+    assert set(held) == {name.replace(".default", "") for name in trained}  # not the frozen base
 
 
 def test_empty_batches_step_too(tmp_path, monkeypatch):
-    sizes, whole = [], Job.take_step
+    sizes, before, whole = [], [], FinetuneTrainer.training_step
 
-    def take_step(self, batch):
-        sizes.append(len(batch["input_ids"]))
-        before = [p.detach().clone() for p in self.private.parameters()]
-        loss = whole(self, batch)
-        assert not all(torch.equal(a, b) for a, b in zip(before, self.private.parameters(), strict=True))
-        assert sum(steps for _, _, steps in self.engine.accountant.history) == len(sizes)
-        return loss
+    def training_step(self, model, inputs, *more):
+        sizes.append(inputs["samples"])
+        before.append([p.detach().clone() for p in self.model.parameters()])
+        assert sum(steps for _, _, steps in self.engine.accountant.history) == len(sizes) - 1
+        return whole(self, model, inputs, *more)
 
-    monkeypatch.setattr(Job, "take_step", take_step)
-    finetune(config(tmp_path, batch_size=1, max_steps=8, seed=1))
+    monkeypatch.setattr(FinetuneTrainer, "training_step", training_step)
+    found = finetune(config(tmp_path, batch_size=1, max_steps=8, seed=1))
+    before.append([*found.model.parameters()])
+    for old, new in itertools.pairwise(before):
+        assert not all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
     assert 0 in sizes and max(sizes) > 0
 
 
@@ -215,20 +219,18 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path, monkeypatch
         finetune(config(tmp_path))
     alive()
     folder = tmp_path / "out" / "checkpoints"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert list(before) == ["step-00000003.pt"]
-
-    assert (folder / "step-00000003.pt").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
+    before = {path.name: path.read_bytes() for path in (folder / "checkpoint-3").iterdir()}
+    assert (folder / "checkpoint-3" / PRIVACY_NAME).stat().st_mode & 0o777 == 0o600
 
     def full(state, file, **kwargs):
-        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
         broken.setattr(torch, "save", full)
-        with pytest.raises(FinetuneError, match=r"step 6 cannot be written .*No space left.*step-00000003.pt is whole"):
+        with pytest.raises(FinetuneError, match=r"step 6 cannot be written .*No space left.*checkpoint-3 is whole"):
             finetune(config(tmp_path, resume=True))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in (folder / "checkpoint-3").iterdir()} == before
     assert finetune(config(tmp_path, resume=True)).steps == 6
 
 
@@ -243,12 +245,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
     ):
         with pytest.raises(FinetuneError, match=message):
             finetune(config(tmp_path, **{"max_steps": 3, "resume": True, **changes}))
-    (path,) = (tmp_path / "out" / "checkpoints").iterdir()
-    held = torch.load(path, weights_only=True)
-    held["noise_state_dict"]["key"] = (1, *held["noise_state_dict"]["key"][1:])
-    torch.save(held, path)
-    with pytest.raises(FinetuneError, match="another noise key than its seed gives"):
-        finetune(config(tmp_path, max_steps=3, resume=True))
+    path = tmp_path / "out" / "checkpoints" / "checkpoint-3" / PRIVACY_NAME
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(FinetuneError, match="no checkpoint that can be read"):
         finetune(config(tmp_path, max_steps=3, resume=True))
@@ -259,30 +256,35 @@ def test_only_the_same_run_is_resumed(tmp_path):
 def test_a_run_with_other_dropout_has_other_noise(tmp_path, monkeypatch):
     """Cut into other physical batches; and it goes on from its own checkpoints, once and again."""
     keys = []
-    whole = Job.take_step
+    whole = FinetuneTrainer.log
 
-    def take_step(self, batch):
-        loss = whole(self, batch)
-        keys.append(self.optimizer.noise.key)
-        return loss
+    def log(self, logs, *given):
+        if "learning_rate" in logs:
+            keys.append(self.optimizer.noise.key)
+        whole(self, logs, *given)
 
-    monkeypatch.setattr(Job, "take_step", take_step)
+    monkeypatch.setattr(FinetuneTrainer, "log", log)
     for step, size in ((2, 3), (4, 2), (6, 2), (8, 3)):
         with monkeypatch.context() as stopped:
-            stopped.setattr("dpfast.integrations.finetune.loop.Job.evaluate", killed_after(step))
+            stopped.setattr(FinetuneTrainer, "_maybe_log_save_evaluate", killed_after(step))
             with pytest.raises(Killed):
-                finetune(config(tmp_path, max_steps=9, save_every=1, physical_batch_size=size, resume=step > 2))
+                finetune(
+                    config(tmp_path, max_steps=9, save_every=1, log_every=1, physical_batch_size=size, resume=step > 2)
+                )
     assert len(keys) == 8 and keys[0] == keys[1]
     assert keys[2] == keys[3] == keys[4] == keys[5], "resumed as it was"
     assert keys[6] == keys[7] and len({*keys}) == 3
 
 
 def killed_after(step):
-    def evaluate(self):
-        if self.step == step:
+    whole = FinetuneTrainer._maybe_log_save_evaluate
+
+    def maybe_log_save_evaluate(self, *given, **keywords):
+        whole(self, *given, **keywords)
+        if self.state.global_step == step:
             raise Killed
 
-    return evaluate
+    return maybe_log_save_evaluate
 
 
 def test_a_refused_resume_leaves_the_base_as_it_was(tmp_path):
@@ -298,10 +300,10 @@ def test_memory_that_runs_out_is_one_line_and_takes_no_step(tmp_path, monkeypatc
     def too_much(self, *piece):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Job, "loss_of", too_much)
+    monkeypatch.setattr(FinetuneTrainer, "_losses", too_much)
     with pytest.raises(FinetuneError, match=r"3 samples at once do not fit.*--physical-batch-size 1"):
         finetune(config(tmp_path))
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
 def test_the_training_loss_is_not_logged(tmp_path):
@@ -310,9 +312,10 @@ def test_the_training_loss_is_not_logged(tmp_path):
     found = finetune(config(tmp_path, eval=0.3, max_steps=2, log_every=1))
     events = EventAccumulator(str(found.output / "logs"))
     events.Reload()
-    tags = {"epsilon", "tokens_per_second", "learning_rate", "eval/loss", "eval/perplexity"}
-    assert set(events.Tags()["scalars"]) == tags
-    assert [event.step for event in events.Scalars("epsilon")] == [1, 2]
+    tags = {"train/epsilon", "train/samples_per_second", "train/learning_rate", "eval/loss", "eval/perplexity"}
+    found = set(events.Tags()["scalars"])
+    assert tags <= found and not [name for name in found if "loss" in name and "eval" not in name], found
+    assert [event.step for event in events.Scalars("train/epsilon")] == [1, 2, 2]
 
 
 def test_a_model_from_a_folder_or_a_kind(tmp_path):

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 from dpfast.__main__ import main
-from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, data, fit, model, privacy
+from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, data, fit, model
 from dpfast.integrations.finetune.data import Collate, read_rows, tokenised
 
 SECRET = "Zanzibar"
@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch, name,
     with pytest.raises(FinetuneError, match=message):
         raise FinetuneError(error)
     assert SECRET not in error
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch, name,
         {"task": "poetry"},
         {"clipping_fn": "soft"},
         {"seed": -1},
+        {"report_to": "all"},
         {"target_epsilon": 1.0, "noise_multiplier": 1.0},
         {"seed": 1, "secure": True},
         {"target_epsilon": 1000.0},
@@ -142,14 +143,7 @@ def test_padding(tokenizer):
     cut = tokenised(rows, tokenizer, 5, True, None)
     assert len(cut) == 2 and cut.longest == 5  # cut, not split
     assert Collate(0, 5, False)([cut[1]])["input_ids"].shape == (1, 5)
-    assert cut.digest() != samples.digest()
-
-
-def test_a_seed_decides_batches_and_noise_with_all_its_bits():
-    low, high = privacy.noise_key(1), privacy.noise_key(1 + (1 << 100))
-    assert low == privacy.noise_key(1) and low != high
-    purposes = {privacy.number(1, k) for k in range(5)}
-    assert len(purposes) == 5
+    assert cut.digest != samples.digest
 
 
 def test_the_size_that_fits(monkeypatch):

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 from dpfast.data.sampling import PoissonBatches
 from dpfast.distributed.ranks import Ranks
 from dpfast.integrations.finetune import FinetuneConfig, finetune, model
-from dpfast.integrations.finetune.loop import Job
+from dpfast.integrations.finetune.trainer import FinetuneTrainer
 from dpfast.integrations.trainer import DPTrainer
 from tests.helpers import distance
 from tests.integrations.test_trainer import collate, gpt2, only, texts, trainer_of, weights
@@ -98,23 +98,23 @@ def finetuned(monkeypatch, folder, **changes):
     monkeypatch.setattr(model, "SMALL", {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2})
     monkeypatch.setattr(model, "VOCABULARY", 300)
     losses, shapes = [], set()
-    take_step, logits_of = Job.take_step, Job.logits_of
+    training_step, compute_loss = FinetuneTrainer.training_step, FinetuneTrainer.compute_loss
 
-    def step(self, batch):
-        losses.append(take_step(self, batch))
-        return losses[-1]
+    def step(self, *given):
+        losses.append(float(training_step(self, *given)))
+        return torch.tensor(losses[-1])
 
-    def logits(self, piece):
-        if self.model.training:
-            shapes.add(tuple(piece["input_ids"].shape))
-        return logits_of(self, piece)
+    def loss(self, model, inputs, *given):
+        if model.training:
+            shapes.add(tuple(inputs["input_ids"].shape))
+        return compute_loss(self, model, inputs, *given)
 
     rows = [{"text": text, "label": ["no", "yes"][k % 2]} for k, text in enumerate(TEXTS)]
     with monkeypatch.context() as watched:
-        watched.setattr(Job, "take_step", step)
-        watched.setattr(Job, "logits_of", logits)
+        watched.setattr(FinetuneTrainer, "training_step", step)
+        watched.setattr(FinetuneTrainer, "compute_loss", loss)
         given = dict(noise_multiplier=1.0, accountant="rdp", batch_size=2, physical_batch_size=2, seed=1)
-        given |= dict(train=rows, max_steps=len(BATCHES), save_every=100)
+        given |= dict(train=rows, max_steps=len(BATCHES), save_every=100, show_training_loss=True)
         found = finetune(FinetuneConfig(output=str(folder), **{**given, **changes}))
     return losses, shapes, {name: p.detach().clone() for name, p in found.model.named_parameters()}
 
@@ -132,7 +132,7 @@ def test_a_padded_run_of_the_command_is_the_same(tmp_path, drawn, monkeypatch, c
 
 def test_the_command_compiles_nothing_twice(tmp_path, drawn, monkeypatch):
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, backend="eager"))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses, shapes, _ = finetuned(monkeypatch, tmp_path, compile=True, pad=True)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import itertools
 import math
 import os
@@ -353,6 +354,53 @@ def test_published_checkpoints_are_refused(tmp_path):
 def test_privacy_arguments_are_checked(given):
     with pytest.raises(ValueError, match=next(iter(given)).replace("secure_mode", "seed")):
         DPArguments(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "bad", "good"),
+    [
+        ("WandbCallback", "WANDB_LOG_MODEL", "checkpoint", "end"),
+        ("MLflowCallback", "HF_MLFLOW_LOG_ARTIFACTS", "1", "0"),
+        ("DagsHubCallback", "HF_DAGSHUB_LOG_ARTIFACTS", "true", None),
+        ("CometCallback", "COMET_LOG_ASSETS", "TRUE", None),
+        ("ClearMLCallback", "CLEARML_LOG_MODEL", None, "FALSE"),  # uploads unless told otherwise
+        ("DVCLiveCallback", "_log_model", "all", True),
+        ("NeptuneCallback", "_log_checkpoints", "last", None),
+        ("FlyteCallback", "sync_checkpoints", True, False),
+    ],
+)
+def test_reports_that_would_upload_checkpoints_are_refused(tmp_path, monkeypatch, name, setting, bad, good):
+    """Their names and settings are Transformers' own; their packages are not needed to be refused."""
+    assert setting in inspect.getsource(getattr(transformers.integrations.integration_utils, name))
+    report = type(name, (transformers.TrainerCallback,), {})()
+    for value, refused in ((bad, True), (good, False)):
+        if not setting.isupper():
+            setattr(report, setting, value)
+        elif value is None:
+            monkeypatch.delenv(setting, raising=False)
+        else:
+            monkeypatch.setenv(setting, value)
+        trainer = trainer_of(tmp_path, callbacks=[report])
+        if not refused:
+            trainer.train()
+            continue
+        with pytest.raises(ValueError, match=rf"{name} with {setting}=.* would upload checkpoints"):
+            trainer.train()
+        assert trainer.optimizer is None
+
+
+def test_the_expected_batch_size_may_be_any(tmp_path):
+    """Not only a multiple of the physical one: the noisy sum is divided by it, and the sample rate follows."""
+    data = texts(16)
+    model = gpt2()
+    want = by_hand(model, data[:5], 7)
+    trainer = only(trainer_of(tmp_path, model, data, dict(expected_batch_size=7)), range(5))
+    trainer.train()
+    assert_same(weights(model), want)
+    assert trainer.engine.accountant.history == [(0.0, 1 / 3, 1)]
+    for bad in (0, 2.5, True):
+        with pytest.raises(ValueError, match="expected_batch_size="):
+            DPArguments(expected_batch_size=bad)
 
 
 def test_a_loss_of_the_whole_batch_is_refused(tmp_path):

@@ -211,3 +211,15 @@ def test_batches_are_a_function_of_seed_step_and_rank():
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before[0])
     assert whole(again) is again
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    """The newest whole one is resumed: its last file is there, and can be read."""
+    first = trained(tmp_path)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text()[:20])
+    again = trainer_of(tmp_path, gpt2(**DROPOUT), **RUN)
+    again.train(resume_from_checkpoint=True)
+    assert again.optimizer.noise.step == 2 and again.steps_accounted() == 2
+    a, b = weights(first.model), weights(again.model)
+    assert all(torch.equal(a[n], b[n]) for n in a)

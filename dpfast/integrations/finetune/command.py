@@ -94,11 +94,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _what_is_left(config: FinetuneConfig) -> str:
+    none = " before there was a checkpoint; start anew"
+    if not (Path(config.output) / "checkpoints").is_dir():
+        return none  # and nothing slow is imported to say so
     from dpfast.integrations.finetune import checkpoint
 
-    found = checkpoint.newest(Path(config.output) / checkpoint.FOLDER, ".rank0" if config.fsdp else "")
+    found = checkpoint.newest(Path(config.output))
     if found is None:
-        return " before there was a checkpoint; start anew"
+        return none
     return f" after step {checkpoint.step_of(found)}, which is saved; --resume goes on from there"
 
 

@@ -69,10 +69,19 @@ class FinetuneConfig:
         None, "repeat a run; whoever knows it can take the noise off (default: drawn, kept secret)"
     )
     device: str | None = _option(None, "cpu or cuda (cuda if there is one)")
+    report_to: str = _option(
+        "tensorboard",
+        "where logs go, with commas between them: tensorboard, wandb, mlflow and what else Transformers knows, or none",
+    )
     log_every: int | None = _option(None, "steps between two log entries (a twentieth of the run)")
     save_every: int | None = _option(None, "steps between two checkpoints, each followed by an evaluation (an epoch)")
     resume: bool = _option(False, "go on from the newest checkpoint in --output")
     show_training_loss: bool = _option(False, "show the training loss, which is not private, on the progress bar")
+
+    def reports(self) -> list[str]:
+        """Where logs go, by Transformers' names."""
+        found = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in found if name not in ("", "none")]
 
     def validate(self) -> None:
         """Check what can be checked without data and model.
@@ -111,6 +120,8 @@ class FinetuneConfig:
                 raise FinetuneError(f"{option(one)} and {option(other)} exclude each other: give one of them")
         if self.target_epsilon is not None and self.target_epsilon > MOST_EPSILON:
             _refuse("target_epsilon", self.target_epsilon, f"at most {MOST_EPSILON:g}; or give --noise-multiplier")
+        if not isinstance(self.report_to, str) or "all" in self.reports():
+            _refuse("report_to", self.report_to, "name the reports one by one, such as tensorboard,wandb")
         if self.random_weights and self.model is None:
             raise FinetuneError("--random-weights: say of which model, with --model")
         from dpfast.clipping.functions import clipping_function  # loads torch, which help has no need of

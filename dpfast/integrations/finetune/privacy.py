@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dpfast.accounting.epsilon import noise_multiplier_for
-from dpfast.data.sampling import twister
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
-from dpfast.noise.stream import NoiseStream
 
-# What a seed is used for: independent streams of one seed.
-BATCHES, NOISE, WEIGHTS, HELD_OUT, DROPOUT = range(5)
+# What a seed is used for, beside what DPTrainer makes of it: independent streams of one seed.
+WEIGHTS, HELD_OUT = range(2, 4)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None
     delta = config.target_delta or min(1e-5, 0.1 / samples)
     if delta >= 1 / samples:
         raise FinetuneError(f"--target-delta {delta:g}: with {samples} samples it has to be below {1 / samples:.1g}")
-    per_epoch = max(1, round(samples / config.batch_size))
+    per_epoch = math.ceil(samples / config.batch_size)  # as DPTrainer has it
     epochs = config.epochs or (3 if config.train is not None else 20)
     steps = config.max_steps or max(1, round(epochs * per_epoch))
     if noise_multiplier is None:
@@ -76,16 +74,3 @@ def words(seed: int, *purpose: int, count: int = 4) -> list[int]:
 def number(seed: int, *purpose: int, bits: int = 128) -> int:
     """An integer of up to 128 bits."""
     return sum(word << 32 * k for k, word in enumerate(words(seed, *purpose))) & ((1 << bits) - 1)
-
-
-def noise_generator(seed: int) -> torch.Generator:
-    """The generator that the noise's key is made of; all 128 bits of the seed count."""
-    return twister(words(seed, NOISE, count=624))
-
-
-def noise_key(seed: int) -> tuple[int, ...]:
-    """The key that a stream of noise draws from :func:`noise_generator`."""
-    stream = NoiseStream(noise_generator(seed))
-    stream.next(1.0, 1.0, 1, 1.0)
-    assert stream.key is not None
-    return stream.key

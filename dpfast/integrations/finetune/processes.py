@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 
@@ -60,6 +59,8 @@ def take_place(config: FinetuneConfig) -> Place:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise FinetuneError(f"--device {kind}: give cpu or cuda")
+    if device.index:
+        raise FinetuneError(f"--device {kind}: give cuda, and choose the GPU by CUDA_VISIBLE_DEVICES={device.index}")
     if world_size == 1 and not config.fsdp:
         return Place(0, 1, device)
     if device.type == "cuda":
@@ -69,15 +70,6 @@ def take_place(config: FinetuneConfig) -> Place:
     if started:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Place(dist.get_rank(), dist.get_world_size(), device, started)
-
-
-def over_ranks(model: nn.Module, config: FinetuneConfig, place: Place) -> nn.Module:
-    """The model as its ranks share it: sharded, replicated, or as it is."""
-    if config.fsdp:
-        return sharded(model)
-    if place.world_size > 1:
-        return DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
-    return model
 
 
 def sharded(model: nn.Module) -> nn.Module:

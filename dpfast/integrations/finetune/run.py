@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from dpfast.distributed.ranks import RankLostError
+from dpfast.integrations.distributed import whole_state
 from dpfast.integrations.finetune import checkpoint, model, privacy, result
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import Collate, Rows, Samples, class_names, read_rows, tokenised
-from dpfast.integrations.finetune.loop import RENEWED, Job
-from dpfast.integrations.finetune.processes import Place, take_place
+from dpfast.integrations.finetune.processes import Place, sharded, take_place
+from dpfast.integrations.finetune.trainer import FinetuneTrainer, Run
 from dpfast.integrations.replayed import fingerprint
 
 # Of these the model that comes out depends: a resumed run must have the same.
@@ -93,38 +94,35 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
         "seed": seed,
         "settings": settings,
         "model": fingerprint(net),
-        "data": data.digest(),
-        "noise_multiplier": plan.noise_multiplier,
+        "data": data.digest,
     }
     if held is not None:
         assert found is not None
         checkpoint.check(found, held, state)
-    collate = Collate(pad, context, names is not None, data.longest if config.pad else 1)
-    job = Job(config, place, net, collate, data, held_out_data, plan, seed, state, found)
-    if held is not None:
-        job.step = held["step"]
         if config.physical_batch_size == "auto":
             config.physical_batch_size = held["physical_batch_size"]
-    job.choose_size()
-    job.resume()
-    _announce(say, job, made)
-    job.train()
-    if not job.figures:
-        job.evaluate()
-    return _finish(job, tokenizer, names, made, say)
+    net = net.to(place.device)
+    if config.fsdp:
+        net = sharded(net)
+    collate = Collate(pad, context, names is not None, data.longest if config.pad else 1)
+    trainer = FinetuneTrainer(net, Run(config, place.device, collate, data, held_out_data, plan, seed), say)
+    trainer.extra_state = state
+    _announce(trainer, place, made, held)
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    if not trainer.figures:
+        trainer.evaluate()
+    return _finish(trainer, place, tokenizer, names, made)
 
 
 def _checkpoint(config: FinetuneConfig, place: Place) -> tuple[Path | None, dict[str, Any] | None]:
     if not config.resume:
         return None, None
-    folder = Path(config.output) / checkpoint.FOLDER
-    suffix = f".rank{place.rank}" if config.fsdp else ""
-    found = checkpoint.newest(folder, suffix)
-    if config.fsdp:  # the last step that every rank has saved
-        steps = place.from_each(-1 if found is None else checkpoint.step_of(found))
-        found = folder / checkpoint.name_of(min(steps), suffix) if min(steps) >= 0 else None
+    output = Path(config.output)
+    found = place.from_first(checkpoint.newest(output))
     if found is None or not found.exists():
-        raise FinetuneError(f"--resume: there is no checkpoint in {folder}: leave --resume out to start anew")
+        raise FinetuneError(
+            f"--resume: there is no checkpoint in {output / checkpoint.FOLDER}: leave --resume out to start anew"
+        )
     return found, checkpoint.peek(found)
 
 
@@ -164,48 +162,49 @@ def _tokenised(
     return data, tokenised(held_out, tokenizer, context, True, label_ids), tokenizer.pad_token_id
 
 
-def _announce(say: Any, job: Job, made: bool) -> None:
-    config, plan = job.config, job.plan
-    trained = sum(p.numel() for p in job.private.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in job.private.parameters())
+def _announce(trainer: FinetuneTrainer, place: Place, made: bool, held: dict[str, Any] | None) -> None:
+    run, say = trainer.run, trainer.say
+    config, plan, model = run.config, run.plan, trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in model.parameters())
     kind = "random weights" if made else "loaded"
     source = " of the bundled text" if config.train is None else ""
-    held = f"; {len(job.held_out):,} to evaluate on" if job.held_out is not None else ""
+    more = f"; {len(run.held_out):,} to evaluate on" if run.held_out is not None else ""
+    size = trainer.args.per_device_train_batch_size
     chosen = " (found to fit)" if config.physical_batch_size == "auto" else ""
-    ranks = f", over {job.place.world_size} ranks" if job.place.world_size > 1 else ""
-    say(f"model     {type(job.model).__name__} ({kind}), {trained:,} of {every:,} parameters train, {job.place.device}")
-    say(f"data      {plan.samples:,} samples{source}, the longest of {job.data.longest} tokens{held}")
-    say(f"batches   {plan.expected_batch_size} samples expected, {job.size} at a time{chosen}{ranks}")
+    ranks = f", over {place.world_size} ranks" if place.world_size > 1 else ""
+    say(f"model     {type(model).__name__} ({kind}), {trained:,} of {every:,} parameters train, {place.device}")
+    say(f"data      {plan.samples:,} samples{source}, the longest of {run.data.longest} tokens{more}")
+    say(f"batches   {plan.expected_batch_size} samples expected, {size} at a time{chosen}{ranks}")
     say(f"privacy   noise multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps, delta {plan.delta:g}")
-    if job.step:
-        say(f"resumed   after step {job.step}")
-        if job.state[RENEWED]:
-            say("          with a new noise key, as the batches are run otherwise than before")
+    if held is not None:
+        say(f"resumed   after step {held['step']}")
     if plan.noise_multiplier == 0:
         say("NOT PRIVATE: the noise multiplier is 0")
 
 
-def _finish(job: Job, tokenizer: Any, names: list[Any] | None, made: bool, say: Any) -> result.FinetuneResult:
-    config, plan, epsilon = job.config, job.plan, job.epsilon()
-    checked = str(job.private.separation or "not looked at")
-    net: Any = job.private.to_standard_module()
-    state = None
-    if config.fsdp:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if job.place.rank == 0:
-        card = result.card(config, result.page(config, plan, epsilon, job.figures, names, made), made)
+def _finish(
+    trainer: FinetuneTrainer, place: Place, tokenizer: Any, names: list[Any] | None, made: bool
+) -> result.FinetuneResult:
+    run, say = trainer.run, trainer.say
+    config, plan, figures, steps = run.config, run.plan, trainer.figures, trainer.state.global_step
+    epsilon, delta = trainer.privacy_spent()
+    assert trainer.hooks is not None
+    checked, lost = str(trainer.hooks.separation or "not looked at"), trainer.hooks.nonfinite_samples
+    trainer.hooks.cleanup()
+    net: Any = trainer.model
+    state = whole_state(net) if config.fsdp else None
+    if place.rank == 0:
+        card = result.card(config, result.page(config, plan, epsilon, figures, names, made), made)
         result.save(Path(config.output), net, tokenizer, card, result.facts(config, plan, epsilon, checked), state)
-    job.place.wait()
-    spent = f"epsilon {epsilon:.3f} at delta {plan.delta:g} after {job.step} steps"
-    figures = "".join(f", {name} {value:.4g}" for name, value in job.figures.items())
-    say(f"done      {spent}{figures}")
-    if job.private.nonfinite_samples:
-        say(f"          {job.private.nonfinite_samples} gradients were not finite and counted as zero")
+    place.wait()
+    shown = "".join(f", {name} {value:.4g}" for name, value in figures.items())
+    say(f"done      epsilon {epsilon:.3f} at delta {delta:g} after {steps} steps{shown}")
+    if lost:
+        say(f"          {lost} gradients were not finite and counted as zero")
     say(f"          result in {config.output}; {config.output}/checkpoints holds the noise's key: never publish it")
     return result.FinetuneResult(
-        net.eval(), tokenizer, epsilon, plan.delta, plan.noise_multiplier, job.step, job.figures, Path(config.output)
+        net.eval(), tokenizer, epsilon, delta, plan.noise_multiplier, steps, figures, Path(config.output)
     )
 
 
