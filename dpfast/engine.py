@@ -36,7 +36,8 @@ from dpfast.model.unsupported import problems
 from dpfast.native import allocator
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascent, check_ascent
-from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
+from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.optim.step_checks import check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
 
 FUSED, GHOST = "fused", "ghost"
