@@ -22,7 +22,7 @@ from dpfast.clipping.at_once import Ended, has_lost, is_fixed, key_of, presence,
 from dpfast.clipping.closing import Factors
 from dpfast.clipping.compiled_backward import with_compiled_backward
 from dpfast.model.private_model import FusedHooks
-from dpfast.model.step_function import StepFunction, captured
+from dpfast.model.step_function import StepFunction, captured, is_captured
 from dpfast.ops import full_precision, needs_full_precision
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.recorded_update import RecordedUpdate, why_not_recorded
@@ -325,11 +325,12 @@ class Graphed:
         run.marks = self.compiled
         try:
             replay: Any = run
-            if self.compiled or not given[0].is_cuda:
+            on_gpu = is_captured(given[0])
+            if self.compiled or not on_gpu:
                 replay = traced(run, *given)
             if self.compiled:
                 replay = with_compiled_backward(replay, given)
-            if given[0].is_cuda:
+            if on_gpu:
                 replay = captured(replay, given, 0 if update is None else update.in_place, secret)
         except Exception as error:
             recorder.take()

@@ -92,6 +92,11 @@ class StepFunction:
         return [loss.detach(), *result]
 
 
+def is_captured(x: Tensor) -> bool:
+    """Whether a step on tensors such as ``x`` is recorded as a CUDA graph."""
+    return x.is_cuda
+
+
 def captured(
     run: Callable[..., list[Tensor]], given: Sequence[Tensor], in_place: int = 0, used_up: Sequence[int] = ()
 ) -> Callable[..., list[Tensor]]:
