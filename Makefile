@@ -34,7 +34,7 @@ compiled: $(READY)
 	DPFAST_COMPILE_ALL=1 $(RUN) -m pytest -q tests/kernels/test_compile.py tests/native/test_build.py -k "test_compiled or test_cuda_compiles"
 	$(RUN) -m tests.unchanged
 
-# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about twenty minutes
+# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about half an hour
 opacus-tests: $(READY)
 	$(RUN) -m tests.dropin.opacus_suite
 
