@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.capture.recomputed import Recomputed
 from dpfast.planning.planner import Plan, Shape
 
 SMALL = 1 << 20  # bytes of a form whose memory can wait for others of its kind
@@ -310,7 +311,7 @@ class NormalisedSum:
         return self.sides.made()[self.which]
 
 
-Form = Instantiated | OuterProduct | Factored | EmbeddingRows | Convolved
+Form = Instantiated | OuterProduct | Factored | EmbeddingRows | Convolved | Recomputed
 PRODUCTS = (OuterProduct, Factored)
 WAITING = (PositionSum, NormalisedSum, Factored)
 Waiting = PositionSum | NormalisedSum | Factored  # a backward pass may write these out at its end
@@ -364,6 +365,16 @@ def by(form: Factored | Convolved, plan: Plan, may_wait: bool = False) -> Form:
     return form.instantiate()
 
 
+def stored(form: Recomputed) -> Factored:
+    """A head's form with the gradient of its logits."""
+    return Factored(*form.factors(), form.rows)
+
+
+def written(form: Form) -> Tensor:
+    """Its per-sample gradients ``[B, *parameter.shape]``, or with those dimensions in one."""
+    return (stored(form) if isinstance(form, Recomputed) else form).instantiate().samples
+
+
 def _place_rows(values: Tensor, row: int, rows: int, dim: int) -> Tensor:
     """``values`` at ``[row, row + n)`` of ``rows`` zero rows along ``dim``."""
     n = values.shape[dim]
@@ -384,6 +395,8 @@ def sketch(form: Form) -> Tensor:
         sides = [form.ids, form.G]
     elif isinstance(form, PRODUCTS):
         sides = [form.A, form.G]
+    elif isinstance(form, Recomputed):
+        sides = [*form.of_samples()]
     else:
         sides = [side.unflatten(0, (form.batch, -1)) for side in (form.x, form.G)]
     numbers = []

@@ -26,6 +26,7 @@ from dpfast.analysis.collation import check_collation
 from dpfast.checkpoints import read, written
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
+from dpfast.integrations.heads import LABELS, LossForward, with_losses
 from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts
 from dpfast.integrations.replayed import MODEL, Replayed, Rows, digest_of, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
@@ -105,6 +106,7 @@ class DPTrainer(Trainer):
         self.privacy = DPArguments() if privacy is None else privacy
         self.engine = PrivacyEngine(accountant=self.privacy.accountant, secure_mode=self.privacy.secure_mode)
         self.hooks: FusedHooks | None = None
+        self._head: LossForward | None = None  # of a model whose losses need no logits
         self._resumed: dict[str, Any] | None = None  # what privacy.pt of the checkpoint holds
         self._batch_seed: int | None = None
         self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
@@ -207,6 +209,8 @@ class DPTrainer(Trainer):
         if (delta := self.privacy.target_delta) >= 1 / batches.num_samples:
             warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
         sigma = self._noise_multiplier(batches)
+        if self.compute_loss_func is None and not self.args.torch_compile:
+            self._head = with_losses(self.model)
         model = self.model.train()
         if self.args.world_size > 1:  # tells make_private of the ranks, and makes their parameters equal
             model = DistributedDataParallel(model)
@@ -448,6 +452,8 @@ class DPTrainer(Trainer):
         labels = inputs.pop("labels", None)
         if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if self._head is not None and labels is not None and not return_outputs and self._head.takes(inputs):
+            return model(**inputs, **{LABELS: labels})
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
