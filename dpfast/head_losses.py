@@ -1,4 +1,4 @@
-"""Losses of each position from hidden states and a head: which of the ways there are a call takes, and what it stores."""
+"""Losses of each position from hidden states and a head: which of the ways a call takes, and what that stores."""
 
 from __future__ import annotations
 

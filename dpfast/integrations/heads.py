@@ -1,8 +1,8 @@
 """Causal language models whose losses need no logits: body and head of a Transformers model are called apart.
 
 Which models these are: those of which the output embedding, an ``nn.Linear``, is the last thing that a forward does.
-Nobody can list what else models do to logits (caps, scales, biases of their own); so a trial on tokens that are nobody's
-decides, bit by bit, after a look at the config.
+Nobody can list what else models do to logits (caps, scales, biases of their own). So after a look at the config a trial
+decides, bit by bit, on tokens that are nobody's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IGNORED = -100
 
 
 class LossForward:
-    """Stands in a model's ``forward``, which it is but where it is given :data:`LABELS`: then it returns losses ``[B]``."""
+    """A model's ``forward``, but where it is given :data:`LABELS`: then it returns losses ``[B]``."""
 
     def __init__(self, model: nn.Module, body: nn.Module, head: nn.Module):
         self.model, self.body, self.head = model, body, head
@@ -68,7 +68,7 @@ def with_losses(model: Any) -> LossForward | None:
     return forward
 
 
-def _parts(model: Any) -> tuple[nn.Module, nn.Module] | None:
+def _parts(model: Any) -> tuple[nn.Module, nn.Linear] | None:
     """Body and head, as far as class and config tell."""
     known = type(model).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if not isinstance(model, PreTrainedModel) or not known or "forward" in vars(model):
@@ -89,11 +89,11 @@ def _changes_logits(name: str) -> bool:
 
 
 @torch.no_grad()
-def _computes_the_same(model: nn.Module, body: nn.Module, head: nn.Module) -> bool:
+def _computes_the_same(model: nn.Module, body: nn.Module, head: nn.Linear) -> bool:
     """Whether the model's logits of some tokens are the head's of what the body returns, bit by bit."""
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
-    ids = torch.arange(8, device=device).remainder(head.weight.shape[0]).view(2, 4)  # type: ignore[union-attr, operator]
+    ids = torch.arange(8, device=device).remainder(len(head.weight)).view(2, 4)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["attention_mask"][1, 3:] = 0
     try:

@@ -210,7 +210,8 @@ class DPTrainer(Trainer):
             warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
         sigma = self._noise_multiplier(batches)
         if self.compute_loss_func is None and not self.args.torch_compile:
-            self._head = with_losses(self.model)
+            with self.compute_loss_context_manager():
+                self._head = with_losses(self.model)
         model = self.model.train()
         if self.args.world_size > 1:  # tells make_private of the ranks, and makes their parameters equal
             model = DistributedDataParallel(model)
