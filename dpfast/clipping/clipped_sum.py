@@ -160,7 +160,7 @@ class ClippedSum(Recorder):
 
     def _sum_early(self, call: Call, params: Sequence[nn.Parameter]) -> None:
         unusual = self.source or self._untrusted or self.ranks.sharded or self.keeps_grad_samples
-        if unusual or self.batches.forwards > 1 or self.model is None:
+        if unusual or self.closing is not None or self.batches.forwards > 1 or self.model is None:
             return
         held = {p: self._forms[p] for p in params}
         for recorded in self.early.groups(call, held, self.clipping, self.model):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import dpfast
 from dpfast.clipping import early
 from dpfast.clipping.functions import PSAC, Abadi, AutoS, AutoV, Global
 from tests.helpers import F64, assert_sensitivity, make_private, run_fused, sums_of
@@ -181,3 +182,20 @@ def test_a_sample_that_is_not_a_number_is_in_no_sum():
     rest = run_fused(model, ((ids[1:], labels[1:]), None), added, GROUPS, **OF)
     torch.testing.assert_close(found.sums, rest.sums)
     assert len(found.norms) == B and found.norms.dtype == F64
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_recorded_step_clips_at_its_end(keep, summed):
+    """Its thresholds are those of each call."""
+    model, inputs = LM(keep).double(), batch()
+    halved = {name: norm / 2 for name, norm in GROUPS.items()}
+    want = run_fused(model, (inputs, None), added, halved, **OF).sums
+    wrapped, optimizer, _ = make_private(model, max_grad_norm=GROUPS, **OF)
+    step = dpfast.graphed(wrapped, lambda model, *inputs: model(*inputs).sum())
+    for scale in (1, 1, 0.5):
+        optimizer.zero_grad()
+        summed.clear()
+        wrapped.clipped_sum.clipping.sensitivity = scale * C
+        step(*(x.clone() for x in inputs))
+    assert step.replays and not summed
+    torch.testing.assert_close(sums_of(model), want)

@@ -17,7 +17,7 @@ from dpfast.losses import linear_cross_entropy
 from dpfast.planning import logits, planner
 from tests.helpers import BF16, F16, F32, F64, assert_sensitivity, make_private, run_fused, sums_of
 from tests.privacy.heads import KEEPS, LM, B, D, T, V, added, batch, judge, small_chunks
-from tests.privacy.judging import TIGHT, Private
+from tests.privacy.judging import TIGHT, Private, refuse
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +155,37 @@ class BySample(LM):
 @pytest.mark.parametrize("keep", KEEPS)
 def test_sample_by_sample(keep):
     assert judge(BySample(keep).double(), batch()).wrapped.runs_by_sample
+
+
+class Mixed(LM):
+    def forward(self, ids, labels):
+        hidden = self.hidden(ids)
+        return self.losses(hidden - hidden.mean(0), labels)
+
+
+class LabelsOfOthers(LM):
+    def forward(self, ids, labels):
+        return self.losses(self.hidden(ids), labels.roll(1, 0))
+
+
+class ScaledByOthers(LM):
+    """What a loss is multiplied by is in the backprops alone."""
+
+    def forward(self, ids, labels):
+        losses = self.losses(self.hidden(ids), labels)
+        return losses * losses.detach().mean()
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("kind", [Mixed, LabelsOfOthers, ScaledByOthers])
+@pytest.mark.parametrize("trained", [True, False])
+def test_samples_that_meet_are_refused(keep, kind, trained):
+    """Also where the head alone is trained, and no other layer can tell of it."""
+    model = kind(keep)
+    if not trained:
+        model.embedding.requires_grad_(False)
+        model.body.requires_grad_(False)
+    refuse(model.double(), batch(), None, added, "mixes samples", loss_reduction="sum")
 
 
 @pytest.mark.parametrize("keep", KEEPS)
