@@ -21,6 +21,7 @@ from dpfast.planning.planner import Plan, Shape
 
 SMALL = 1 << 20  # bytes of a form whose memory can wait for others of its kind
 LEAST = 1 << 18  # and of one that keeps what would be freed else, with all of the memory that its tensors are views of
+SKETCHED = 1 << 24  # bytes of a side that are looked at in one go
 MOST_WAITING = 1 << 25  # bytes that such forms of one backward pass keep together
 
 
@@ -402,10 +403,16 @@ def sketch(form: Form) -> Tensor:
     numbers = []
     for side in sides:
         row = side.reshape(form.batch, math.prod(side.shape[1:]))
-        row = row if row.is_floating_point() else row.double()
-        sizes = (torch.linalg.vector_norm(row, order, dim=1).double() for order in (1, 2))
-        numbers += [row.sum(1, dtype=torch.float64), *sizes]
+        few = row.split(max(1, SKETCHED // max(1, row[:1].nbytes)))  # a sum in float64 copies what it is of
+        numbers += [torch.cat(each) for each in zip(*[_sizes(part) for part in few], strict=True)]
     return torch.stack(numbers, 1).nan_to_num(0.0, 1e300, -1e300)
+
+
+def _sizes(row: Tensor) -> list[Tensor]:
+    """``[B]`` each, of ``[B, n]``: the sum, the sum of sizes, the root of the sum of squares."""
+    row = row if row.is_floating_point() else row.double()
+    sizes = (torch.linalg.vector_norm(row, order, dim=1).double() for order in (1, 2))
+    return [row.sum(1, dtype=torch.float64), *sizes]
 
 
 def _any_nonzero(values: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class ClippedSum(Recorder):
     ``clipping.sensitivity`` in L2, the rounding of its norm and of its own terms included, for any values of
     activations and backprops, and whatever torch allows in products (see :mod:`dpfast.reference.precision`). A sample
     whose norm is not finite, or of such a size that its product with a factor is no float32 number, contributes exact
-    zeros; it is counted in :attr:`nonfinite_samples` and warned of once.
+    zeros; it is counted in :attr:`nonfinite_samples` and warned of once. (Of several groups one may be summed before
+    the others' norms are known, see :mod:`dpfast.clipping.early`: a sample lost in those is in its sum, clipped.)
 
     Not covered are units in the last place of the sum. It is one float32 number an element, so that leaving one of B
     samples out moves it by up to ``1 + 2⁻²² · B`` times the sensitivity where all gradients point one way, and by

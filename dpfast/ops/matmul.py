@@ -21,7 +21,7 @@ SPLIT_UNITS, BLOCK_UNITS = 2.0**8, 64.0
 TF32_UNITS = 2.0**15  # that a product may be off whose sides are rounded to tf32
 # Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
 WIDE = 1024
-MOST_COPIED = 1 << 26  # bytes of one side that are in float32, or have aligned rows, at a time: of a head they are many
+MOST_COPIED = 1 << 24  # bytes of one side that are in float32, or have aligned rows, at a time: of a head they are many
 SMALL_PRODUCT = 1 << 20  # multiplications, up to which a call of an op takes as long as its work
 
 
