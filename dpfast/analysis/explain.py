@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, OuterProduct, by
 from dpfast.capture.graph_calls import INSIDE
+from dpfast.capture.recomputed import Recomputed
 from dpfast.capture.refusals import listed
 from dpfast.capture.trees import tensors
 from dpfast.model.forwards import Forward, LayerForward
 from dpfast.model.private_model import FusedHooks, FusedModule
-from dpfast.planning.planner import Plan, Planner, segments, small
+from dpfast.planning.planner import Plan, Planner, recomputed, segments, small
 from dpfast.planning.rates import seconds
 from dpfast.separation import Verdict, observed
 
@@ -109,6 +110,9 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     elif isinstance(form, EmbeddingRows):
         B, T, d = form.G.shape
         plan = segments(B, T, d, max(4, form.G.element_size()), form.G.device)
+    elif isinstance(form, Recomputed):
+        B, T, d = form.sides.x.shape
+        plan = recomputed(B, T, d, form.rows, form.sides.x.dtype, form.sides.x.device)
     else:
         samples = form.samples
         plan = small(form.batch, samples[:1].numel(), samples.element_size(), samples.device)
@@ -116,7 +120,11 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     factors = torch.ones(form.batch, device=device)
 
     def run() -> None:
-        planned = by(form, plan) if isinstance(form, Factored | Convolved) else form
+        planned: Form = form
+        if isinstance(form, Factored | Convolved):
+            planned = by(form, plan)
+        elif isinstance(form, Recomputed):
+            planned = Recomputed(form.sides)
         planned.squared_norm()
         planned.clipped_sum(factors)
 

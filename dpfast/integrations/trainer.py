@@ -23,6 +23,7 @@ from dpfast.capture.trees import map_tensors
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import is_sharded
+from dpfast.integrations.heads import LABELS, LossForward, with_losses
 from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts
 from dpfast.integrations.replayed import MODEL, Replayed, Rows, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
@@ -89,6 +90,7 @@ class DPTrainer(ResumableTrainer):
         self.engine = PrivacyEngine(accountant=self.privacy.accountant, secure_mode=self.privacy.secure_mode)
         self.hooks = None
         self._resumed, self._batch_seed = None, None
+        self._head: LossForward | None = None  # of a model whose losses need no logits
         self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
         product = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
         self._logical_batch_size = self.privacy.expected_batch_size or product
@@ -192,6 +194,9 @@ class DPTrainer(ResumableTrainer):
         if (delta := self.privacy.target_delta) >= 1 / batches.num_samples:
             warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
         sigma = self._noise_multiplier(batches)
+        if self.compute_loss_func is None and not (self.args.torch_compile or is_sharded(self.model)):
+            with self.compute_loss_context_manager():
+                self._head = with_losses(self.model)
         model = self.model.train()
         self._fingerprint = fingerprint(model)
         if self.args.world_size > 1 and not is_sharded(
@@ -316,6 +321,8 @@ class DPTrainer(ResumableTrainer):
         labels = inputs.pop("labels", None)
         if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if self._head is not None and labels is not None and not return_outputs and self._head.takes(inputs):
+            return model(**inputs, **{LABELS: labels})
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)

@@ -50,6 +50,25 @@ def test_norms_are_within_their_bounds(op, dtype, groups, T):
     assert ((squared - want).abs() <= bound).all() and (bound <= 0.01 * want).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_long_rows_are_aligned_a_few_at_a_time(monkeypatch, dtype):
+    """Of a vocabulary that is no multiple of 16 there is never a copy as a whole."""
+    A, G = sides(dtype, p=40)
+    factors = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
+    want = gradients(A, G)
+    monkeypatch.setattr(ops.matmul, "WIDE", 16)
+    monkeypatch.setattr(ops.matmul, "MOST_COPIED", 4000)
+    copied, pad = [], ops.matmul.F.pad
+    monkeypatch.setattr(ops.matmul.F, "pad", lambda x, *args: copied.append(x.nbytes) or pad(x, *args))
+    for op in (ops.ghost_squared_norm, ops.tile_squared_norm):
+        squared, bound = op(A, G)
+        assert ((squared - want.square().sum((1, 2))).abs() <= bound).all()
+    summed = ops.clipped_weight_gradient(A, G, factors)
+    rough = 1e-5 if dtype == F32 else 1e-4
+    torch.testing.assert_close(summed.double(), (0.5 * want[0] + 2 * want[2]), rtol=rough, atol=rough)
+    assert copied and max(copied) <= 4000
+
+
 def test_norms_that_cancel():
     """Positions that cancel to almost nothing: the ghost sum is noise, and its bound says so."""
     A, G = sides(F32, T=32)
