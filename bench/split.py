@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import signals
+
 LOST = 70  # the exit status of a process whose GPU does nothing more, see tests/share.py
 NONE = 5  # pytest's exit status where it had no test: a share may be empty
 FINISHED = (0, 1, NONE)
@@ -66,7 +68,7 @@ class Share:
 def main(given: Sequence[str]) -> int:
     processes, out, name = int(given[0]), Path(given[1]), given[2]
     status = 0
-    with tempfile.TemporaryDirectory() as begun:
+    with signals.interruptible(), tempfile.TemporaryDirectory() as begun:
         shares = [Share(k, processes, out, name, Path(begun), given[4:]) for k in range(processes)]
         try:
             for share in shares:
