@@ -10,13 +10,12 @@ exit status is 0 if every test passed, 130 after Ctrl-C, else 1.
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-from bench import signals
 
 LOST = 70  # the exit status of a process whose GPU does nothing more, see tests/share.py
 NONE = 5  # pytest's exit status where it had no test: a share may be empty
@@ -68,13 +67,14 @@ class Share:
 def main(given: Sequence[str]) -> int:
     processes, out, name = int(given[0]), Path(given[1]), given[2]
     status = 0
-    with signals.interruptible(), tempfile.TemporaryDirectory() as begun:
+    with tempfile.TemporaryDirectory() as begun:
         shares = [Share(k, processes, out, name, Path(begun), given[4:]) for k in range(processes)]
         try:
             for share in shares:
                 share.finish()
             status = int(any(share.status for share in shares))
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # timeout sends it to the process and to its group
             status = 130
             for share in shares:  # they have heard it too, and say what they know
                 share.process.wait()

@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from bench import signals
 from bench.measure import ROOT
 
 TESTS = """
@@ -96,17 +95,3 @@ def test_a_lost_gpu_ends_its_process(monkeypatch, tmp_path):
     with pytest.raises(pytest.exit.Exception, match="test_bad has left the GPU unusable") as ended:
         steps.send(None)
     assert ended.value.returncode == share.LOST
-
-
-def test_one_signal_that_comes_twice(monkeypatch):
-    """As timeout sends it, to the process and to its group: what the first one has begun, the second does not stop."""
-    now = [10.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    with signals.interruptible():
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-        now[0] += signals.SAME / 2
-        os.kill(os.getpid(), signal.SIGTERM)
-        now[0] += 2 * signals.SAME
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
