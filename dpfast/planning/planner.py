@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dpfast.planning.logits import fit
-from dpfast.planning.rates import Rates, rates_of
+from dpfast.planning.rates import rates_of
+from dpfast.planning.unmeasured import Rates
 
 WAYS = ("ghost", "norm-GEMM", "instantiate")  # those that there is a choice of
 DEFAULT_FRACTION = 0.10  # of the memory that is in use when a backward pass starts
@@ -58,7 +59,9 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one use of a parameter is handled, the seconds predicted for it, and the bytes it adds to memory."""
+    """How one use of a parameter is handled, the seconds predicted for it, and the bytes it adds to memory; and where
+    the rates of that prediction are from, if none were measured.
+    """
 
     way: str
     T: int
@@ -66,6 +69,7 @@ class Plan:
     p: int
     seconds: float
     kept: int = 0
+    unmeasured: str | None = None
 
 
 def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
@@ -90,7 +94,7 @@ def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
         kept = max(0, written - shape.sides)
     else:
         raise ValueError(f"way={way!r}: use one of {', '.join(WAYS)}")
-    return Plan(way, shape.T, shape.d, shape.p, seconds + rates.call, kept)
+    return Plan(way, shape.T, shape.d, shape.p, seconds + rates.call, kept, rates.unmeasured)
 
 
 def choices(shape: Shape) -> list[Plan]:
@@ -104,20 +108,22 @@ def choices(shape: Shape) -> list[Plan]:
 def segments(batch: int, T: int, d: int, itemsize: int, device: torch.device) -> Plan:
     """Embedding rows: G is read for the norm and for the sum."""
     rates = rates_of(device, torch.float32, False)
-    return Plan("segments", T, d, 1, 2 * itemsize * batch * T * d / rates.read + 2 * rates.call)
+    seconds = 2 * itemsize * batch * T * d / rates.read + 2 * rates.call
+    return Plan("segments", T, d, 1, seconds, unmeasured=rates.unmeasured)
 
 
 def recomputed(batch: int, T: int, d: int, p: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """A head whose logits are not stored: two products for the norm, and two for the sum."""
     rates = rates_of(device, dtype, False)
-    return Plan("recompute", T, d, p, 8.0 * batch * T * d * p / rates.sum + 2 * rates.call)
+    return Plan("recompute", T, d, p, 8.0 * batch * T * d * p / rates.sum + 2 * rates.call, unmeasured=rates.unmeasured)
 
 
 def small(batch: int, size: int, itemsize: int, device: torch.device) -> Plan:
     """Biases, normalisation layers and bare parameters: ``[batch, size]`` formed and kept in any case."""
     rates = rates_of(device, torch.float32, False)
     kept = itemsize * batch * size
-    return Plan("instantiate", 1, size, 1, 2 * kept / rates.read + 2 * rates.call)
+    seconds = 2 * kept / rates.read + 2 * rates.call
+    return Plan("instantiate", 1, size, 1, seconds, unmeasured=rates.unmeasured)
 
 
 class Planner:

@@ -8,7 +8,7 @@ from torch import nn
 
 from dpfast import native, ops, reference
 from dpfast.planning import planner
-from dpfast.planning.rates import BUILT_IN
+from dpfast.planning.unmeasured import CUDA
 from tests.helpers import F32, assert_exact, assert_sensitivity, mse
 from tests.zoo import TinyGPT
 
@@ -22,7 +22,7 @@ def on_triton(monkeypatch):
     """Everything that a kernel can do is done by one: no compiled library."""
     monkeypatch.setenv("DPFAST_NATIVE", "0")
     monkeypatch.setattr(BACKENDS, "TRITON_DEVICES", {DEVICE})
-    monkeypatch.setattr(planner, "rates_of", lambda *_: BUILT_IN["cuda"])  # to measure takes hours in the interpreter
+    monkeypatch.setattr(planner, "rates_of", lambda *_: CUDA["linear", 16])  # to measure takes hours in the interpreter
     native.reset()
     if reason := BACKENDS.why_no_triton():
         pytest.skip(f"no Triton: {reason}")
