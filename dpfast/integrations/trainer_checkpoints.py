@@ -100,6 +100,11 @@ class ResumableTrainer(Trainer):
             ValueError: the checkpoint was not accounted for (it has no ``privacy.pt``), or is of another number of
                 samples, other batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
         """
+        if self.args.load_best_model_at_end and is_sharded(self.model):
+            raise ValueError(
+                "load_best_model_at_end=True: the checkpoints of a sharded model hold shards, which the Trainer passes "
+                "over at the end: leave it out, and take the best checkpoint yourself"
+            )
         self._resumed, self._batch_seed = None, None
         check_reports(self.callback_handler.callbacks)
         if resume_from_checkpoint is True:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 pytest.importorskip("transformers")
 
 from dpfast.distributed.ranks import Ranks
+from dpfast.integrations import trainer_checkpoints
 from dpfast.integrations.replayed import Replayed, Rows, digest_of, seeded, whole
 from dpfast.integrations.trainer import PRIVACY_NAME, DPTrainer
 from dpfast.integrations.trainer_checkpoints import ResumableTrainer, newest_whole
@@ -279,6 +280,17 @@ def test_a_checkpoint_that_is_written_again_is_not_whole_until_it_is(tmp_path, m
     with pytest.warns(UserWarning, match="train_dataset changed"), pytest.raises(OSError, match="No space"):
         trained(tmp_path, resume=True, data=texts(16, seed=2))
     assert newest_whole(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_sharded_model_is_saved_and_loaded_or_refused(tmp_path, monkeypatch):
+    """``save_only_model`` has no shards beside it; the Trainer would take the last model for the best."""
+    monkeypatch.setattr(trainer_checkpoints, "is_sharded", lambda model: True)
+    monkeypatch.setattr(trainer_checkpoints, "whole_state", lambda model: model.state_dict())
+    trained(tmp_path, save_only_model=True)
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, eval_dataset=texts(2))
+    with pytest.raises(ValueError, match="load_best_model_at_end=True: the checkpoints of a sharded model"):
+        trained(tmp_path, **best)
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

@@ -74,6 +74,7 @@ class Run:
             logging_steps=config.log_every or max(1, plan.steps // 20),
             report_to=[name for name in config.reports() if name != "tensorboard"] or "none",
             remove_unused_columns=False,
+            log_level_replica="error",  # else ranks other than the first warn where the first one is told not to
             disable_tqdm=True,
         )
 
