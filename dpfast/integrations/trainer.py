@@ -19,12 +19,11 @@ from transformers import TrainerCallback, TrainingArguments
 from dpfast.accounting.epsilon import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
-from dpfast.capture.trees import map_tensors
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import is_sharded
 from dpfast.integrations.heads import LABELS, LossForward, with_losses
-from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts
+from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts, first_rows
 from dpfast.integrations.replayed import MODEL, Replayed, Rows, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
@@ -281,7 +280,7 @@ class DPTrainer(ResumableTrainer):
         size, held = self._train_batch_size, inputs["pieces"]
         of = counts(inputs["samples"], size, optimizer.ranks.most(len(held)))
         # Where other ranks have more pieces: one without samples, of which no row counts.
-        filling = map_tensors(lambda x: x[: self._rows], held[0]) if self._rows else None
+        filling = first_rows(held[0], max(of[0], self._rows), self._rows) if self._rows else None
         parts = [*held, *[filling] * (len(of) - len(held))]
 
         def loss_of(part: Any, given: int) -> Tensor:
