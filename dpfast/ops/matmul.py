@@ -136,10 +136,18 @@ def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -
     squared, absolute, energy_a, energy_g = stats[:4].double().view(4, B, groups)
     u = unit_roundoff(torch.float32)
     norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products) or BLOCK_UNITS
-    reach = product_reach(T, A, G) * (energy_a * energy_g).sqrt()
-    bound = norm_units * u * absolute + of_slip(squared, reach)
+    grown = scaling_growth(B, T)
+    reach = grown * product_reach(T, A, G) * (energy_a * energy_g).sqrt()
+    bound = grown * norm_units * u * absolute + of_slip(squared, reach)
     bound = bound + underflow(torch.float32) * T * (d * energy_g + p * energy_a + d * p * T)
-    return with_safety(squared.sum(1), bound.sum(1), torch.float32)
+    return with_safety(squared.sum(1), bound.sum(1), torch.float32, relative=grown - 1)
+
+
+def scaling_growth(B: int, T: int) -> float:
+    """By what a squared norm may grow where a kernel multiplies its sum by ratios of factors: see its file."""
+    from dpfast_kernels.weight_gradient import BY_SAMPLE, scaling_units
+
+    return (1 + scaling_units(B) * unit_roundoff(torch.float32)) ** 2 if T >= BY_SAMPLE else 1.0
 
 
 def product_reach(T: int, A: Tensor, G: Tensor) -> float:

@@ -9,7 +9,7 @@ a bias) adds the parts and the noise.
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import triton
@@ -195,7 +195,8 @@ def finish_kernel(
 
 def tiles_of(B: int, T: int, d: int, p: int, A: torch.Tensor, G: torch.Tensor) -> Config:
     """Those of the clipped sum: the noise is made when the sample's tile is no longer needed."""
-    return configure(B, 1, max(T, 32), d, p, dot_dtype(A, G), vectorised(A, G), chip(A.device))
+    tiles = configure(B, 1, max(T, 32), d, p, dot_dtype(A, G), vectorised(A, G), chip(A.device))
+    return replace(tiles, BLOCK_D=min(tiles.BLOCK_D, 128), num_warps=tiles.num_warps if INTERPRETED else 8)
 
 
 def per_layer_with(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpfast import native, ops, reference
+from dpfast.clipping.thresholds import Clipping
 from dpfast.planning import planner
 from dpfast.planning.rates import BUILT_IN
 from tests.helpers import F32, assert_exact, assert_sensitivity, mse
@@ -72,6 +73,35 @@ def test_samples_and_clipped_sums(dtype, groups, T):
     summed = ops.clipped_weight_gradient(A, G, factors)
     kept = torch.einsum("b,bpd->pd", factors[[0, 2]].double(), want[[0, 2]])
     torch.testing.assert_close(summed.double(), kept, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [ops.ghost_squared_norm, ops.tile_squared_norm])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_no_contribution_exceeds_C(op, dtype):
+    """Samples of far different norms in columns of their own: each one's part of the clipped sum is seen alone."""
+    B, T, C = 10, 33, 0.5
+    sizes = torch.tensor([1e-15, 3.0, 0.0, 1e12, 0.5, 0.5 + 1e-7, 1e-3, 1e9, torch.nan, 1.0], device=DEVICE)
+    A = torch.zeros(B, 1, T, 2 * B, device=DEVICE)
+    for i in range(B):
+        A[i, :, :, 2 * i : 2 * i + 2] = torch.rand(T, 2, device=DEVICE)
+    G = (sizes.view(B, 1, 1, 1) * (1 + torch.rand(B, 1, T, 3, device=DEVICE))).to(dtype)
+    A = A.to(dtype)
+
+    def clipped_sum(rows):
+        squared, bound = op(A[rows], G[rows])
+        assert not (bound < squared * 2 * len(rows) * 2**-24).any()  # at least what ratios of factors take
+        (factors,), _ = Clipping.flat(C).factors(squared.unsqueeze(0), bound.unsqueeze(0), 1.0)
+        return ops.clipped_weight_gradient(A[rows], G[rows], factors.float()).double(), factors
+
+    whole, factors = clipped_sum(list(range(B)))
+    parts = whole.unflatten(1, (B, 2)).norm(dim=(0, 2))
+    norms = gradients(A, G).flatten(1).norm(dim=1)
+    assert (parts <= C).all() and parts[8] == factors[8] == 0
+    kept = norms.isfinite()
+    torch.testing.assert_close(parts[kept], norms[kept].clamp(max=C), rtol=1e-3, atol=0)
+    for i in (1, 3, 7):
+        moved = (whole - clipped_sum([k for k in range(B) if k != i])[0]).norm()
+        assert moved <= C * (1 + B * 2.0**-22)
 
 
 def test_long_rows_of_odd_length():
