@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
-from dpfast.reference.rounding import drift, of_slip, underflow, unit_roundoff, with_safety
+from dpfast.reference.rounding import column, drift, of_slip, underflow, unit_roundoff, with_safety
 
 # Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
 # two bfloat16, and those that a kernel's float32 sum of squares may be off: a tree in each block, then the blocks.
@@ -28,10 +28,22 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, ``[B]`` each, float64."""
     if has_ghost_stats(A, G):
         return reference.certified_ghost(ghost_stats(A, G), (A.shape[2], A.shape[3], G.shape[3]), G.dtype)
-    from dpfast_kernels.ghost import ghost_norm
+    squared, bound = ghost_squared_norms([(A, G)])
+    return squared[0], bound[0]
 
-    stats = ghost_norm(*(_aligned(side).flatten(0, 1) for side in (A, G)))
-    return _certified(stats, A, G, products=(A.shape[-1], G.shape[-1]))
+
+def ghost_squared_norms(sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """:func:`ghost_squared_norm` of several weights of one B, g and T that have no :func:`ghost_stats`: ``[n, B]``
+    each, in one launch for those that are alike. An input that several weights share is read once for all.
+    """
+    from dpfast_kernels.ghost import ghost_norms
+
+    aligned: dict[int, Tensor] = {}
+    for side in (side for pair in sides for side in pair):
+        if id(side) not in aligned:
+            aligned[id(side)] = _aligned(side).flatten(0, 1)
+    stats = ghost_norms([aligned[id(A)] for A, _ in sides], [aligned[id(G)] for _, G in sides])
+    return _certified(stats, sides, [(A.shape[-1], G.shape[-1]) for A, G in sides])
 
 
 def has_ghost_stats(A: Tensor, G: Tensor) -> bool:
@@ -73,7 +85,9 @@ def tile_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`ghost_squared_norm`, from tiles of ``G_iᵀ A_i`` that are squared and dropped (norm-GEMM)."""
     from dpfast_kernels.sample_gradients import gradient_norm
 
-    return _certified(gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G, products=())
+    stats = gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G)))
+    squared, bound = _certified(stats.unsqueeze(0), [(A, G)], [()])
+    return squared[0], bound[0]
 
 
 def grad_samples(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -124,23 +138,35 @@ def _aligned(side: Tensor) -> Tensor:
     return side if n % 16 == 0 or n < WIDE else F.pad(side, (0, -n % 16))
 
 
-def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Squared norms ``[B]`` and their bounds, of a kernel's rows: squared, absolute, ``‖A_i‖²``, ``‖G_i‖²``.
+def _certified(
+    stats: Tensor, sides: Sequence[tuple[Tensor, Tensor]], products: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[n, B]`` and their bounds, of a kernel's rows ``[n, rows, B·g]``: squared, absolute, ``‖A_i‖²``,
+    ``‖G_i‖²``.
 
     ``products`` are the lengths of those that make the norm itself. Besides, the contribution that is summed later is
     a sum over T that errs by at most ``units · u · ‖A_i‖·‖G_i‖`` in norm; so does the norm, where it is of a gradient
-    made in tiles, whose squares are added up in float32.
+    that a kernel made.
     """
-    B, groups, T, d = A.shape
-    p = G.shape[-1]
-    squared, absolute, energy_a, energy_g = stats[:4].double().view(4, B, groups)
-    u = unit_roundoff(torch.float32)
-    norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products) or BLOCK_UNITS
-    grown = scaling_growth(B, T)
-    reach = grown * product_reach(T, A, G) * (energy_a * energy_g).sqrt()
-    bound = grown * norm_units * u * absolute + of_slip(squared, reach)
-    bound = bound + underflow(torch.float32) * T * (d * energy_g + p * energy_a + d * p * T)
-    return with_safety(squared.sum(1), bound.sum(1), torch.float32, relative=grown - 1)
+    B, groups, T, _ = sides[0][0].shape
+    squared, absolute, energy_a, energy_g = stats[:, :4].double().unflatten(2, (B, groups)).unbind(1)
+    u, grown = unit_roundoff(torch.float32), scaling_growth(B, T)
+    sizes = [(A.shape[-1], G.shape[-1]) for A, G in sides]
+    lost = underflow(torch.float32) * T
+    constants = (
+        tuple(
+            grown * u * (sum(drift(n) + _units_of_a_product(A, G) for n in lengths) or BLOCK_UNITS)
+            for (A, G), lengths in zip(sides, products, strict=True)
+        ),
+        tuple(grown * product_reach(T, A, G) for A, G in sides),
+        tuple(lost * d for d, _ in sizes),
+        tuple(lost * p for _, p in sizes),
+        tuple(lost * d * p * T for d, p in sizes),
+    )
+    of_norm, of_sum, of_g, of_a, of_both = (column(each, stats.device, 3) for each in constants)
+    bound = of_norm * absolute + of_slip(squared, of_sum * (energy_a * energy_g).sqrt())
+    bound = bound + of_g * energy_g + of_a * energy_a + of_both
+    return with_safety(squared.sum(2), bound.sum(2), torch.float32, relative=grown - 1)
 
 
 def scaling_growth(B: int, T: int) -> float:

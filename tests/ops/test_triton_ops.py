@@ -51,6 +51,32 @@ def test_norms_are_within_their_bounds(op, dtype, groups, T):
     assert ((squared - want).abs() <= bound).all() and (bound <= 0.01 * want).all()
 
 
+class Heads(nn.Module):
+    """Three layers on one input, of which one has another size, and a fourth on what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.q(x)) * self.k(x)) + self.v(x)
+
+
+def test_layers_on_one_input(monkeypatch):
+    """All their ghost norms are of one op, which forms the Gram matrix of the input of the two that are alike once."""
+    from dpfast_kernels import ghost
+
+    launched = []
+    made = ghost.launch
+    monkeypatch.setattr(ghost, "launch", lambda *args, **kw: launched.append(args[1]) or made(*args, **kw))
+    x, target = torch.randn(3, 20, 6), torch.randn(3, 20, 3)
+    assert_exact(Heads(), (x,), target, mse, 100.0, plan={"": "ghost"})
+    pairs = ghost.pairs_of(20, 16)
+    # q and k are of one shape and of one input, v and out of another shape and of two
+    assert sorted(launched) == [(3 * pairs,), (2 * 3 * pairs,)] or torch.cuda.is_available()
+    assert_sensitivity(Heads(), ((x,), target), mse, 0.1, plan={"": "ghost"})
+
+
 def test_norms_that_cancel():
     """Positions that cancel to almost nothing: the ghost sum is noise, and its bound says so."""
     A, G = sides(F32, T=32)
