@@ -150,7 +150,7 @@ def _certified(
     """
     B, groups, T, _ = sides[0][0].shape
     squared, absolute, energy_a, energy_g = stats[:, :4].double().unflatten(2, (B, groups)).unbind(1)
-    u, grown = unit_roundoff(torch.float32), scaling_growth(B, T)
+    u, grown = unit_roundoff(torch.float32), scaling_growth(T)
     sizes = [(A.shape[-1], G.shape[-1]) for A, G in sides]
     lost = underflow(torch.float32) * T
     constants = (
@@ -169,11 +169,11 @@ def _certified(
     return with_safety(squared.sum(2), bound.sum(2), torch.float32, relative=grown - 1)
 
 
-def scaling_growth(B: int, T: int) -> float:
+def scaling_growth(T: int) -> float:
     """By what a squared norm may grow where a kernel multiplies its sum by ratios of factors: see its file."""
-    from dpfast_kernels.weight_gradient import BY_SAMPLE, scaling_units
+    from dpfast_kernels.weight_gradient import BY_SAMPLE, SCALING_UNITS
 
-    return (1 + scaling_units(B) * unit_roundoff(torch.float32)) ** 2 if T >= BY_SAMPLE else 1.0
+    return (1 + SCALING_UNITS * unit_roundoff(torch.float32)) ** 2 if T >= BY_SAMPLE else 1.0
 
 
 def product_reach(T: int, A: Tensor, G: Tensor) -> float:

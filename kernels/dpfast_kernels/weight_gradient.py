@@ -10,8 +10,9 @@ but at most one unit of rounding (u = 2⁻²⁴) beside it, from which the next 
 not add up, and f_b is off by two units at most, the last product's included. Besides, each product with a ratio rounds
 each element: by another unit, of n - b. These add up where elements are alike (up to 456 units have been seen of 512
 samples), so that all are counted: sample b adds (1 + e) f_b · S_b elementwise, |e| ≤ (n + 2) u, apart from what is
-rounded in the last place of the sum. ``scaling_units`` is that bound, which norms are raised by. It stops at RUN + 2:
-more samples than RUN have several accumulators, which are added up at the end.
+rounded in the last place of the sum. More samples than RUN have several accumulators, which are added up at the end,
+so that (RUN + 2) u bounds e whatever the batch, and norms are raised by that: a bound that followed n would have a
+sample's factor depend on how many others there are.
 
 A ratio is not larger than LARGEST, which leaves less of all samples before, never more, and one below 1 / LARGEST is 0.
 What clipping gives is far from that: factors are 0, or 2⁻⁶⁴ and more, and a bound on underflow keeps them below 2⁵⁰ C,
@@ -45,11 +46,7 @@ from .common import (
 BY_SAMPLE = 32  # positions from which the accumulator is scaled, and below which rows of G are
 RUN = 512  # samples, at most, that have one accumulator
 LARGEST = tl.constexpr(2.0**120)  # ratio
-
-
-def scaling_units(B: int) -> int:
-    """What a contribution to the sum of ``B`` samples may be off for their ratios, in units of 2⁻²⁴."""
-    return min(B, RUN) + 2
+SCALING_UNITS = RUN + 2.0  # of 2⁻²⁴: what a contribution to the sum may be off for ratios of factors
 
 
 def accumulators(B: int, T: int) -> int:
@@ -272,15 +269,17 @@ def run(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     config: Config | None = None,
+    by_sample: bool = False,
 ) -> None:
-    """Writes ``weight`` [groups * p, d] and ``bias`` [groups * p]."""
+    """Writes ``weight`` [groups * p, d] and ``bias`` [groups * p]; ``by_sample``: of few positions too."""
     if A.dim() == 3:
         A, G = A.unsqueeze(1), G.unsqueeze(1)
     B, groups, T, d = A.shape
     p = G.shape[3]
     assert B * T < 2**30, "rows are counted in 32 bits"
     dtype = dot_dtype(A, G)
-    config = config or configure(B, groups, T, d, p, dtype, vectorised(A, G), chip(A.device))
+    positions = max(T, BY_SAMPLE) if by_sample else T
+    config = config or configure(B, groups, positions, d, p, dtype, vectorised(A, G), chip(A.device))
     options = asdict(config)
     splits = options.pop("splits")
     tiles_p, tiles_d = cdiv(p, config.BLOCK_P), max(cdiv(d, config.BLOCK_D), 1)  # one has the bias where d = 0
@@ -293,7 +292,7 @@ def run(
         *(*A.stride(), *G.stride(), factors.stride(0), *weights.stride()),
         device=A.device,
         BIAS=bias is not None,
-        BY_SAMPLE=T >= BY_SAMPLE,
+        BY_SAMPLE=positions >= BY_SAMPLE,
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=dot_precision(dtype),
         **options,
