@@ -117,6 +117,10 @@ class Factored:
     def stats(self) -> Tensor:
         return ops.ghost_stats(self.A, self.G)
 
+    def is_ghost(self) -> bool:
+        """Whether its norm is a ghost norm, of an op for several weights at once."""
+        return self.A.shape[2] > 1 and not self._in_tiles() and not ops.has_ghost_stats(self.A, self.G)
+
     def kept(self) -> tuple[Tensor, ...]:
         return self.A, self.G
 

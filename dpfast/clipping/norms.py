@@ -25,6 +25,7 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
     """
     by_sides: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     by_stats: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+    by_ghost: dict[tuple[torch.device, int, int], list[int]] = {}
     parts = []
     for place, forms in enumerate(parameters):
         form = forms[0]
@@ -36,6 +37,8 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
             by_sides.setdefault(_kind(form.G), []).append(place)
         elif isinstance(form, STATS) and form.has_stats():
             by_stats.setdefault((*_kind(form.G), form.shape.groups), []).append(place)
+        elif isinstance(form, Factored) and form.is_ghost():
+            by_ghost.setdefault((form.G.device, form.shape.groups, form.shape.T), []).append(place)
         else:
             parts.append(_alone(forms, groups[place], count))
     for places in by_sides.values():
@@ -45,6 +48,10 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
         stats = torch.stack([form.stats() for form in forms])  # type: ignore[union-attr]
         sizes = [(form.shape.T, form.shape.d, form.shape.p) for form in forms]  # type: ignore[union-attr]
         certified = ops.certified_ghosts(stats, sizes, dtype)
+        parts.append(ops.in_groups(*certified, [groups[place] for place in places], count))
+    for places in by_ghost.values():
+        forms = [parameters[place][0] for place in places]
+        certified = ops.ghost_squared_norms([(form.A, form.G) for form in forms])  # type: ignore[union-attr]
         parts.append(ops.in_groups(*certified, [groups[place] for place in places], count))
     return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 

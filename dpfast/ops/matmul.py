@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
-from dpfast.reference.rounding import drift, of_slip, underflow, unit_roundoff, with_safety
+from dpfast.reference.rounding import column, drift, of_slip, underflow, unit_roundoff, with_safety
 
 # Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
 # two bfloat16, and those that a kernel's float32 sum of squares may be off: a tree in each block, then the blocks.
@@ -29,10 +29,28 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, ``[B]`` each, float64."""
     if has_ghost_stats(A, G):
         return reference.certified_ghost(ghost_stats(A, G), (A.shape[2], A.shape[3], G.shape[3]), G.dtype)
-    from dpfast_kernels.ghost import ghost_norm
+    squared, bound = ghost_squared_norms([(A, G)])
+    return squared[0], bound[0]
 
-    stats = _by_sample(lambda A, G: ghost_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G)
-    return _certified(stats, A, G, products=(A.shape[-1], G.shape[-1]))
+
+def ghost_squared_norms(sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """:func:`ghost_squared_norm` of several weights of one B, g and T that have no :func:`ghost_stats`: ``[n, B]``
+    each, in one launch for those that are alike. An input that several weights share is read once for all.
+    """
+    from dpfast_kernels.ghost import ghost_norms
+
+    def one(A: Tensor, G: Tensor) -> Tensor:
+        return ghost_norms([_aligned(A).flatten(0, 1)], [_aligned(G).flatten(0, 1)])[0]
+
+    together = [k for k, (_, G) in enumerate(sides) if not _is_cut(G)]
+    found = {k: _by_sample(one, *sides[k]) for k in range(len(sides)) if k not in together}
+    if together:
+        of = {id(side): side for k in together for side in sides[k]}
+        aligned = {name: _aligned(side).flatten(0, 1) for name, side in of.items()}
+        stats = ghost_norms([aligned[id(sides[k][0])] for k in together], [aligned[id(sides[k][1])] for k in together])
+        found |= dict(zip(together, stats, strict=True))
+    made = torch.stack([found[k] for k in range(len(sides))])
+    return _certified(made, sides, [(A.shape[-1], G.shape[-1]) for A, G in sides])
 
 
 def has_ghost_stats(A: Tensor, G: Tensor) -> bool:
@@ -75,7 +93,8 @@ def tile_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     from dpfast_kernels.sample_gradients import gradient_norm
 
     stats = _by_sample(lambda A, G: gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G)
-    return _certified(stats, A, G, products=())
+    squared, bound = _certified(stats.unsqueeze(0), [(A, G)], [()])
+    return squared[0], bound[0]
 
 
 def grad_samples(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -135,12 +154,20 @@ def _copies(G: Tensor) -> bool:
     return G.dtype != reference.compute_dtype(G.dtype)
 
 
+def _is_cut(G: Tensor) -> bool:
+    """Whether such backprops are taken a few samples at a time, as copies of all would take much."""
+    return G.nbytes > MOST_COPIED and len(G) > _at_once(G) and _copies(G)
+
+
+def _at_once(G: Tensor) -> int:
+    return max(1, MOST_COPIED // max(1, 4 * G[:1].numel()))
+
+
 def _by_sample(stats: Callable[[Tensor, Tensor], Tensor], A: Tensor, G: Tensor) -> Tensor:
-    """``stats`` ``[n, samples, ...]`` of a few samples at a time, where copies of all backprops would take much."""
-    samples = max(1, MOST_COPIED // max(1, 4 * G[:1].numel()))
-    if G.nbytes <= MOST_COPIED or len(G) <= samples or not _copies(G):
+    """``stats`` ``[n, samples, ...]``, of a few samples at a time if need be."""
+    if not _is_cut(G):
         return stats(A, G)
-    parts = zip(A.split(samples), G.split(samples), strict=True)
+    parts = zip(A.split(_at_once(G)), G.split(_at_once(G)), strict=True)
     return torch.cat([stats(*part) for part in parts], 1)
 
 
@@ -155,22 +182,42 @@ def _aligned(side: Tensor) -> Tensor:
     return F.pad(side, (0, more)) if more else side
 
 
-def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Squared norms ``[B]`` and their bounds, of a kernel's rows: squared, absolute, ``‖A_i‖²``, ``‖G_i‖²``.
+def _certified(
+    stats: Tensor, sides: Sequence[tuple[Tensor, Tensor]], products: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[n, B]`` and their bounds, of a kernel's rows ``[n, rows, B·g]``: squared, absolute, ``‖A_i‖²``,
+    ``‖G_i‖²``.
 
     ``products`` are the lengths of those that make the norm itself. Besides, the contribution that is summed later is
     a sum over T that errs by at most ``units · u · ‖A_i‖·‖G_i‖`` in norm; so does the norm, where it is of a gradient
-    made in tiles, whose squares are added up in float32.
+    that a kernel made.
     """
-    B, groups, T, d = A.shape
-    p = G.shape[-1]
-    squared, absolute, energy_a, energy_g = stats[:4].double().view(4, B, groups)
-    u = unit_roundoff(torch.float32)
-    norm_units = sum(drift(n) + _units_of_a_product(A, G) for n in products) or BLOCK_UNITS
-    reach = product_reach(T, A, G) * (energy_a * energy_g).sqrt()
-    bound = norm_units * u * absolute + of_slip(squared, reach)
-    bound = bound + underflow(torch.float32) * T * (d * energy_g + p * energy_a + d * p * T)
-    return with_safety(squared.sum(1), bound.sum(1), torch.float32)
+    B, groups, T, _ = sides[0][0].shape
+    squared, absolute, energy_a, energy_g = stats[:, :4].double().unflatten(2, (B, groups)).unbind(1)
+    u, grown = unit_roundoff(torch.float32), scaling_growth(T)
+    sizes = [(A.shape[-1], G.shape[-1]) for A, G in sides]
+    lost = underflow(torch.float32) * T
+    constants = (
+        tuple(
+            grown * u * (sum(drift(n) + _units_of_a_product(A, G) for n in lengths) or BLOCK_UNITS)
+            for (A, G), lengths in zip(sides, products, strict=True)
+        ),
+        tuple(grown * product_reach(T, A, G) for A, G in sides),
+        tuple(lost * d for d, _ in sizes),
+        tuple(lost * p for _, p in sizes),
+        tuple(lost * d * p * T for d, p in sizes),
+    )
+    of_norm, of_sum, of_g, of_a, of_both = (column(each, stats.device, 3) for each in constants)
+    bound = of_norm * absolute + of_slip(squared, of_sum * (energy_a * energy_g).sqrt())
+    bound = bound + of_g * energy_g + of_a * energy_a + of_both
+    return with_safety(squared.sum(2), bound.sum(2), torch.float32, relative=grown - 1)
+
+
+def scaling_growth(T: int) -> float:
+    """By what a squared norm may grow where a kernel multiplies its sum by ratios of factors: see its file."""
+    from dpfast_kernels.weight_gradient import BY_SAMPLE, SCALING_UNITS
+
+    return (1 + SCALING_UNITS * unit_roundoff(torch.float32)) ** 2 if T >= BY_SAMPLE else 1.0
 
 
 def product_reach(T: int, A: Tensor, G: Tensor) -> float:

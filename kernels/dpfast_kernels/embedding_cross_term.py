@@ -16,6 +16,8 @@ def cross_kernel(
     E,  # [B, T, d]
     A,  # [B, S, d]
     G,  # [B, S, V]
+    a_lengths,  # [B, S]
+    e_lengths,  # [B, T]
     partials,  # [2, B, tiles_s, tiles_t]
     B,
     T,
@@ -46,26 +48,22 @@ def cross_kernel(
     t = (index % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     id = tl.load(ids + n * i_n + t * i_t, mask=t < T, other=0)
-    # [BLOCK_T, BLOCK_T]
-    both = (s < S)[:, None] & (t < T)[None, :]
-    gathered = tl.load(G + n * g_n + s[:, None] * g_s + id[None, :] * g_v, mask=both, other=0.0).to(tl.float32)
-
     a_tile = A + n * a_n + s[:, None] * a_s + k[None, :] * a_d
     e_tile = E + n * e_n + t[None, :] * e_t + k[:, None] * e_d
     products = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
-    a_squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    e_squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
         # [BLOCK_T, BLOCK_K] and [BLOCK_K, BLOCK_T]
         a = tl.load(a_tile, mask=(s < S)[:, None] & (k < d - start)[None, :], other=0.0).to(DTYPE)
         e = tl.load(e_tile, mask=(t < T)[None, :] & (k < d - start)[:, None], other=0.0).to(DTYPE)
         products = dot(a, e, products, PRECISION)
-        a_squares += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
-        e_squares += tl.sum(e.to(tl.float32) * e.to(tl.float32), 0)
         a_tile += BLOCK_K * wide(a_d)
         e_tile += BLOCK_K * wide(e_d)
+    # [BLOCK_T, BLOCK_T]
+    both = (s < S)[:, None] & (t < T)[None, :]
+    gathered = tl.load(G + n * g_n + s[:, None] * g_s + id[None, :] * g_v, mask=both, other=0.0).to(tl.float32)
     terms = tl.where(both, products * gathered, 0.0)
-    lengths = tl.sqrt(a_squares)[:, None] * tl.sqrt(e_squares)[None, :]
+    a_length = tl.load(a_lengths + n * S + s, mask=s < S, other=0.0)
+    lengths = a_length[:, None] * tl.load(e_lengths + n * T + t, mask=t < T, other=0.0)[None, :]
     reach = tl.where(both, lengths * tl.abs(gathered), 0.0)
     tl.store(partials + index, tl.sum(terms))
     tl.store(partials + wide(B) * tiles_t * tiles_s + index, tl.sum(reach))
@@ -97,7 +95,9 @@ def cross_term_with(
     tiles_t, tiles_s = cdiv(T, tiles.BLOCK_T), cdiv(S, tiles.BLOCK_T)
     partials = torch.empty((2, B, tiles_s, tiles_t), dtype=torch.float32, device=G.device)
     strides = (stride for side in (ids, E, A, G) for stride in side.stride())
-    arguments = (ids, E, A, G, partials, B, T, S, d, tiles_t, tiles_s, *strides)
+    # before, once for each position: in the loop over d each tile would make them anew, in the way of its products
+    lengths = (torch.linalg.vector_norm(X, dim=2, dtype=torch.float32).contiguous() for X in (A, E))
+    arguments = (ids, E, A, G, *lengths, partials, B, T, S, d, tiles_t, tiles_s, *strides)
     options = {"DTYPE": TRITON_DTYPE[dtype], "PRECISION": "ieee", **asdict(tiles)}
     launch(cross_kernel, (B * tiles_s * tiles_t,), *arguments, device=G.device, **options)
     return totals(partials)

@@ -1,5 +1,11 @@
-"""Ghost norms: ‖G_nᵀA_n‖² from A_n A_nᵀ and G_n G_nᵀ, in tiles of both, and no gradient formed."""
+"""Ghost norms: ‖G_nᵀA_n‖² from A_n A_nᵀ and G_n G_nᵀ, in tiles of both, and no gradient formed.
 
+Many layers are one launch, whose last programs leave processors idle once and not once a layer. A program has one pair
+of tiles of one sample of one input: it forms the tile of A Aᵀ and keeps it for all layers that the input goes to, such
+as query, key and value, or gate and up, whose tiles of G Gᵀ it forms one after the other.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,6 +28,10 @@ from .common import (
     vectorised,
     wide,
 )
+from .weighted_sum import pick
+
+MOST = 4 if INTERPRETED else 8
+"""Layers of one launch, unless more have one input: a few waves of programs leave little idle in the last one."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +43,16 @@ class Config:
 
 
 def configure(N: int, T: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
-    """Tiles of 128 × 128, or smaller ones where those would leave half of the processors without work."""
+    """Tiles of 128 × 128, or smaller ones where those would leave half of the processors without work; ``N`` samples of
+    all inputs together.
+    """
     if INTERPRETED:
         return Config(16, 16, 4, 1)
     slow = dtype == torch.float32 or not vectorised
     block = max(16, min(64 if slow else 128, next_power_of_2(T)))
     while block > 32 and 2 * N * pairs_of(T, block) < chip.processors:
         block //= 2
-    warps = 8 if block >= 64 else 4
+    warps = {16: 2, 32: 4}.get(block, 8)
     if slow:
         return Config(block, 32, warps, 3)
     return Config(block, 64 if block > 16 else 128, warps, 4)
@@ -87,10 +99,22 @@ def gram(
 
 
 @triton.jit
+def one_of(Xs, which, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Xs[which]."""
+    # as a distance from the first tensor: what is known of a distance's alignment outlives the addition
+    bytes: tl.constexpr = Xs[0].dtype.element_ty.primitive_bitwidth // 8
+    distance = (pick(Xs, which, COUNT) - Xs[0].to(tl.int64)) // bytes
+    if ALIGNED:
+        distance = tl.multiple_of(distance, 16 // bytes)
+    return Xs[0] + distance
+
+
+@triton.jit(do_not_specialize=["layers"])  # of a loop of 1, Triton 3.6 makes products that wait for each other
 def ghost_kernel(
-    A,
-    G,
-    partials,  # [6, N, pairs]
+    As,  # tuple: [N, T, d]
+    Gs,  # tuple: [N, T, p], for each input those of its layers
+    partials,  # [layers, 6, N, pairs]
+    layers,  # of each input
     N,
     T,
     d,
@@ -103,6 +127,9 @@ def ghost_kernel(
     g_n,
     g_t,
     g_p,
+    INPUTS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -110,46 +137,84 @@ def ghost_kernel(
 ):
     # Σ_{t,s} (a_t · a_s)(g_t · g_s) over one pair of tiles of one sample; twice where t and s are of different tiles
     index = tl.program_id(0)
-    n = (index // pairs).to(tl.int64)
+    which = index // (N * pairs)
+    n = (index // pairs % N).to(tl.int64)
     pair = index % pairs
     row, column = tile_pair(pair, tiles)
     rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = column * BLOCK_T + tl.arange(0, BLOCK_T)
+    times = tl.where(row == column, 1.0, 2.0)
 
     # [BLOCK_T, BLOCK_T]
-    aa = gram(A + n * a_n, rows, columns, T, d, a_t, a_d, DTYPE, PRECISION, BLOCK_K)
-    gg = gram(G + n * g_n, rows, columns, T, p, g_t, g_p, DTYPE, PRECISION, BLOCK_K)
-    times = tl.where(row == column, 1.0, 2.0)
-    diagonal = rows[:, None] == columns[None, :]
+    A = one_of(As, which, INPUTS, ALIGNED) + n * a_n
+    aa = gram(A, rows, columns, T, d, a_t, a_d, DTYPE, PRECISION, BLOCK_K)
+    for layer in range(which * layers, which * layers + layers):
+        G = one_of(Gs, layer, LAYERS, ALIGNED) + n * g_n
+        gg = gram(G, rows, columns, T, p, g_t, g_p, DTYPE, PRECISION, BLOCK_K)
+        diagonal = rows[:, None] == columns[None, :]
+        out = partials + (wide(layer) * 6 * N + n) * pairs + pair
+        stats_stride = wide(N) * pairs
+        tl.store(out, times * tl.sum(aa * gg))
+        tl.store(out + stats_stride, times * tl.sum(tl.abs(aa * gg)))
+        tl.store(out + 2 * stats_stride, tl.sum(tl.where(diagonal, aa, 0.0)))
+        tl.store(out + 3 * stats_stride, tl.sum(tl.where(diagonal, gg, 0.0)))
+        tl.store(out + 4 * stats_stride, times * tl.sum(gg))
+        tl.store(out + 5 * stats_stride, times * tl.sum(tl.abs(gg)))
 
-    out = partials + n * pairs + pair
-    stats_stride = wide(N) * pairs
-    tl.store(out, times * tl.sum(aa * gg))
-    tl.store(out + stats_stride, times * tl.sum(tl.abs(aa * gg)))
-    tl.store(out + 2 * stats_stride, tl.sum(tl.where(diagonal, aa, 0.0)))
-    tl.store(out + 3 * stats_stride, tl.sum(tl.where(diagonal, gg, 0.0)))
-    tl.store(out + 4 * stats_stride, times * tl.sum(gg))
-    tl.store(out + 5 * stats_stride, times * tl.sum(tl.abs(gg)))
+
+def by_input(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor]) -> list[list[list[int]]]:
+    """Launches: the numbers of the layers of each of their inputs, as many of each. Layers of a launch differ in where
+    their tensors are alone.
+    """
+    inputs: dict[tuple, list[int]] = {}
+    for k, (A, G) in enumerate(zip(As, Gs, strict=True)):
+        place = id(A) if A.is_meta else A.data_ptr()
+        aligned = not any(X.data_ptr() % 16 for X in (A, G))
+        kind = A.dtype, A.shape, A.stride(), G.dtype, G.shape, G.stride(), aligned
+        inputs.setdefault((place, kind), []).append(k)
+    kinds: dict[tuple, list[list[int]]] = {}
+    for (_, kind), layers in inputs.items():
+        kinds.setdefault((kind, len(layers)), []).append(layers)
+    launches = []
+    for (_, layers), alike in kinds.items():
+        at_once = max(1, MOST // layers)
+        launches += [alike[start : start + at_once] for start in range(0, len(alike), at_once)]
+    return launches
 
 
-def run(A: torch.Tensor, G: torch.Tensor, config: Config | None = None) -> torch.Tensor:
-    """``ghost_norm``, with another configuration where one is given."""
-    N, T, d = A.shape
-    p = G.shape[2]
-    dtype = dot_dtype(A, G)
-    config = config or configure(N, T, dtype, vectorised(A, G), chip(A.device))
-    pairs = pairs_of(T, config.BLOCK_T)
-    partials = torch.empty((6, N, pairs), dtype=torch.float32, device=A.device)
-    launch(
-        ghost_kernel,
-        (N * pairs,),
-        *(A, G, partials, N, T, d, p, pairs, cdiv(T, config.BLOCK_T), *A.stride(), *G.stride()),
-        device=A.device,
-        DTYPE=TRITON_DTYPE[dtype],
-        PRECISION=dot_precision(dtype),
-        **asdict(config),
-    )
-    return partials.sum(2)  # always in the same order
+def run(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], config: Config | None = None) -> torch.Tensor:
+    """``ghost_norms``, with another configuration where one is given."""
+    N, T, _ = As[0].shape
+    sums, order = [], []
+    for inputs in by_input(As, Gs):
+        layers = [k for some in inputs for k in some]
+        A, G = As[layers[0]], Gs[layers[0]]
+        dtype = dot_dtype(A, G)
+        chosen = config or configure(N * len(inputs), T, dtype, vectorised(A, G), chip(A.device))
+        pairs = pairs_of(T, chosen.BLOCK_T)
+        partials = torch.empty((len(layers), 6, N, pairs), dtype=torch.float32, device=A.device)
+        sides = filled([As[some[0]] for some in inputs]), filled([Gs[k] for k in layers])
+        sizes = N, T, A.shape[2], G.shape[2], pairs, cdiv(T, chosen.BLOCK_T)
+        launch(
+            ghost_kernel,
+            (len(inputs) * N * pairs,),
+            *(*sides, partials, len(inputs[0]), *sizes, *A.stride(), *G.stride()),
+            device=A.device,
+            INPUTS=len(sides[0]),
+            LAYERS=len(sides[1]),
+            ALIGNED=not any(X.data_ptr() % 16 for X in (A, G)),
+            DTYPE=TRITON_DTYPE[dtype],
+            PRECISION=dot_precision(dtype),
+            **asdict(chosen),
+        )
+        sums += partials.sum(3).unbind()  # always in the same order
+        order += layers
+    return torch.stack([sums[order.index(k)] for k in range(len(order))])
+
+
+def filled(Xs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """One of few numbers of tensors; those that fill up are never picked."""
+    return (*Xs, *[Xs[-1]] * (next_power_of_2(len(Xs)) - len(Xs)))
 
 
 @torch.library.custom_op("dpfast_kernels::ghost_norm", mutates_args=())
@@ -165,7 +230,7 @@ def ghost_norm(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
     bias_absolute   Σ_{t,s} |g_t·g_s|
     ==============  =============================  ==============================================
     """
-    return run(A, G)
+    return run([A], [G])[0]
 
 
 @ghost_norm.register_fake
@@ -173,14 +238,31 @@ def _(A, G):
     return A.new_empty((6, A.shape[0]), dtype=torch.float32)
 
 
-def _case(dtype: torch.dtype, N: int, T: int, d: int, p: int, wgmma: bool) -> Compile:
-    def call():
-        run(meta(N, T, d, dtype=dtype), meta(N, T, p, dtype=dtype))
+@torch.library.custom_op("dpfast_kernels::ghost_norms", mutates_args=())
+def ghost_norms(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``ghost_norm`` of layers with A [N, T, d] and G [N, T, p] of one N and T each: float32 [len(As), 6, N].
 
-    return Compile(f"ghost_norm {dtype} {N}x{T}x{d}x{p}", call, wgmma)
+    One launch for up to 8 layers that are alike in all but where they are in memory. Where that is the same for several
+    A, ``A Aᵀ`` is formed once.
+    """
+    return run(As, Gs)
+
+
+@ghost_norms.register_fake
+def _(As, Gs):
+    return As[0].new_empty((len(As), 6, As[0].shape[0]), dtype=torch.float32)
+
+
+def _case(dtype: torch.dtype, N: int, T: int, d: int, p: int, wgmma: bool, layers: int = 1) -> Compile:
+    def call():
+        inputs = [meta(N, T, d, dtype=dtype) for _ in range(2 if layers > 1 else 1)]
+        run(inputs * layers, [meta(N, T, p, dtype=dtype) for _ in inputs * layers])
+
+    return Compile(f"ghost_norm {dtype} {N}x{T}x{d}x{p} {layers}", call, wgmma)
 
 
 COMPILES = [
+    _case(torch.bfloat16, 8, 1024, 1024, 1024, True, layers=3),
     _case(torch.bfloat16, 32, 1024, 1024, 4096, True),
     _case(torch.bfloat16, 2, 512, 1024, 4096, True),
     _case(torch.bfloat16, 512, 16, 1024, 4096, False),

@@ -54,28 +54,11 @@ def configure(N: int, T: int, d: int, p: int, dtype: torch.dtype, vectorised: bo
 
 
 @triton.jit
-def energy(X, columns, T, d, stride_t, stride_d, BLOCK_T: tl.constexpr):
-    """Σ x² and Σ_column (Σ_t x)² over the given columns of X [T, d]."""
-    t = tl.arange(0, BLOCK_T)
-    x_at = X + t.to(tl.int64)[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_d
-    squares = tl.zeros((BLOCK_T, columns.shape[0]), dtype=tl.float32)
-    sums = tl.zeros((BLOCK_T, columns.shape[0]), dtype=tl.float32)
-    for start in range(0, T, BLOCK_T):
-        # [BLOCK_T, columns]
-        x = tl.load(x_at, mask=(t < T - start)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
-        squares += x * x
-        sums += x
-        x_at += BLOCK_T * wide(stride_t)
-    over_t = tl.sum(sums, 0)
-    return tl.sum(squares), tl.sum(over_t * over_t)
-
-
-@triton.jit
 def gradient_kernel(
     A,
     G,
     samples,  # [N, p, d] where STORE
-    partials,  # [6, N, tiles], [1, N, tiles] where STORE
+    partials,  # [N, tiles]
     N,
     T,
     d,
@@ -123,32 +106,65 @@ def gradient_kernel(
         s_at = samples + (n * p + i)[:, None] * d + j[None, :]
         tl.store(s_at, rounded, mask=(i < p)[:, None] & (j < d)[None, :])
         gradient = rounded.to(tl.float32)
-    squared = tl.sum(gradient * gradient)
+    tl.store(partials + n * tiles + tile, tl.sum(gradient * gradient))
 
-    out = partials + n * tiles + tile
-    tl.store(out, squared)
-    if not STORE:
-        # once for each column of A and of G, where the tile is of the first row or column
-        energy_A, _ = energy(A + n * a_n, j, tl.where(row == 0, T, 0), d, a_t, a_d, BLOCK_T)
-        energy_G, bias_squared = energy(G + n * g_n, i, tl.where(column == 0, T, 0), p, g_t, g_p, BLOCK_T)
-        stats_stride = wide(N) * tiles
-        tl.store(out + stats_stride, squared)
-        tl.store(out + 2 * stats_stride, energy_A)
-        tl.store(out + 3 * stats_stride, energy_G)
-        tl.store(out + 4 * stats_stride, bias_squared)
-        tl.store(out + 5 * stats_stride, bias_squared)
+
+@triton.jit
+def energy_kernel(
+    X,
+    partials,  # [2, N, blocks]
+    N,
+    T,
+    d,
+    blocks,
+    x_n,
+    x_t,
+    x_d,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Σ x² and Σ_column (Σ_t x)² over one block of columns of one sample
+    index = tl.program_id(0)
+    n = (index // blocks).to(tl.int64)
+    columns = index % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
+    x_at = X + n * x_n + t.to(tl.int64)[:, None] * x_t + columns.to(tl.int64)[None, :] * x_d
+    squares = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in range(0, T, BLOCK_T):
+        # [BLOCK_T, BLOCK_D]
+        x = tl.load(x_at, mask=(t < T - start)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
+        squares += x * x
+        sums += x
+        x_at += BLOCK_T * wide(x_t)
+    over_t = tl.sum(sums, 0)
+    tl.store(partials + index, tl.sum(squares))
+    tl.store(partials + wide(N) * blocks + index, tl.sum(over_t * over_t))
+
+
+def energies(X: torch.Tensor) -> torch.Tensor:
+    """``Σ_t ‖x_t‖²`` and ``‖Σ_t x_t‖²`` of X [N, T, d]: float32 [2, N].
+
+    In a launch of its own, which reads X once and 16 bytes at a time. In that of the product, the programs of the first
+    row and column of tiles would make these sums, with the registers and the layout of a product, and end last.
+    """
+    N, T, d = X.shape
+    block_t, block_d = (16, 32) if INTERPRETED else (32, 128)
+    blocks = cdiv(d, block_d)
+    partials = torch.empty((2, N, blocks), dtype=torch.float32, device=X.device)
+    arguments = X, partials, N, T, d, blocks, *X.stride()
+    launch(energy_kernel, (N * blocks,), *arguments, device=X.device, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)
+    return partials.sum(2)
 
 
 def run(A: torch.Tensor, G: torch.Tensor, samples: torch.Tensor | None, config: Config | None = None) -> torch.Tensor:
-    """Sums [6, N] as of ``gradient_norm``, or [1, N] where there are ``samples`` to fill."""
+    """``‖G_nᵀA_n‖²`` [N] in float32, of what was rounded where there are ``samples`` to fill."""
     N, T, d = A.shape
     p = G.shape[2]
     dtype = dot_dtype(A, G)
     config = config or configure(N, T, d, p, dtype, vectorised(A, G), chip(A.device))
-    # at least one, which has the bias of a layer without inputs
-    tiles_p, tiles_d = max(cdiv(p, config.BLOCK_P), 1), max(cdiv(d, config.BLOCK_D), 1)
-    rows = 6 if samples is None else 1
-    partials = torch.empty((rows, N, tiles_p * tiles_d), dtype=torch.float32, device=A.device)
+    tiles_p, tiles_d = cdiv(p, config.BLOCK_P), cdiv(d, config.BLOCK_D)
+    partials = torch.empty((N, tiles_p * tiles_d), dtype=torch.float32, device=A.device)
     launch(
         gradient_kernel,
         (N * tiles_p * tiles_d,),
@@ -159,7 +175,7 @@ def run(A: torch.Tensor, G: torch.Tensor, samples: torch.Tensor | None, config: 
         PRECISION=dot_precision(dtype),
         **asdict(config),
     )
-    return partials.sum(2)  # always in the same order
+    return partials.sum(1)  # always in the same order
 
 
 @torch.library.custom_op("dpfast_kernels::gradient_norm", mutates_args=())
@@ -167,7 +183,9 @@ def gradient_norm(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
     """The rows of ``ghost_norm``, for A [N, T, d] and G [N, T, p], from tiles of G_nᵀA_n that are never stored. Sums of
     squares do not cancel: ``absolute`` is ``squared``, ``bias_absolute`` is ``bias_squared``.
     """
-    return run(A, G, None)
+    squared = run(A, G, None)
+    (energy_A, _), (energy_G, bias_squared) = energies(A), energies(G)
+    return torch.stack([squared, squared, energy_A, energy_G, bias_squared, bias_squared])
 
 
 @gradient_norm.register_fake
@@ -181,7 +199,7 @@ def sample_gradients(A: torch.Tensor, G: torch.Tensor, dtype: torch.dtype) -> tu
     rounded, in float32.
     """
     samples = _samples(A, G, dtype)
-    return samples, run(A, G, samples)[0]
+    return samples, run(A, G, samples)
 
 
 @sample_gradients.register_fake
@@ -213,4 +231,6 @@ COMPILES = [
     _case(torch.bfloat16, 32, 1023, 1023, 4095, torch.float32, True),
     _case(torch.bfloat16, 32, 1024, 2048, 16, torch.float32, True),
     _case(torch.bfloat16, 32, 1024, 16, 2048, torch.float32, True),
+    Compile("energies", lambda: energies(meta(32, 1024, 1024, dtype=torch.bfloat16))),
+    Compile("energies, odd", lambda: energies(meta(32, 1023, 1023))),
 ]

@@ -1,4 +1,24 @@
-"""Clipped weight gradients: Σ_i factor_i · G_iᵀA_i, one product over all samples and positions, in float32."""
+"""Clipped weight gradients: Σ_i factor_i · G_iᵀA_i, one product over all samples and positions, in float32.
+
+From BY_SAMPLE positions on, a tile has one accumulator for all samples, so that it can be as large as registers hold.
+It is in units of f_b while sample b is added, and is multiplied by f_b / f_{b+1} where that sample ends:
+
+    (((S_1 · f_1/f_2 + S_2) · f_2/f_3 + S_3) · ... + S_n) · f_n = Σ_b f_b · S_b        with S_b = G_bᵀA_b
+
+What becomes of a factor. A ratio is rounded, and the unit after it is what makes the rounded ratio exact: not f_{b+1},
+but at most one unit of rounding (u = 2⁻²⁴) beside it, from which the next ratio is taken. So the errors of ratios do
+not add up, and f_b is off by two units at most, the last product's included. Besides, each product with a ratio rounds
+each element: by another unit, of n - b. These add up where elements are alike (up to 456 units have been seen of 512
+samples), so that all are counted: sample b adds (1 + e) f_b · S_b elementwise, |e| ≤ (n + 2) u, apart from what is
+rounded in the last place of the sum. More samples than RUN have several accumulators, which are added up at the end,
+so that (RUN + 2) u bounds e whatever the batch, and norms are raised by that: a bound that followed n would have a
+sample's factor depend on how many others there are.
+
+A ratio is not larger than LARGEST, which leaves less of all samples before, never more, and one below 1 / LARGEST is 0.
+What clipping gives is far from that: factors are 0, or 2⁻⁶⁴ and more, and a bound on underflow keeps them below 2⁵⁰ C,
+so that the sum is at most n · C · 2⁶⁴ in any unit, which float32 holds. What is below 2⁻¹²⁶ in a unit is below 2⁻⁷⁶ C
+in the sum. A sample of factor 0 has no unit, and nothing of it is read.
+"""
 
 from dataclasses import asdict, dataclass
 
@@ -23,7 +43,15 @@ from .common import (
     vectorised,
 )
 
-BY_SAMPLE = 32  # positions from which a sample's tile is summed before it is scaled
+BY_SAMPLE = 32  # positions from which the accumulator is scaled, and below which rows of G are
+RUN = 512  # samples, at most, that have one accumulator
+LARGEST = tl.constexpr(2.0**120)  # ratio
+SCALING_UNITS = RUN + 2.0  # of 2⁻²⁴: what a contribution to the sum may be off for ratios of factors
+
+
+def accumulators(B: int, T: int) -> int:
+    """How many a tile must have, at least."""
+    return cdiv(B, RUN) if T >= BY_SAMPLE else 1
 
 
 @dataclass(frozen=True)
@@ -38,22 +66,26 @@ class Config:
 
 
 def configure(B: int, groups: int, T: int, d: int, p: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
-    """Two tiles of 128 × 128 in float32, the sample's and the total, are as much as registers hold."""
+    """Tiles of 128 × 256 where they are read 16 bytes at a time and are not mostly empty: registers hold no more."""
     if INTERPRETED:
-        return Config(16, 16, 32, 4, 1, splits=min(2, max(B, 1)))
+        return Config(16, 16, 32, 4, 1, splits=max(min(2, B), accumulators(B, T), 1))
     block_p, block_d = (64 if p <= 64 else 128), (64 if d <= 64 else 128)
-    block_t, stages = (64 if chip.large else 32), 4
+    block_t, warps, stages = (64 if chip.large else 32), 8, 4
     if dtype == torch.float32 or (dtype == torch.float16 and T < BY_SAMPLE):
         block_t, block_p, block_d, stages = 16, 64, 64, 3
     elif not vectorised:
         block_t, block_p, block_d, stages = 32, 64, 64, 3
     elif T < BY_SAMPLE:
         stages = 3
-    else:
+    elif chip.large and p > 64 and d > 128:
+        block_d, stages = 256, 3
+    elif chip.large:
+        warps = 4  # of eight, each with half of the accumulator, Triton 3.6 makes products that wait for each other
+    if T >= BY_SAMPLE:
         block_t = min(block_t, next_power_of_2(T))
     tiles = groups * cdiv(p, block_p) * max(cdiv(d, block_d), 1)
     splits = splits_of(tiles, 2 * block_p * block_d * B * T, groups * p * d, B, chip.processors)
-    return Config(block_t, block_p, block_d, 8, stages, splits)
+    return Config(block_t, block_p, block_d, warps, stages, max(splits, accumulators(B, T)))
 
 
 def splits_of(tiles: int, tile_flops: int, elements: int, B: int, processors: int) -> int:
@@ -97,7 +129,6 @@ def weight_gradient_kernel(
     w_p,
     w_d,
     BIAS: tl.constexpr,
-    ADD: tl.constexpr,
     BY_SAMPLE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,8 +162,6 @@ def weight_gradient_kernel(
         )  # fmt: skip
     w_at = weights + split * w_s + (group * p + i)[:, None] * w_p + j.to(tl.int64)[None, :] * w_d
     inside = (i < p)[:, None] & (j < d)[None, :]
-    if ADD:
-        total += tl.load(w_at, mask=inside, other=0.0)
     tl.store(w_at, total, mask=inside)
 
     if BIAS:
@@ -146,29 +175,41 @@ def sum_by_sample(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A sample's tile is summed over its positions, then added, times its factor: nothing rounded is scaled. One loop
-    over the positions of all samples, so that loads run ahead into the next sample.
-    """
+    """One loop over the positions of all samples, so that loads run ahead into the next sample."""
     t = tl.arange(0, BLOCK_T)
-    total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
-    sample = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
     b = first.to(tl.int64)
     start = 0
+    factor = tl.load(factors + b * factors_b, mask=first < last, other=0.0)
+    unit = tl.where(factor != 0.0, factor, 1.0).to(tl.float64)
     for _ in range((last - first) * tl.cdiv(T, BLOCK_T)):
         at = (start + t).to(tl.int64)
+        there = at < tl.where(factor != 0.0, T, 0)
         # [BLOCK_P, BLOCK_T]
-        g = tl.load(G_i + b * g_b + at[None, :] * g_t, mask=in_p[:, None] & (at < T)[None, :], other=0.0).to(DTYPE)
+        g = tl.load(G_i + b * g_b + at[None, :] * g_t, mask=in_p[:, None] & there[None, :], other=0.0).to(DTYPE)
         # [BLOCK_T, BLOCK_D]
-        a = tl.load(A_j + b * a_b + at[:, None] * a_t, mask=(at < T)[:, None] & in_d[None, :], other=0.0).to(DTYPE)
-        sample = dot(g, a, sample, PRECISION)
+        a = tl.load(A_j + b * a_b + at[:, None] * a_t, mask=there[:, None] & in_d[None, :], other=0.0).to(DTYPE)
+        sums = dot(g, a, sums, PRECISION)
         complete = start + BLOCK_T >= T
         if complete:
-            factor = tl.load(factors + b * factors_b)
-            total = tl.where(factor != 0, total + factor * sample, total)
-            sample = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+            ratio, unit = ratio_to(tl.load(factors + (b + 1) * factors_b, mask=b + 1 < last, other=0.0), unit)
+            sums *= ratio
         start = tl.where(complete, 0, start + BLOCK_T)
         b += complete.to(tl.int64)
-    return total
+        factor = tl.load(factors + b * factors_b, mask=b < last, other=0.0)  # ahead: loads that wait for one are late
+    return sums * unit.to(tl.float32)
+
+
+@triton.jit
+def ratio_to(factor, unit):
+    """What multiples of ``unit`` are multiplied by to be those of the next unit, and that one, as it follows from the
+    ratio: ``factor``, but for its rounding.
+    """
+    next = tl.where(factor != 0.0, factor.to(tl.float64), unit)
+    exact = unit / next
+    inside = (exact <= LARGEST) & (exact >= 1 / LARGEST)
+    ratio = tl.where(inside, exact, tl.where(exact > 1.0, LARGEST, 0.0)).to(tl.float32)
+    return ratio, tl.where(inside, unit / tl.where(inside, ratio.to(tl.float64), 1.0), next)
 
 
 @triton.jit
@@ -227,17 +268,18 @@ def run(
     factors: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    add: bool,
     config: Config | None = None,
+    by_sample: bool = False,
 ) -> None:
-    """Writes to, or adds to, ``weight`` [groups * p, d] and ``bias`` [groups * p]."""
+    """Writes ``weight`` [groups * p, d] and ``bias`` [groups * p]; ``by_sample``: of few positions too."""
     if A.dim() == 3:
         A, G = A.unsqueeze(1), G.unsqueeze(1)
     B, groups, T, d = A.shape
     p = G.shape[3]
     assert B * T < 2**30, "rows are counted in 32 bits"
     dtype = dot_dtype(A, G)
-    config = config or configure(B, groups, T, d, p, dtype, vectorised(A, G), chip(A.device))
+    positions = max(T, BY_SAMPLE) if by_sample else T
+    config = config or configure(B, groups, positions, d, p, dtype, vectorised(A, G), chip(A.device))
     options = asdict(config)
     splits = options.pop("splits")
     tiles_p, tiles_d = cdiv(p, config.BLOCK_P), max(cdiv(d, config.BLOCK_D), 1)  # one has the bias where d = 0
@@ -250,8 +292,7 @@ def run(
         *(*A.stride(), *G.stride(), factors.stride(0), *weights.stride()),
         device=A.device,
         BIAS=bias is not None,
-        ADD=add and splits == 1,
-        BY_SAMPLE=T >= BY_SAMPLE,
+        BY_SAMPLE=positions >= BY_SAMPLE,
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=dot_precision(dtype),
         **options,
@@ -259,7 +300,7 @@ def run(
     parts = [(bias, biases)] if splits == 1 else [(weight, weights), (bias, biases)]
     for whole, part in parts:
         if whole is not None:
-            whole.add_(part.sum(0)) if add else torch.sum(part, 0, out=whole)
+            torch.sum(part, 0, out=whole)
 
 
 @torch.library.custom_op("dpfast_kernels::clipped_weight_gradient", mutates_args=())
@@ -270,29 +311,16 @@ def clipped_weight_gradient(
 
     A [B, T, d], G [B, T, p], factors [B] in float32. In groups: A [B, groups, T, d], G [B, groups, T, p], and the
     results of the groups one after another, [groups * p, d] and [groups * p]. A sample whose factor is 0 is left out,
-    whatever it holds.
+    whatever it holds; factors are not negative.
     """
     weight, bias_sum = _empty(A, G, bias)
-    run(A, G, factors, weight, bias_sum if bias else None, add=False)
+    run(A, G, factors, weight, bias_sum if bias else None)
     return weight, bias_sum
 
 
 @clipped_weight_gradient.register_fake
 def _(A, G, factors, bias):
     return _empty(A, G, bias)
-
-
-@torch.library.custom_op("dpfast_kernels::clipped_weight_gradient_", mutates_args=("weight", "bias"))
-def clipped_weight_gradient_(
-    A: torch.Tensor, G: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """Adds what ``clipped_weight_gradient`` returns to ``weight`` and ``bias``, float32 of the same shapes."""
-    run(A, G, factors, weight, bias, add=True)
-
-
-@clipped_weight_gradient_.register_fake
-def _(A, G, factors, weight, bias):
-    return None
 
 
 def _empty(A: torch.Tensor, G: torch.Tensor, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +332,7 @@ def _empty(A: torch.Tensor, G: torch.Tensor, bias: bool) -> tuple[torch.Tensor, 
 def _case(dtype: torch.dtype, B: int, T: int, d: int, p: int, wgmma: bool) -> Compile:
     def call():
         A, G = meta(B, T, d, dtype=dtype), meta(B, T, p, dtype=dtype)
-        run(A, G, meta(B), *_empty(A, G, True), add=True)
+        run(A, G, meta(B), *_empty(A, G, True))
 
     return Compile(f"clipped_weight_gradient {dtype} {B}x{T}x{d}x{p}", call, wgmma)
 
@@ -312,6 +340,8 @@ def _case(dtype: torch.dtype, B: int, T: int, d: int, p: int, wgmma: bool) -> Co
 COMPILES = [
     _case(torch.bfloat16, 32, 1024, 1024, 4096, True),
     _case(torch.bfloat16, 32, 1024, 1024, 16, True),
+    _case(torch.bfloat16, 32, 1024, 128, 768, True),
+    _case(torch.float16, 32, 512, 64, 128, True),
     _case(torch.bfloat16, 512, 1, 1024, 4096, True),
     _case(torch.float16, 512, 1, 1024, 4096, False),
     _case(torch.float32, 32, 1024, 1024, 4096, False),

@@ -52,6 +52,27 @@ def test_values(device, dtype, N, T, d, p):
     check(A, G, ghost.ghost_norm(A, G))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_many_layers(device, dtype, monkeypatch):
+    """Inputs of three, two and one layers, of two sizes, in several launches; results in the order of the layers."""
+    sides = [torch.randn(2, 20, 9, device=device).to(dtype) for _ in range(4)]
+    As = [sides[k] for k in (0, 1, 0, 2, 3, 0, 1, 3)] + [torch.randn(2, 20, 5, device=device).to(dtype)]
+    Gs = [torch.randn(2, 20, 6 + 3 * (k == 4), device=device).to(dtype) for k in range(len(As))]
+    launched = []
+    made = ghost.launch
+    monkeypatch.setattr(
+        ghost, "launch", lambda kernel, grid, *args, **kw: launched.append(grid) or made(kernel, grid, *args, **kw)
+    )
+    stats = ghost.ghost_norms(As, Gs)
+    assert stats.shape == (len(As), 6, 2)
+    made_of = [grid[0] for grid in launched]
+    for A, G, found in zip(As, Gs, stats, strict=True):
+        check(A, G, found)
+        assert torch.equal(found, ghost.ghost_norm(A, G))
+    # input 0 of three layers; 1 and 3, which have two, one of input 3 being of another size; 2; and the one of size 5
+    assert sum(made_of) == 6 * launched[-1][0] and len(made_of) == 5
+
+
 def test_two_dtypes(device):
     A, G = torch.randn(2, 20, 9, device=device), torch.randn(2, 20, 5, device=device).bfloat16()
     check(A, G, ghost.ghost_norm(A, G))
@@ -109,6 +130,7 @@ def test_pairs(device):
 def test_op(device):
     A, G = torch.randn(2, 20, 9, device=device), torch.randn(2, 20, 5, device=device)
     torch.library.opcheck(ghost.ghost_norm, (A, G))
+    torch.library.opcheck(ghost.ghost_norms, ([A, A], [G, G[:, :, :4]]))
 
 
 @pytest.mark.gpu

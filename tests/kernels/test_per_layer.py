@@ -1,13 +1,11 @@
 """The noisy gradient of a linear layer clipped on its own, against float64, one sample at a time."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from dpfast_kernels.ghost import ghost_norm
 from dpfast_kernels.noise import noise_stream
-from dpfast_kernels.per_layer import per_layer_noisy_gradient, per_layer_with, tiles_of
+from dpfast_kernels.per_layer import per_layer_noisy_gradient
 
 from dpfast.reference import noise as reference
 
@@ -60,16 +58,6 @@ def test_noisy_gradient(shape, dtype, device):
     A, G = inputs(*shape, dtype, device)
     check(noisy_gradient(A, G, 2.0, 1.5, 0.125), A, G, 2.0, 1.5, 0.125)
     check(noisy_gradient(A, G, 2.0, 1.5, 0.125, bias=False), A, G, 2.0, 1.5, 0.125, bias=False)
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-def test_splits(splits, device):
-    """In one part the kernel adds the noise itself; the last of three has fewer samples."""
-    A, G = inputs(7, 20, 36, 17, torch.float32, device)
-    config = replace(tiles_of(7, 20, 36, 17, A, G), splits=splits)
-    stream = noise_stream(KEY, STEP, device)
-    result = per_layer_with(A, G, ghost_norm(A, G), 0.5, (30.0, 20.0), stream, (3, 4), 2.0, 0.5, True, config)
-    check(result, A, G, 0.5, 2.0, 0.5)
 
 
 def test_views(device):

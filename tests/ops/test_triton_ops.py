@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpfast import native, ops, reference
+from dpfast.clipping.thresholds import Clipping
 from dpfast.planning import planner
 from dpfast.planning.unmeasured import CUDA
 from tests.helpers import F32, assert_exact, assert_sensitivity, mse
@@ -69,6 +70,31 @@ def test_long_rows_are_aligned_a_few_at_a_time(monkeypatch, dtype):
     assert copied and max(copied) <= 4000
 
 
+class Heads(nn.Module):
+    """Three layers on one input, of which one has another size, and a fourth on what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.q(x)) * self.k(x)) + self.v(x)
+
+
+def test_layers_on_one_input(monkeypatch):
+    """All their ghost norms are of one op, which forms the Gram matrix of the input of the two that are alike once."""
+    from dpfast_kernels import ghost
+
+    launched = []
+    made = ghost.launch
+    monkeypatch.setattr(ghost, "launch", lambda *args, **kw: launched.append(args[1]) or made(*args, **kw))
+    x, target = torch.randn(3, 20, 6), torch.randn(3, 20, 3)
+    assert_exact(Heads(), (x,), target, mse, 100.0, plan={"": "ghost"})
+    pairs = ghost.pairs_of(20, 16)
+    # q and k are of one shape and of one input, v and out of another shape and of two
+    assert sorted(launched) == [(3 * pairs,), (2 * 3 * pairs,)] or torch.cuda.is_available()
+
+
 def test_norms_that_cancel():
     """Positions that cancel to almost nothing: the ghost sum is noise, and its bound says so."""
     A, G = sides(F32, T=32)
@@ -91,6 +117,34 @@ def test_samples_and_clipped_sums(dtype, groups, T):
     summed = ops.clipped_weight_gradient(A, G, factors)
     kept = torch.einsum("b,bpd->pd", factors[[0, 2]].double(), want[[0, 2]])
     torch.testing.assert_close(summed.double(), kept, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op, dtype", [(ops.ghost_squared_norm, BF16), (ops.tile_squared_norm, F32)])
+def test_no_contribution_exceeds_C(op, dtype):
+    """Samples of far different norms in columns of their own: each one's part of the clipped sum is seen alone."""
+    B, T, C = 10, 32, 0.5
+    sizes = torch.tensor([1e-15, 3.0, 0.0, 1e12, 0.5, 0.5 + 1e-7, 1e-3, 1e9, torch.nan, 1.0], device=DEVICE)
+    A = torch.zeros(B, 1, T, 2 * B, device=DEVICE)
+    for i in range(B):
+        A[i, :, :, 2 * i : 2 * i + 2] = torch.rand(T, 2, device=DEVICE)
+    G = (sizes.view(B, 1, 1, 1) * (1 + torch.rand(B, 1, T, 3, device=DEVICE))).to(dtype)
+    A = A.to(dtype)
+
+    def clipped_sum(rows):
+        squared, bound = op(A[rows], G[rows])
+        assert not (bound < squared * 2 * 514 * 2**-24).any()  # at least what ratios of factors take
+        (factors,), _ = Clipping.flat(C).factors(squared.unsqueeze(0), bound.unsqueeze(0), 1.0)
+        return ops.clipped_weight_gradient(A[rows], G[rows], factors.float()).double(), factors
+
+    whole, factors = clipped_sum(list(range(B)))
+    parts = whole.unflatten(1, (B, 2)).norm(dim=(0, 2))
+    norms = gradients(A, G).flatten(1).norm(dim=1)
+    assert (parts <= C).all() and parts[8] == factors[8] == 0
+    kept = norms.isfinite()
+    torch.testing.assert_close(parts[kept], norms[kept].clamp(max=C), rtol=1e-3, atol=0)
+    for i in (1, 7):
+        moved = (whole - clipped_sum([k for k in range(B) if k != i])[0]).norm()
+        assert moved <= C * (1 + B * 2.0**-22)
 
 
 def test_long_rows_of_odd_length():
