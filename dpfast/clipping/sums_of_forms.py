@@ -71,14 +71,23 @@ def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
 
 
 def squared_norm(forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
-    """``‖Σ_f form_f‖²`` per sample and a bound on its error, cross-terms included."""
+    """``‖Σ_f form_f‖²`` per sample and a bound on its error, cross-terms included.
+
+    A form's bound covers what its clipped sum errs by: ``σ_f`` in norm, by which its norm with the bound exceeds its
+    norm. Of several forms that point the same way all these add up, each beside the length of the others.
+    """
     squared, bound = forms[0].squared_norm()
-    for form in forms[1:]:
-        more, slack = form.squared_norm()
+    if len(forms) == 1:
+        return squared.clamp_min(0), bound
+    of_each = [(squared, bound), *(form.squared_norm() for form in forms[1:])]
+    lengths = [(norm.clamp_min(0) + slack).sqrt() for norm, slack in of_each]
+    over = [length - norm.clamp_min(0).sqrt() for length, (norm, _) in zip(lengths, of_each, strict=True)]
+    for more, slack in of_each[1:]:
         squared, bound = squared + more, bound + slack
-    for one, other in combinations(forms, 2):
-        term, slack = _cross_term(one, other)
-        squared, bound = squared + 2 * term, bound + 2 * slack
+    for one, other in combinations(range(len(forms)), 2):
+        term, slack = _cross_term(forms[one], forms[other])
+        squared = squared + 2 * term
+        bound = bound + 2 * (slack + lengths[one] * over[other] + lengths[other] * over[one])
     return squared.clamp_min(0), bound
 
 

@@ -150,6 +150,21 @@ def test_ties_that_nearly_cancel(scale, eps):
             certifies(squared_norm(pair), truth)
 
 
+def test_what_sums_of_several_forms_err_by_adds_up():
+    """Forms that point the same way: each one's sum may err beside the whole length of the others."""
+    ids = torch.arange(3).repeat(N, 1)
+    rows = EmbeddingRows(ids, torch.rand(N, 3, 4) + 0.1, 3)
+    written = Instantiated(rows.instantiate().samples.clone())
+    A = torch.eye(3).repeat(N, 1, 1)[:, None]
+    forms = [Factored(rows.G[:, None], A, 3), rows, written]  # Σ_t e_t g_tᵀ: the same rows
+    for some in ([forms[0], rows], [rows, written], [forms[0], written], forms):
+        pairs = [form.squared_norm() for form in some]
+        longest = sum((squared + bound).sqrt() for squared, bound in pairs)
+        squared, bound = squared_norm(some)
+        assert (squared + bound >= longest.square() * (1 - 1e-12)).all()
+        assert (bound <= 1e-4 * squared).all()
+
+
 @pytest.mark.parametrize(("a", "g"), [(1e-23, 1e18), (1e-24, 1e18), (3e-24, 1e17), (1e18, 1e-23)])
 @pytest.mark.parametrize(("T", "d"), [(1, 100), (8, 100), (8, 30)])
 def test_a_layer_whose_products_underflow(T, d, a, g):
