@@ -24,6 +24,14 @@ from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.copies import accountant_of, copied, pickled
 from dpfast.optim.fused_update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
+from dpfast.refusals import (
+    BypassedLayersError,
+    NothingToReleaseError,
+    ParametersChangedError,
+    RanksError,
+    ReplacedMethodError,
+    ScalerError,
+)
 
 PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
 StepHook = Callable[[DPOptimizer], None]
@@ -81,7 +89,7 @@ class FusedDPOptimizer(DPOptimizer):
         other = clipped_sum.optimizer() if clipped_sum.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         if other is not None and set(other.all_parameters()) != mine:
-            raise ValueError(
+            raise ParametersChangedError(
                 "optimizer: another private optimizer of this model has other parameters than this one, and the two "
                 "would end each other's logical batches; delete it, or use one optimizer with param groups"
             )
@@ -158,7 +166,7 @@ class FusedDPOptimizer(DPOptimizer):
         given: Any = param_group["params"]
         added: list[Any] = [given] if isinstance(given, torch.Tensor) else list(given)
         if strange := [list(p.shape) for p in added if p not in self.clipped_sum.names]:
-            raise ValueError(
+            raise ParametersChangedError(
                 f"add_param_group: parameters of shapes {strange} are none of the model given to make_private, so "
                 f"nothing clips their gradients: give make_private a model that has them"
             )
@@ -274,7 +282,7 @@ class FusedDPOptimizer(DPOptimizer):
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale, and account; False if this call only ends a physical batch."""
         if self.ascending.moves:
-            raise ValueError("pre_step: the ascent has to see the whole of a step; call step()")
+            raise ReplacedMethodError("pre_step: the ascent has to see the whole of a step; call step()")
         keeps, self.keep_summed_grad = self.keep_summed_grad, True
         try:
             return self._pre_step()
@@ -333,7 +341,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _check_own_parts(self) -> None:
         if self.ranks.world_size > 1 or self.adaptive is not None:
-            raise ValueError(
+            raise ReplacedMethodError(
                 "step: a method of the optimizer was replaced (one of add_noise, scale_grad, clip_and_accumulate), "
                 "which cannot be done on several ranks, or with clipping='adaptive': both go through dpfast's own noise"
             )
@@ -360,7 +368,7 @@ class FusedDPOptimizer(DPOptimizer):
             self.clip_and_accumulate()
             if self._put_aside and any(p.summed_grad is not None for p in self.params):
                 if not whole:
-                    raise ValueError(
+                    raise ReplacedMethodError(
                         "step: clip_and_accumulate was replaced, and has made sums of the last physical batch alone: "
                         "have it call the optimizer's own, or train without BatchMemoryManager"
                     )
@@ -396,12 +404,12 @@ class FusedDPOptimizer(DPOptimizer):
     def begin_step(self) -> bool:
         """Whether this call of step ends a logical batch; refuses what cannot be released."""
         if self.__dict__.pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
-            raise ValueError(
+            raise ScalerError(
                 "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
                 "its scale on them: use dpfast.amp.GradScaler(optimizer)"
             )
         if self._stepped:
-            raise ValueError(
+            raise NothingToReleaseError(
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
                 "you must call optimizer.zero_grad() on each step"
             )
@@ -410,12 +418,12 @@ class FusedDPOptimizer(DPOptimizer):
         nothing = not (self.clipped_sum.waits_for_step or (self.clipped_sum.batches.tried and self.clipped_sum.used))
         self.clipped_sum.end_physical_batch()
         if self.clipped_sum.evaluated and not self.clipped_sum.accumulated:
-            raise ValueError(
+            raise NothingToReleaseError(
                 "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
                 "clipped and not used; call model.train() before the forward of a training step"
             )
         if nothing and not self.clipped_sum.batches.empty and any(p.requires_grad for p in self.all_parameters()):
-            raise ValueError(
+            raise NothingToReleaseError(
                 "step: no backward pass of the private model has ended since the last step, and there is nothing to "
                 "release but noise. Call loss.backward() first, of an output of the model that make_private has "
                 "returned, with its hooks in place. For a batch without samples, which is a step too, take it from "
@@ -446,7 +454,7 @@ class FusedDPOptimizer(DPOptimizer):
             names = listed(
                 self.clipped_sum.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown
             )
-            raise ValueError(
+            raise ParametersChangedError(
                 f"step: parameters {names} were added to the wrapped optimizer itself, so they are not clipped. Take "
                 f"them out of optimizer.original_optimizer.param_groups again, and call add_param_group of the private "
                 f"optimizer, which make_private returned"
@@ -488,14 +496,14 @@ class FusedDPOptimizer(DPOptimizer):
         for name, values in zip(alike, list(zip(*rows, strict=True))[len(mine) :], strict=True):
             if len(set(values)) > 1:
                 shown = "" if "key" in name or "set" in name else f": {list(values)}"
-                raise ValueError(
+                raise RanksError(
                     f"step: {name} differs between the ranks{shown}. Load the same checkpoint, and change the same "
                     f"settings, on all of them"
                 )
         sensitivities, accumulated, unclipped, bypassed, *_ = zip(*rows, strict=True)
         if any(bypassed):
             name = list(clipped_sum.names.values())[int(max(bypassed)) - 1]
-            raise RuntimeError(
+            raise BypassedLayersError(
                 f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: the "
                 f"loss computes with it (for an L2 penalty use the optimizer's weight_decay), or other code does (call "
                 f"the module that owns it), or set requires_grad_(False)"

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpfast.planning.rates import Rates, rates_of
+from dpfast.refusals import CheckpointError
 
 WAYS = ("ghost", "norm-GEMM", "instantiate")  # those that there is a choice of
 DEFAULT_FRACTION = 0.10  # of the memory that is in use when a backward pass starts
@@ -221,7 +222,7 @@ def check_state(state: Mapping[str, list[Any]]) -> list[tuple[str, Shape, str]]:
             if not (isinstance(shape.dtype, torch.dtype) and isinstance(shape.device, torch.device)):
                 raise ValueError(f"no dtype or device: {shape.dtype!r}, {shape.device!r}")
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
+        raise CheckpointError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
     return choices
 
 
