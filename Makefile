@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test docs compiled opacus-tests bench bench-compare lint sanitize clean
+.PHONY: demo test docs compiled rehearse opacus-tests bench bench-compare lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -41,7 +41,20 @@ compiled: $(READY)
 	DPFAST_COMPILE_ALL=1 $(RUN) -m pytest -q tests/kernels/test_compile.py tests/native/test_build.py -k "test_compiled or test_cuda_compiles"
 	$(RUN) -m tests.unchanged
 
-# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about twenty minutes
+# make rehearse [REHEARSAL=folder]: the kernels' tests, all cases compiled, with what a machine with a GPU has in a venv of
+# its own: torch 2.11 (from PyPI its CUDA build, 4.6 GB; no GPU is needed), Triton 3.6 with its ptxas, whose interpreter
+# needs a numpy before 2.4, and Python 3.12 where there is one.
+REHEARSAL ?= build/rehearsal
+rehearse: PYTHON312 = $(shell for each in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python $(PYTHON); do \
+	"$$each" -c '' 2>/dev/null && echo "$$each" && break; done)
+rehearse:
+	test -x $(REHEARSAL)/bin/python || $(PYTHON312) -m venv $(REHEARSAL)
+	$(REHEARSAL)/bin/python -m pip install -q --no-compile 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4' \
+		'opacus>=1.6,<1.7' pytest psutil tqdm matplotlib
+	DPFAST_COMPILE_ALL=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels \
+		$(REHEARSAL)/bin/python -m pytest -q tests/kernels tests/ops/test_triton_ops.py tests/bench/test_static.py
+
+# All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about half an hour
 opacus-tests: $(READY)
 	$(RUN) -m tests.dropin.opacus_suite
 

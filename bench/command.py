@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import math
 import sys
 import tempfile
@@ -20,13 +21,16 @@ from bench.record import RecordError, Run, read
 from bench.suites import Options
 from bench.workloads import workloads
 
-SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0, "host": 10.0}  # seconds of timing loops by default
-DEFAULTS = ", ".join(f"{seconds:g} of {name}" for name, seconds in SUITES.items())
+# Seconds of timing loops by default; one that times nothing runs only by name.
+SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0, "host": 10.0, "static": 0.0}
+TIMED = [name for name, seconds in SUITES.items() if seconds]
+DEFAULTS = ", ".join(f"{SUITES[name]:g} of {name}" for name in TIMED)
 USES: dict[str, tuple[str, ...]] = {  # options
     "kernels": (),
     "layers": ("method",),
     "models": ("model", "method"),
     "host": ("model", "method"),
+    "static": (),
 }
 NAMED = {"models": workloads, "host": host_workloads.workloads}  # what --model can name of a suite
 DEVICES = ("cpu", "cuda")
@@ -36,7 +40,9 @@ TABLES |= {name: f"bench.{name}" for name in ("ascent", "distributed")}
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m dpfast bench", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("--suite", nargs="+", default=list(SUITES), metavar="NAME", help=f"of {', '.join(SUITES)}")
+    parser.add_argument(
+        "--suite", nargs="+", default=TIMED, metavar="NAME", help=f"of {', '.join(SUITES)} (default: all but static)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="NAME", help="of the models and host suites (see --list)"
@@ -94,6 +100,8 @@ def _measure(asked: argparse.Namespace) -> int:
         others = [suite for suite, its in options.items() if not getattr(its, f"{option}s")]
         if getattr(asked, option) and others:
             print(f"note: --{option} says nothing to {' and '.join(others)}", file=sys.stderr)
+    if asked.seconds is not None and (others := [suite for suite in options if suite not in TIMED]):
+        print(f"note: --seconds says nothing to {' and '.join(others)}", file=sys.stderr)
     right = [_run(suite, options[suite], run, configurations[suite]) for suite in options]
     return 0 if all(right) else 1
 
@@ -126,6 +134,8 @@ def _refusal(asked: argparse.Namespace, device: str) -> str | None:
             return f"--method {name}: {reason}: install it, or leave it out"
     if asked.method and "nonprivate" not in asked.method:
         return "--method: nonprivate must be one of them: every figure is a ratio to it"
+    if "static" in asked.suite and importlib.util.find_spec("triton") is None:
+        return "--suite static: Triton is not installed: install it, or leave the suite out"
     if asked.seconds is not None and not 0 < asked.seconds < math.inf:
         return f"--seconds {asked.seconds}: must be more than 0, and finite"
     return None
@@ -147,7 +157,7 @@ def _can_write(folder: Path) -> None:
 def _options(suite: str, asked: argparse.Namespace, device: str) -> Options:
     return Options(
         device=torch.device(device),
-        seconds=asked.seconds or SUITES[suite],
+        seconds=(asked.seconds or SUITES[suite]) if suite in TIMED else 0.0,
         small=asked.small,
         models=tuple(name for name in asked.model if name in _models([suite], asked, device)),
         methods=tuple(asked.method) if "method" in USES[suite] else (),
@@ -170,7 +180,8 @@ def _command(name: str, options: Options) -> str:
     words = ["python -m dpfast bench", "--suite", name, "--device", options.device.type]
     words += ["--model", *options.models] if options.models else []
     words += ["--method", *options.methods] if options.methods else []
-    return " ".join([*words, f"--seconds {options.seconds:g}", *(["--small"] if options.small else [])])
+    words += [f"--seconds {options.seconds:g}"] if options.seconds else []
+    return " ".join([*words, *(["--small"] if options.small else [])])
 
 
 def _run(name: str, options: Options, run: Run, configuration: dict[str, Any]) -> bool:

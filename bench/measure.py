@@ -23,7 +23,6 @@ COMPILES = 2.0  # a call that takes more than this many times as long as a later
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 SLOW = 8.0  # who takes this many times as long as the first one ...
 SLOW_ROUNDS = 3  # ... is timed in this many rounds only
-LEAD = 2_000_000  # cycles that a GPU waits before a short call, so that the host is ahead of it
 
 Step = Callable[[], object]
 Clock = Callable[[Step, torch.device], float]
@@ -38,19 +37,6 @@ def timed(step: Step, device: torch.device | None = None, times: int = 1) -> flo
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / times
-
-
-def on_device(call: Step, device: torch.device) -> float:
-    """Seconds that a short call keeps a GPU busy, the host's part left out; on a CPU there is no difference."""
-    if device.type != "cuda":
-        return timed(call, device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(LEAD)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
 
 
 def in_turns(

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Step, in_turns, on_device, percentiles, prefixed, why_not
+from bench.measure import Step, in_turns, percentiles, prefixed, why_not
+from dpfast.planning.clock import on_device
 
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of each of two tensors, far more than any cache holds
 SIDE = {"cpu": 1536, "cuda": 8192}  # of a square product

@@ -9,6 +9,8 @@ namespace dpfast {
 // parameters: one number a tensor, its index in the noise stream; offsets: where in the parameter the tensor starts
 #define DPFAST_PLACES "int[] parameters, int[] offsets"
 #define DPFAST_ROUNDING "int rounding, int[] rounding_key"
+// numbers: float64, words: int64, as many as an update has; secure: whether the noise has a grid
+#define DPFAST_IN_MEMORY "Tensor numbers, Tensor words, Tensor lost, bool secure, int rounding"
 #define DPFAST_CONVOLUTION \
   "Tensor x, Tensor G, int batch, int groups, int[] kernel, int[] stride, int[] padding, int[] dilation"
 
@@ -21,6 +23,12 @@ inline constexpr const char* kSchemas[] = {
     "noisy_adam_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] means, Tensor(d!)[] squares, "
     "Tensor(e!)[] largest, Tensor(f!)[] masters, " DPFAST_PLACES ", " DPFAST_NOISE ", float lr, float beta1, "
     "float beta2, float eps, float weight_decay, float t, bool decoupled, bool maximize, " DPFAST_ROUNDING ") -> ()",
+    // the same for a CUDA graph, on CUDA alone: key, step and hyperparameters are in numbers and words (see
+    // dpfast/ops/update_in_graph.py), and nothing is written where any of lost [B] bool is true
+    "noisy_sgd_in_graph_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] momenta, "
+    "Tensor(d!)[] masters, " DPFAST_PLACES ", " DPFAST_IN_MEMORY ") -> ()",
+    "noisy_adam_in_graph_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] means, "
+    "Tensor(d!)[] squares, Tensor(e!)[] largest, Tensor(f!)[] masters, " DPFAST_PLACES ", " DPFAST_IN_MEMORY ") -> ()",
     // squared norms and bounds [groups, B] float64, thresholds [groups] float64 → factors [groups, B] float64 and how
     // many samples are not finite, int64 []
     "clip_factors(Tensor squared, Tensor bounds, Tensor thresholds, int function, float shape, float scale) "

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dpfast.clipping.functions import CustomClipping as CustomClipping
     from dpfast.clipping.functions import Global as Global
     from dpfast.data.physical_batches import BatchMemoryManager as BatchMemoryManager
+    from dpfast.data.physical_batches import wrap_data_loader as wrap_data_loader
     from dpfast.dropin.patch import patch_opacus as patch_opacus
     from dpfast.dropin.patch import unpatch_opacus as unpatch_opacus
     from dpfast.dropin.registry import register as register
@@ -52,6 +53,7 @@ _HOMES = {
     "register": "dpfast.dropin.registry",
     "unpatch_opacus": "dpfast.dropin.patch",
     "unregister": "dpfast.dropin.registry",
+    "wrap_data_loader": "dpfast.data.physical_batches",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "register",
     "unpatch_opacus",
     "unregister",
+    "wrap_data_loader",
 ]
 
 

@@ -35,7 +35,8 @@ from dpfast.model.unsupported import problems
 from dpfast.native import allocator
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascent, check_ascent
-from dpfast.optim.optimizer import FusedDPOptimizer, check_low_precision, check_noise_multiplier
+from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.optim.step_checks import check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
 from dpfast.refusals import AlreadyPrivateError, LoaderError, ParametersChangedError, UnservedModuleError
 

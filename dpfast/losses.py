@@ -8,10 +8,66 @@ each sample first, and samples are reduced after that.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpfast.head_losses import position_losses
+
 REDUCTIONS = ("sum", "mean", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+    keep_logits: bool | None = None,
+) -> Tensor:
+    """``token_loss(head(hidden), labels)`` with one tensor of the logits' size in memory, or with none.
+
+    Logits, log-softmax and the gradient of each are five such tensors otherwise, and of a language model the largest
+    there are. Here the gradient G of the logits is written over the logits, some positions at a time, and per-sample
+    norms and clipped sums are made of the very G that is stored, so that what it was rounded to in 16 bits is no error.
+    Without stored logits, they are made anew wherever they are needed: six products in place of four, in float64 for
+    the logits, and what two of them may differ by is in the bound on the norm. Where the head's parameters are a
+    clipping group of their own, the clipped sum is made as soon as G is there, and G is freed.
+
+    In a private model call it inside of the model's ``forward``, on a submodule ``head``, and return the losses: then
+    they are a part of what is checked and clipped. Outside of private training it is an ordinary function of autograd.
+    To predict the next token, give ``hidden[:, :-1]`` and ``labels[:, 1:]``.
+
+    Example:
+        >>> class Training(nn.Module):
+        ...     def forward(self, ids):
+        ...         hidden = self.body(ids)
+        ...         return linear_cross_entropy(hidden[:, :-1], self.head, ids[:, 1:], reduction="none")
+
+    Args:
+        hidden: ``[B, T, d]``.
+        head: from hidden states to logits ``[B, T, V]``: ``nn.Linear``, tied to an embedding or not, trained or frozen.
+            Of any other module (LoRA, one with hooks on its output) the logits are stored, and G beside them.
+        labels: ``[B, T]`` int64; position t is compared with the label at t.
+        ignore_index: label of positions that do not count.
+        reduction: over the samples, see :func:`causal_lm_loss`; each sample's loss is the mean over its own tokens.
+        keep_logits: whether logits are stored. None: if they take no more than half of the memory that is free when
+            logits of this size come for the first time. Under ``torch.compile`` and ``torch.func`` they always are.
+
+    Returns:
+        A scalar, or ``[B]`` under ``"none"``; float64 for float64, else float32. A sample without a counted token has
+        loss 0 and gradient 0, and so has an empty batch.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown reduction.
+        LayoutError: the head of a private model is called outside of the model's forward; or second derivatives are
+            asked for, of a head that does not store its logits.
+    """
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+        raise ValueError(f"hidden {list(hidden.shape)}, labels {list(labels.shape)}: [B, T, d] and [B, T] are needed")
+    _check_reduction(reduction)
+    losses = position_losses(hidden, head, labels, ignore_index, keep_logits)
+    counted = (labels != ignore_index).sum(1)
+    return _reduced(losses.sum(1) / counted.clamp_min(1), reduction)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "sum") -> Tensor:
@@ -74,9 +130,13 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
+def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}: use one of {', '.join(map(repr, REDUCTIONS))}")
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    _check_reduction(reduction)
     if reduction == "none":
         return losses
     return losses.sum() / max(1, len(losses)) if reduction == "mean" else losses.sum()

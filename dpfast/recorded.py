@@ -22,7 +22,7 @@ from dpfast.clipping.at_once import Ended, has_lost, is_fixed, key_of, presence,
 from dpfast.clipping.closing import Factors
 from dpfast.clipping.compiled_backward import with_compiled_backward
 from dpfast.model.private_model import FusedHooks
-from dpfast.model.step_function import StepFunction, captured
+from dpfast.model.step_function import StepFunction, captured, is_captured
 from dpfast.ops import full_precision, needs_full_precision
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.recorded_update import RecordedUpdate, why_not_recorded
@@ -91,8 +91,10 @@ def graphed(
     - Where a sample's norm is not finite the graph writes nothing, no parameter and no state. The step runs as it is
       written, with the noise that was handed out for it and that nothing has met yet.
     - The update is outside of the graph, and ``optimizer.step()`` called, where a physical batch is not the last one of
-      its logical batch, under step hooks, adaptive clipping, DiSK, a GradScaler, several ranks, on a GPU, and for
-      optimizers or settings whose update is not made in the noise's pass. A warning is logged once for each reason.
+      its logical batch, under step hooks, adaptive clipping, DiSK, a GradScaler, several ranks, and for optimizers or
+      settings whose update is not made in the noise's pass. A warning is logged once for each reason.
+    - On a GPU the graph's copies of key, step and hyperparameters are zeros when it has run: replayed without new ones,
+      it writes nothing.
 
     Args:
         model: what ``make_private`` has returned, not compiled.
@@ -211,7 +213,7 @@ class Graphed:
         if graph is None or graph.parameters != self._parameters():
             known.make_room(update)
             blank = update.inputs() if update is not None else []
-            graph = known.graphs[key] = self._record(size, batch, [*given, *blank], update)
+            graph = known.graphs[key] = self._record(size, batch, given, blank, update)
             torch.set_rng_state(random)
         padding: list[int] = []
         if update is not None:
@@ -219,7 +221,8 @@ class Graphed:
             given += self._opened(update)
         with torch.no_grad(), full_precision(device):
             loss, *rest = graph.replay(*given)
-        if has_lost(rest[3]):
+        # A graph that updates has written nothing where a sample is lost, so a GPU is waited for.
+        if has_lost(rest[3]) if update is None else bool(rest[3].any()):
             torch.set_rng_state(random)
             if update is None:
                 recorder.batches.take_back(forward)
@@ -309,21 +312,29 @@ class Graphed:
         return StepFunction(self.model, self.loss, self.recorder, size, batch, run)
 
     def _record(
-        self, size: int, batch: Sequence[Any], given: Sequence[Tensor], update: RecordedUpdate | None
+        self,
+        size: int,
+        batch: Sequence[Any],
+        given: Sequence[Tensor],
+        blank: Sequence[Tensor],
+        update: RecordedUpdate | None,
     ) -> _Graph:
-        """The step on ``batch`` as a graph, which has not been used yet."""
+        """The step on ``batch`` as a graph, which has not been used yet; ``blank`` is what its update is given."""
         recorder = self.recorder
+        secret = [] if update is None else [len(given), len(given) + 1]  # numbers and words
+        given = [*given, *blank]
         run = self._function(size, batch, update)
         run.strangers = Strangers(size)
         run.marks = self.compiled
         try:
             replay: Any = run
-            if self.compiled or not given[0].is_cuda:
+            on_gpu = is_captured(given[0])
+            if self.compiled or not on_gpu:
                 replay = traced(run, *given)
             if self.compiled:
                 replay = with_compiled_backward(replay, given)
-            if given[0].is_cuda:
-                replay = captured(replay, given)
+            if on_gpu:
+                replay = captured(replay, given, 0 if update is None else update.in_place, secret)
         except Exception as error:
             recorder.take()
             recorder.batches.forwards = 0

@@ -219,10 +219,10 @@ class ReplacedMethodError(Refusal, ValueError):
     topic = "replaced-methods"
 
 
-class CompiledPassError(Refusal, ValueError):
-    """A backward pass went through a compiled graph and through more."""
+class PassChangedError(Refusal, ValueError):
+    """A backward pass went through more than could be known before it, and nothing of it was summed."""
 
-    topic = "compiled-graphs"
+    topic = "run-the-batch-again"
 
 
 class RecordingError(Refusal, ValueError):

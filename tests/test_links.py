@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
-NAMED = re.compile(r"(?<![\w/.-])((?:dpfast|tests|bench|docs|kernels|csrc)/[\w/.-]*\w)")
+NAMED = re.compile(r"(?<![\w/.-])((?:dpfast|tests|bench|docs|examples|kernels|csrc)/[\w/.-]*\w)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

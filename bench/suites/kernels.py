@@ -22,7 +22,6 @@ from bench import roofline
 from bench.measure import (
     free_memory,
     markdown_table,
-    on_device,
     paired_ratios,
     percentiles,
     prefixed,
@@ -36,6 +35,7 @@ from bench.roofline_plot import draw_roofline
 from bench.suites import Options, kernel_cases, memory_cases, noise_cases, planner_cases
 from bench.suites.kernel_cases import SIZES, SMALL, UNTIMED, WEIGHT, Case, CaseSet, Sizes, wrong
 from bench.suites.planner_cases import planned
+from dpfast.planning.clock import on_device
 
 UNITS = {"flops": "FLOP/s", "bytes": "B/s"}
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import markdown_table, on_device, percentiles, turns_of, why_not
+from bench.measure import markdown_table, percentiles, turns_of, why_not
 from bench.suites.kernel_cases import UNTIMED, gradients, relative_error, wrong
 from dpfast.capture.forms import Factored, by
 from dpfast.planning import planner
+from dpfast.planning.clock import on_device
 
 
 def title(shape: tuple[int, int, int, int]) -> str:

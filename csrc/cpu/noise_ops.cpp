@@ -55,7 +55,8 @@ void noisy_sgd_(Tensors summed, Tensors grads, Tensors params, Tensors momenta, 
   STD_TORCH_CHECK(momentum == 0 || momenta.size() == summed.size(), "dpfast: momentum needs its buffers");
   const auto work = updates(summed, grads, params, {&momenta}, masters, parameters, offsets, rounding,
                             rounding_key, check);
-  const scalar::SGD constants = scalar::sgd_constants(lr, momentum, dampening, weight_decay, nesterov, maximize, first);
+  const SGDArguments arguments{lr, momentum, dampening, weight_decay, nesterov, maximize, first};
+  const scalar::SGD constants = scalar::constants(arguments);
   divide(summed, offsets, [&](size_t k, int64_t begin, int64_t end) {
     kernels().noisy_sgd(work[k], noise, &constants, begin, end);
   });
@@ -69,8 +70,8 @@ void noisy_adam_(Tensors summed, Tensors grads, Tensors params, Tensors means, T
   STD_TORCH_CHECK(means.size() == summed.size() && squares.size() == summed.size(), "dpfast: Adam needs its state");
   const auto work = updates(summed, grads, params, {&means, &squares, &largest}, masters, parameters, offsets,
                             rounding, rounding_key, check);
-  const scalar::Adam constants =
-      scalar::adam_constants(lr, beta1, beta2, eps, weight_decay, t, decoupled, maximize);
+  const AdamArguments arguments{lr, beta1, beta2, eps, weight_decay, t, decoupled, maximize};
+  const scalar::Adam constants = scalar::constants(arguments);
   divide(summed, offsets, [&](size_t k, int64_t begin, int64_t end) {
     kernels().noisy_adam(work[k], noise, &constants, begin, end);
   });

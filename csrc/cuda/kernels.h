@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "dpfast/update.h"
 #include "launch.h"
 
 namespace dpfast {
@@ -16,19 +17,29 @@ struct Sized {
   int64_t n;
 };
 
-// summed may be null: zeros, for float32 alone.
-void noisy_grad(const Queue&, const std::vector<Sized<NoisyGradient>>&, const NoiseArguments&);
+// Noise and updates read key, step and hyperparameters from device memory: a workspace of so many bytes, which is zeros
+// again when they are done.
+constexpr int64_t STEP_BYTES = 256;
 
-struct SGDArguments {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize, first;
+// Where they are in a graph, which replays launches as they were: on the device, laid out as in
+// dpfast/ops/update_in_graph.py. Nothing is written where numbers[0] is 0 or any of lost [B] is true.
+struct InMemory {
+  const double* numbers;
+  const int64_t* words;
+  const bool* lost;
+  int64_t B;
+  bool secure;  // a grid comes with every standard deviation but 0
 };
-struct AdamArguments {
-  double lr, beta1, beta2, eps, weight_decay, t;
-  bool decoupled, maximize;
-};
-void noisy_sgd(const Queue&, const std::vector<Sized<Update>>&, const NoiseArguments&, const SGDArguments&);
-void noisy_adam(const Queue&, const std::vector<Sized<Update>>&, const NoiseArguments&, const AdamArguments&);
+
+// summed may be null: zeros, for float32 alone.
+void noisy_grad(const Queue&, const std::vector<Sized<NoisyGradient>>&, const NoiseArguments&, void* workspace);
+
+void noisy_sgd(const Queue&, const std::vector<Sized<Update>>&, const NoiseArguments&, const SGDArguments&,
+               void* workspace);
+void noisy_sgd(const Queue&, const std::vector<Sized<Update>>&, const InMemory&, void* workspace);
+void noisy_adam(const Queue&, const std::vector<Sized<Update>>&, const NoiseArguments&, const AdamArguments&,
+                void* workspace);
+void noisy_adam(const Queue&, const std::vector<Sized<Update>>&, const InMemory&, void* workspace);
 
 // n_r,i = √(squared_r,i + bound_r,i) · scale → factors, all [groups, B]; counts samples that are not finite.
 struct ClipArguments {

@@ -8,9 +8,9 @@ using namespace DPFAST_ISA;
 namespace {
 
 template <class In, class Out>
-void noisy_grad_of(const Queue& queue, const std::vector<NoiseEntry>& entries, const NoiseArguments& noise) {
-  const NoiseNumbers numbers = noise_numbers(noise);
-  const auto kernel = noise.grid > 0 ? &noisy_grad_kernel<true, In, Out> : &noisy_grad_kernel<false, In, Out>;
+void noisy_grad_of(const Queue& queue, const std::vector<NoiseEntry>& entries, bool secure,
+                   const StepNumbers<NoRule>* numbers) {
+  const auto kernel = secure ? &noisy_grad_kernel<true, In, Out> : &noisy_grad_kernel<false, In, Out>;
   launch_pairs(queue, entries, [&](const Table<NoiseEntry>& table, int64_t pieces, uint32_t pairs) {
     launch(queue, kernel, pieces, PAIR_THREADS, numbers, pairs, table);
   });
@@ -18,7 +18,8 @@ void noisy_grad_of(const Queue& queue, const std::vector<NoiseEntry>& entries, c
 
 }  // namespace
 
-void noisy_grad(const Queue& queue, const std::vector<Sized<NoisyGradient>>& tensors, const NoiseArguments& noise) {
+void noisy_grad(const Queue& queue, const std::vector<Sized<NoisyGradient>>& tensors, const NoiseArguments& noise,
+                void* workspace) {
   std::vector<NoiseEntry> made, f32, bf, f16s, f64s;
   for (const auto& [g, n] : tensors) {
     const Type type = g.grad_type;
@@ -29,11 +30,15 @@ void noisy_grad(const Queue& queue, const std::vector<Sized<NoisyGradient>>& ten
                                               : f64s;
     entries.push_back(noise_entry(g, n));
   }
-  noisy_grad_of<void, float>(queue, made, noise);
-  noisy_grad_of<float, float>(queue, f32, noise);
-  noisy_grad_of<float, bf16>(queue, bf, noise);
-  noisy_grad_of<float, f16>(queue, f16s, noise);
-  noisy_grad_of<double, double>(queue, f64s, noise);
+  const StepNumbers<NoRule> given{noise_numbers(noise), {}, true, {}};
+  with_numbers(queue, workspace, given, [&](const StepNumbers<NoRule>* numbers) {
+    const bool secure = noise.grid > 0;
+    noisy_grad_of<void, float>(queue, made, secure, numbers);
+    noisy_grad_of<float, float>(queue, f32, secure, numbers);
+    noisy_grad_of<float, bf16>(queue, bf, secure, numbers);
+    noisy_grad_of<float, f16>(queue, f16s, secure, numbers);
+    noisy_grad_of<double, double>(queue, f64s, secure, numbers);
+  });
 }
 
 }  // namespace dpfast

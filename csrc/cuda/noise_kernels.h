@@ -3,9 +3,8 @@
 
 #include <type_traits>
 
-#include "../cpu/kernels.h"
-#include "dpfast/update.h"
 #include "noise_pairs.h"
+#include "step_numbers.h"
 #include "table.h"
 
 namespace dpfast::DPFAST_ISA {
@@ -56,8 +55,10 @@ DPFAST_FN void noisy_grad_piece(const NoiseEntry& e, const NoiseNumbers& numbers
 // Small parameters first: the hardware's instructions reach only the start of the parameters directly.
 template <bool secure, class In, class Out>
 __global__ void __launch_bounds__(PAIR_THREADS)
-    noisy_grad_kernel(const NoiseNumbers __grid_constant__ numbers, uint32_t pairs,
+    noisy_grad_kernel(const StepNumbers<NoRule>* of_step, uint32_t pairs,
                       const Table<NoiseEntry> __grid_constant__ table) {
+  if (!of_step->writes) return;
+  const NoiseNumbers numbers = of_step->noise;  // what is used of it stays in registers
   const int k = table.find(blockIdx.x);
   const NoiseEntry e = table.entry[k];
   const Piece piece = piece_of(e, blockIdx.x - table.first[k], pairs);
@@ -67,30 +68,11 @@ __global__ void __launch_bounds__(PAIR_THREADS)
     noisy_grad_piece<Mode::none, In, Out>(e, numbers, piece, pairs);
 }
 
-// A rule has a number of states and `parameter after = rule(parameter, gradient, state[])`.
-struct SGDRule {
-  static constexpr int states = 1;
-  SGD c;
-  DPFAST_FN float operator()(float p, float g, float* s) const { return step(c, p, g, s[0]); }
-};
-
-template <bool amsgrad>
-struct AdamRule {
-  static constexpr int states = amsgrad ? 3 : 2;
-  Adam c;
-  DPFAST_FN float operator()(float p, float g, float* s) const { return step<amsgrad>(c, p, g, s[0], s[1], s[2]); }
-};
-
-struct RoundingNumbers {
-  uint32_t keys[10][2];
-  bool stochastic;
-};
-
 // A word for each element of a quad: rounding_words() of noise.h, four at once.
 DPFAST_FN void rounding_quad(uint32_t words[4], const RoundingNumbers& r, uint32_t step, uint32_t parameter,
                              uint64_t quad) {
   uint64_t x[1][4] = {{quad, (quad >> 32) | 0x80000000u, parameter, step}};
-  philox4x32_10<1>(x, r.keys);
+  philox4x32_10<1>(x, r.key[0], r.key[1]);
   DPFAST_UNROLL
   for (int j = 0; j < 4; ++j) words[j] = uint32_t(x[0][j]);
 }
@@ -162,9 +144,11 @@ DPFAST_FN void update_piece(const UpdateEntry& e, const NoiseNumbers& numbers, c
 
 template <bool secure, class T, class Rule>
 __global__ void __launch_bounds__(PAIR_THREADS, Rule::states == 3 ? 2 : 0)
-    update_kernel(const NoiseNumbers __grid_constant__ numbers, const RoundingNumbers __grid_constant__ rounding,
-                  const Rule __grid_constant__ rule, uint32_t pairs,
-                  const Table<UpdateEntry> __grid_constant__ table) {
+    update_kernel(const StepNumbers<Rule>* of_step, uint32_t pairs, const Table<UpdateEntry> __grid_constant__ table) {
+  if (!of_step->writes) return;
+  const NoiseNumbers numbers = of_step->noise;  // what is used of these stays in registers
+  const RoundingNumbers rounding = of_step->rounding;
+  const Rule rule = of_step->rule;
   const int k = table.find(blockIdx.x);
   const UpdateEntry e = table.entry[k];
   const Piece piece = piece_of(e, blockIdx.x - table.first[k], pairs);

@@ -13,36 +13,6 @@ constexpr int PAIR_THREADS = 256;
 
 enum class Mode { none, fast, secure };
 
-// What every thread needs of the noise; see noisy.h for what the numbers are.
-struct NoiseNumbers {
-  uint32_t keys[10][2];  // Philox' keys of the rounds
-  uint32_t key[8];
-  uint32_t step;
-  bool noisy;  // false: std is 0, nothing is drawn
-  float fast_std, fast_scale, steps, per_grid, grid_scale;
-  double std, grid, scale, wide_per_grid;
-};
-
-inline void philox_keys(uint32_t keys[10][2], const uint32_t* key) {
-  for (int round = 0; round < 10; ++round)
-    keys[round][0] = key[0] + round * PHILOX_KEY0, keys[round][1] = key[1] + round * PHILOX_KEY1;
-}
-
-template <class Arguments>
-inline NoiseNumbers noise_numbers(const Arguments& a) {
-  NoiseNumbers c{};
-  philox_keys(c.keys, a.key);
-  for (int i = 0; i < 8; ++i) c.key[i] = a.key[i];
-  c.step = a.step, c.noisy = a.std != 0;
-  c.fast_std = float(a.std), c.fast_scale = float(a.scale);
-  c.std = a.std, c.grid = a.grid, c.scale = a.scale;
-  if (a.grid > 0) {
-    c.steps = secure_steps(a.std, a.grid);
-    c.per_grid = float(1 / a.grid), c.grid_scale = float(a.grid * a.scale), c.wide_per_grid = 1 / a.grid;
-  }
-  return c;
-}
-
 // The noise of the pair whose first quad is `quad`; add() makes of x what x becomes.
 template <Mode mode>
 struct PairNoise {  // none
@@ -67,7 +37,7 @@ struct PairNoise<Mode::fast> {
   float z[2][4];
   DPFAST_FN PairNoise(const NoiseNumbers& c, uint32_t parameter, uint64_t quad) : c(c) {
     uint64_t words[2][4] = {{quad, quad >> 32, parameter, c.step}, {quad + 16, quad >> 32, parameter, c.step}};
-    philox4x32_10<2>(words, c.keys);  // quad + 16 has the same upper word: pairs start at multiples of 32
+    philox4x32_10<2>(words, c.key[0], c.key[1]);  // quad + 16 has the same upper word: pairs start at multiples of 32
     DPFAST_UNROLL
     for (int h = 0; h < 2; ++h) {
       DPFAST_UNROLL

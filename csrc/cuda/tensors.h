@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../cpu/tensors.h"
+#include "kernels.h"
 #include "launch.h"
 
 namespace dpfast {
@@ -44,6 +45,22 @@ inline bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
 #define DPFAST_LIBRARY dpfast
 #define DPFAST_KEY CUDA
 #endif
+
+// Whether what is queued now goes into a CUDA graph.
+inline bool is_captured(const Queue& queue) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_code(cudaStreamIsCapturing(queue.stream, &status), queue.op);
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// Where the numbers of a step are kept while its kernels run; see kernels.h.
+inline Tensor step_workspace(const Tensor& like) {
+  Tensor workspace = torch::stable::new_empty(like, {STEP_BYTES}, ScalarType::Byte);
+#ifdef DPFAST_EMULATED  // a graph's memory stays its own
+  if (is_captured({nullptr, ""})) emulator::kept.push_back(std::make_shared<Tensor>(workspace));
+#endif
+  return workspace;
+}
 
 inline void check_on_device(const Tensor& tensor, const Tensor& like) {
   STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == like.get_device_index() && tensor.is_contiguous() &&

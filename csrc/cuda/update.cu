@@ -1,4 +1,4 @@
-// noisy_sgd_ and noisy_adam_.
+// noisy_sgd_ and noisy_adam_, with numbers among their arguments and with numbers in memory.
 #include "noise_launch.h"
 
 namespace dpfast {
@@ -8,47 +8,74 @@ using namespace DPFAST_ISA;
 namespace {
 
 template <class T, class Rule>
-void update_of(const Queue& queue, const std::vector<UpdateEntry>& entries, const NoiseArguments& noise,
-               const RoundingNumbers& rounding, const Rule& rule) {
-  const NoiseNumbers numbers = noise_numbers(noise);
-  const auto kernel = noise.grid > 0 ? &update_kernel<true, T, Rule> : &update_kernel<false, T, Rule>;
+void update_of(const Queue& queue, const std::vector<UpdateEntry>& entries, bool secure,
+               const StepNumbers<Rule>* numbers) {
+  const auto kernel = secure ? &update_kernel<true, T, Rule> : &update_kernel<false, T, Rule>;
   launch_pairs(queue, entries, [&](const Table<UpdateEntry>& table, int64_t pieces, uint32_t pairs) {
-    launch(queue, kernel, pieces, PAIR_THREADS, numbers, rounding, rule, pairs, table);
+    launch(queue, kernel, pieces, PAIR_THREADS, numbers, pairs, table);
   });
 }
 
-// Those of `tensors` that have the largest squares too (amsgrad), or those that have none.
-template <class Rule>
-void update(const Queue& queue, const std::vector<Sized<Update>>& tensors, const NoiseArguments& noise,
-            const Rule& rule, bool largest) {
+// Of an op's tensors, those that have the largest squares too (amsgrad), or those that have none.
+struct Entries {
   std::vector<UpdateEntry> f32, bf, f16s;
   RoundingNumbers rounding{};
-  for (const auto& [u, n] : tensors) {
-    if ((u.state[2] != nullptr) != largest) continue;
-    rounding.stochastic = u.rounding == Rounding::stochastic;  // one for the whole list, like the key
-    philox_keys(rounding.keys, u.rounding_key);
-    (u.type == Type::float32 ? f32 : u.type == Type::bfloat16 ? bf : f16s).push_back(update_entry(u, n));
+
+  Entries(const std::vector<Sized<Update>>& tensors, bool largest) {
+    for (const auto& [u, n] : tensors) {
+      if ((u.state[2] != nullptr) != largest) continue;
+      // one for the whole list, like the key
+      rounding = {{u.rounding_key[0], u.rounding_key[1]}, u.rounding == Rounding::stochastic};
+      (u.type == Type::float32 ? f32 : u.type == Type::bfloat16 ? bf : f16s).push_back(update_entry(u, n));
+    }
   }
-  update_of<float>(queue, f32, noise, rounding, rule);
-  update_of<bf16>(queue, bf, noise, rounding, rule);
-  update_of<f16>(queue, f16s, noise, rounding, rule);
+  bool empty() const { return f32.empty() && bf.empty() && f16s.empty(); }
+
+  template <class Rule>
+  void update(const Queue& queue, bool secure, const StepNumbers<Rule>* numbers) const {
+    update_of<float>(queue, f32, secure, numbers);
+    update_of<bf16>(queue, bf, secure, numbers);
+    update_of<f16>(queue, f16s, secure, numbers);
+  }
+};
+
+template <class Rule, class Arguments>
+void update(const Queue& queue, const Entries& entries, const NoiseArguments& noise, const Arguments& a,
+            void* workspace) {
+  if (entries.empty()) return;
+  const StepNumbers<Rule> given{noise_numbers(noise), entries.rounding, true, {constants(a)}};
+  with_numbers(queue, workspace, given,
+               [&](const StepNumbers<Rule>* numbers) { entries.update(queue, noise.grid > 0, numbers); });
+}
+
+template <class Rule>
+void update(const Queue& queue, const Entries& entries, const InMemory& given, void* workspace) {
+  if (entries.empty()) return;
+  with_numbers<Rule>(queue, workspace, given, entries.rounding.stochastic,
+                     [&](const StepNumbers<Rule>* numbers) { entries.update(queue, given.secure, numbers); });
 }
 
 }  // namespace
 
 void noisy_sgd(const Queue& queue, const std::vector<Sized<Update>>& tensors, const NoiseArguments& noise,
-               const SGDArguments& a) {
-  const SGDRule rule{
-      sgd_constants(a.lr, a.momentum, a.dampening, a.weight_decay, a.nesterov, a.maximize, a.first)};
-  update(queue, tensors, noise, rule, false);
+               const SGDArguments& a, void* workspace) {
+  update<SGDRule>(queue, Entries(tensors, false), noise, a, workspace);
+}
+
+void noisy_sgd(const Queue& queue, const std::vector<Sized<Update>>& tensors, const InMemory& given, void* workspace) {
+  update<SGDRule>(queue, Entries(tensors, false), given, workspace);
 }
 
 void noisy_adam(const Queue& queue, const std::vector<Sized<Update>>& tensors, const NoiseArguments& noise,
-                const AdamArguments& a) {
-  const Adam constants =
-      adam_constants(a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.t, a.decoupled, a.maximize);
-  update(queue, tensors, noise, AdamRule<false>{constants}, false);
-  update(queue, tensors, noise, AdamRule<true>{constants}, true);
+                const AdamArguments& a, void* workspace) {
+  update<AdamRule<false>>(queue, Entries(tensors, false), noise, a, workspace);
+  update<AdamRule<true>>(queue, Entries(tensors, true), noise, a, workspace);
+}
+
+void noisy_adam(const Queue& queue, const std::vector<Sized<Update>>& tensors, const InMemory& given,
+                void* workspace) {
+  update<AdamRule<false>>(queue, Entries(tensors, false), given, workspace);
+  update<AdamRule<true>>(queue, Entries(tensors, true), given, workspace);
 }
 
 }  // namespace dpfast

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, OuterProduct, by
 from dpfast.capture.graph_calls import INSIDE
+from dpfast.capture.recomputed import Recomputed
 from dpfast.capture.refusals import listed
 from dpfast.capture.trees import tensors
 from dpfast.model.forwards import Forward, LayerForward
 from dpfast.model.private_model import FusedHooks, FusedModule
-from dpfast.planning.planner import Plan, Planner, segments, small
+from dpfast.planning.planner import Plan, Planner, recomputed, segments, small
 from dpfast.planning.rates import seconds
 from dpfast.separation import Verdict, observed
 
@@ -33,21 +34,24 @@ def explain(model: nn.Module, batch: Any) -> str:
     Returns:
         A table: layer and parameter, T positions, d and p (the sides of its per-sample gradient), way, what its norm
         and clipped sum were predicted to take and took here (the ordinary weight gradient, which they replace, is in
-        these), and the bytes of per-sample gradients that are kept until the factors are known. Below it: whether the
-        model keeps the samples apart, proved from its operators or tried, and which operators in which modules are not
-        proved. Of a private model that ``torch.compile`` has met in training: which layers are in a graph, and why
+        these), and the bytes of per-sample gradients that are kept until the factors are known. Below it: with which
+        rates it is predicted, where none were measured on this device; whether the model keeps the samples apart,
+        proved from its operators or tried, and which operators in which modules are not proved. Of a private
+        model that ``torch.compile`` has met in training: which layers are in a graph, and why
         others are not.
     """
     plain = model._module if isinstance(model, FusedModule) else model
     planner = model.clipped_sum.planner if isinstance(model, FusedModule) else Planner()
     planner = Planner(planner.memory_budget, planner.pins)
     rows: list[tuple[str, ...]] = [_COLUMNS]
-    total = [0.0, 0.0, 0]
+    total, unmeasured = [0.0, 0.0, 0], dict[str, None]()
     with torch.no_grad():
         forms, separation = _forms(plain, batch)
         for name, kept in forms.items():
             for part, form in kept:
                 plan, took = _measured(name, form, planner)
+                if plan.unmeasured is not None:
+                    unmeasured[plan.unmeasured] = None
                 total = [sum(pair) for pair in zip(total, (plan.seconds, took, plan.kept), strict=True)]
                 sizes = map(str, (plan.T, plan.d, plan.p, plan.way))
                 rows.append((part, *sizes, *_numbers(plan.seconds, took, plan.kept)))
@@ -55,6 +59,7 @@ def explain(model: nn.Module, batch: Any) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    table += "".join(f"\npredicted with {rates}" for rates in unmeasured)
     table += f"\n{separation}" if separation else ""
     table += _compiled(model) if isinstance(model, FusedModule) else ""
     print(table)
@@ -109,6 +114,9 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     elif isinstance(form, EmbeddingRows):
         B, T, d = form.G.shape
         plan = segments(B, T, d, max(4, form.G.element_size()), form.G.device)
+    elif isinstance(form, Recomputed):
+        B, T, d = form.sides.x.shape
+        plan = recomputed(B, T, d, form.rows, form.sides.x.dtype, form.sides.x.device)
     else:
         samples = form.samples
         plan = small(form.batch, samples[:1].numel(), samples.element_size(), samples.device)
@@ -116,7 +124,11 @@ def _measured(name: str, form: Form, planner: Planner) -> tuple[Plan, float]:
     factors = torch.ones(form.batch, device=device)
 
     def run() -> None:
-        planned = by(form, plan) if isinstance(form, Factored | Convolved) else form
+        planned: Form = form
+        if isinstance(form, Factored | Convolved):
+            planned = by(form, plan)
+        elif isinstance(form, Recomputed):
+            planned = Recomputed(form.sides)
         planned.squared_norm()
         planned.clipped_sum(factors)
 

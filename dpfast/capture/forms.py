@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.capture.recomputed import Recomputed
 from dpfast.planning.planner import Plan, Shape
 
 SMALL = 1 << 20  # bytes of a form whose memory can wait for others of its kind
 LEAST = 1 << 18  # and of one that keeps what would be freed else, with all of the memory that its tensors are views of
+SKETCHED = 1 << 24  # bytes of a side that are looked at in one go
 MOST_WAITING = 1 << 25  # bytes that such forms of one backward pass keep together
 
 
@@ -310,7 +312,7 @@ class NormalisedSum:
         return self.sides.made()[self.which]
 
 
-Form = Instantiated | OuterProduct | Factored | EmbeddingRows | Convolved
+Form = Instantiated | OuterProduct | Factored | EmbeddingRows | Convolved | Recomputed
 PRODUCTS = (OuterProduct, Factored)
 WAITING = (PositionSum, NormalisedSum, Factored)
 Waiting = PositionSum | NormalisedSum | Factored  # a backward pass may write these out at its end
@@ -364,6 +366,16 @@ def by(form: Factored | Convolved, plan: Plan, may_wait: bool = False) -> Form:
     return form.instantiate()
 
 
+def stored(form: Recomputed) -> Factored:
+    """A head's form with the gradient of its logits."""
+    return Factored(*form.factors(), form.rows)
+
+
+def written(form: Form) -> Tensor:
+    """Its per-sample gradients ``[B, *parameter.shape]``, or with those dimensions in one."""
+    return (stored(form) if isinstance(form, Recomputed) else form).instantiate().samples
+
+
 def _place_rows(values: Tensor, row: int, rows: int, dim: int) -> Tensor:
     """``values`` at ``[row, row + n)`` of ``rows`` zero rows along ``dim``."""
     n = values.shape[dim]
@@ -384,15 +396,23 @@ def sketch(form: Form) -> Tensor:
         sides = [form.ids, form.G]
     elif isinstance(form, PRODUCTS):
         sides = [form.A, form.G]
+    elif isinstance(form, Recomputed):
+        sides = [*form.of_samples()]
     else:
         sides = [side.unflatten(0, (form.batch, -1)) for side in (form.x, form.G)]
     numbers = []
     for side in sides:
         row = side.reshape(form.batch, math.prod(side.shape[1:]))
-        row = row if row.is_floating_point() else row.double()
-        sizes = (torch.linalg.vector_norm(row, order, dim=1).double() for order in (1, 2))
-        numbers += [row.sum(1, dtype=torch.float64), *sizes]
+        few = row.split(max(1, SKETCHED // max(1, row[:1].nbytes)))  # a sum in float64 copies what it is of
+        numbers += [torch.cat(each) for each in zip(*[_sizes(part) for part in few], strict=True)]
     return torch.stack(numbers, 1).nan_to_num(0.0, 1e300, -1e300)
+
+
+def _sizes(row: Tensor) -> list[Tensor]:
+    """``[B]`` each, of ``[B, n]``: the sum, the sum of sizes, the root of the sum of squares."""
+    row = row if row.is_floating_point() else row.double()
+    sizes = (torch.linalg.vector_norm(row, order, dim=1).double() for order in (1, 2))
+    return [row.sum(1, dtype=torch.float64), *sizes]
 
 
 def _any_nonzero(values: Tensor) -> Tensor:

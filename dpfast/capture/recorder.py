@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +237,7 @@ class Recorder:
             self._forms.setdefault(parameter, []).append(form)
             self.sources.add("")
 
-    def record_call(self, call: Call, forms: Iterable[tuple[Any, Form | Waiting]]) -> None:
+    def record_call(self, call: Call, forms: Sequence[tuple[Any, Form | Waiting]]) -> None:
         """Keep the forms of the parameters of one call of a layer."""
         if self.observer is not None:
             for owner, form in forms:

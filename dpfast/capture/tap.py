@@ -190,6 +190,12 @@ class Call:
         self.forward_pass = running_backward() if forward_pass is None else forward_pass
         # The model's forward that it is a part of; None where a checkpoint computes it again.
         self.of: Any = None if tap is None else tap.recorder.under_way
+        self.count()
+
+    def count(self) -> None:
+        """Its layer will have gradients of this forward."""
+        if self.of is not None and self.tap.recorder.observer is None:
+            self.of.calls[self.tap.name] += 1
 
     def like(self, tap: Tap, spec: Any, batch: int) -> Call:
         """Another one of the same forward of the model, without what a forward of its own has saved."""
@@ -303,6 +309,7 @@ class _Op(torch.autograd.Function):
             call.record(call.params, needed, G, x, params)
         if not wants_gx:
             return (None, None, None, *none)
+        call.count()
         return (None, None, Call.twice.apply(call, params, G, x, *call.params), *none)
 
 

@@ -8,6 +8,7 @@ none of these tells, it may be any of them. Tensors from elsewhere are told apar
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -140,6 +141,7 @@ class ForwardPass:
         self.rows: Sequence[int] | None = None  # which of the group's rows, in order, if that is known
         self.whole = 0  # rows that the group has
         self.repeats = False  # some sample is in it more than once
+        self.calls: Counter[str] = Counter()  # of its tapped layers, by their names
         self.astray = False  # it is over another batch than the physical one that waits
         self._inputs: list[Tensor] = []  # until another backward or a step
         self._keys: list[tuple[bytes, ...]] | None = None  # of its rows, where no loader has said which they are

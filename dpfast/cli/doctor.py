@@ -33,12 +33,14 @@ def report(strict: bool) -> int:
     """
     libraries = native.status()
     from dpfast.ops import backends
+    from dpfast.planning.rates import said_of
 
     rows = backends()
     section("versions", versions())
     section("devices", devices())
     section("memory", [("freed memory", kept_memory())])
     section("native libraries", [*map(library_row, libraries), ("cache", "in", cache_folder())])
+    section("rates of plans", [(name, *said_of(torch.device(name))) for name in planned()])
     section("ops", rows)
     fallen = [(op, device) for op, device, backend, _ in rows if backend not in MEANT]
     if fallen:
@@ -75,6 +77,11 @@ def devices() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB"
+
+
+def planned() -> list[str]:
+    """The devices that plans are made for: all that are here, and some GPU where there is none."""
+    return ["cpu", *([f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cuda"])]
 
 
 def kept_memory() -> str:

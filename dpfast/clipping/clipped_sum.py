@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,17 @@ from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import ForwardPass, leaves_gradients
 from dpfast.clipping.at_once import Ended, end_at_once
 from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted, whole_forms
+from dpfast.clipping.early import EarlySums, summed_up
 from dpfast.clipping.grad_samples import keep_grad_sample
 from dpfast.clipping.samples_once import Batches
 from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, local
 from dpfast.ops import compute_dtype, index_of
-from dpfast.refusals import CompiledPassError, MeanIn16BitsError, SecondBackwardError
+from dpfast.refusals import MeanIn16BitsError, PassChangedError, SecondBackwardError
+
+if TYPE_CHECKING:
+    from dpfast.capture.tap import Call
 
 ANOTHER_GRAPH = (
     "one backward pass went through a compiled graph of the model and through more of it, as none before has: two "
@@ -44,7 +48,8 @@ class ClippedSum(Recorder):
     ``clipping.sensitivity`` in L2, the rounding of its norm and of its own terms included, for any values of
     activations and backprops, and whatever torch allows in products (see :mod:`dpfast.reference.precision`). A sample
     whose norm is not finite, or of such a size that its product with a factor is no float32 number, contributes exact
-    zeros; it is counted in :attr:`nonfinite_samples` and warned of once.
+    zeros; it is counted in :attr:`nonfinite_samples` and warned of once. (Of several groups one may be summed before
+    the others' norms are known, see :mod:`dpfast.clipping.early`: a sample lost in those is in its sum, clipped.)
 
     Not covered are units in the last place of the sum. It is one float32 number an element, so that leaving one of B
     samples out moves it by up to ``1 + 2⁻²² · B`` times the sensitivity where all gradients point one way, and by
@@ -77,6 +82,7 @@ class ClippedSum(Recorder):
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
         self._ended: Ended | None = None  # what a compiled graph's end has summed in the running pass
+        self.early = EarlySums()
         self._alone_no_more = False  # a pass had forms besides those of such a graph: none ends at once again
         self._lost: Tensor | None = None  # how many, where they are counted
         self._counted = 0  # passes
@@ -95,6 +101,7 @@ class ClippedSum(Recorder):
             "compiled": {},
             "sources": set(),
             "_ended": None,
+            "early": EarlySums(),
             "last_source": "",
             **between_passes(),
         }  # of this run
@@ -140,6 +147,33 @@ class ClippedSum(Recorder):
         self.accumulated = max(self.accumulated, self._backwards)
         self._backwards = 0
 
+    def record(self, parameter: Any, form: Form) -> None:
+        """As any recorder's; of no parameter whose sum is made."""
+        self.early.refuse_more([self._owner(parameter)], self.names)
+        super().record(parameter, form)
+
+    def record_call(self, call: Call, forms: Sequence[tuple[Any, Form | Waiting]]) -> None:
+        """As any recorder's; of several groups, one that is whole and keeps much memory is summed up now."""
+        if self.early.thresholds:
+            self.early.refuse_more([self._owner(p) for p, _ in forms], self.names)
+        super().record_call(call, forms)
+        if len(self.clipping.thresholds) > 1 and self.observer is None:
+            self._sum_early(call, [p for p, _ in forms if self.tracked is None or p in self.tracked])
+
+    def _sum_early(self, call: Call, params: Sequence[nn.Parameter]) -> None:
+        unusual = self.source or self._untrusted or self.ranks.sharded or self.keeps_grad_samples
+        if unusual or self.closing is not None or self.batches.forwards > 1 or self.model is None:
+            return
+        held = {p: self._forms[p] for p in params}
+        for recorded in self.early.groups(call, held, self.clipping, self.model):
+            gone = {id(form) for forms in recorded.values() for form in forms}
+            with torch.no_grad():
+                summed = summed_up(recorded, self.clips_with(call.batch), self.batches.padding(self.passing))
+            for p, form in summed.items():
+                self._forms[p] = [form]  # type: ignore[list-item]
+                self.early.thresholds[p] = [*self.clipping.thresholds]
+            self._versions = [each for each in self._versions if id(each[0]) not in gone]
+
     def close(self) -> None:
         """Norms → factors → clipped sum, for everything recorded in the backward pass that just ended."""
         try:
@@ -149,11 +183,14 @@ class ClippedSum(Recorder):
 
     def _close(self) -> None:
         batch, sources, ended = self.batch_size, self.sources, self._ended
-        taken = self.take()
+        try:
+            self.early.check_thresholds(self.clipping)
+        finally:
+            taken = self.take()
         self.last_source = next(iter(sources)) if len(sources) == 1 else ""
         if ended is not None and (taken or len(sources) > 1):
             self._alone_no_more = True
-            raise CompiledPassError(ANOTHER_GRAPH)
+            raise PassChangedError(ANOTHER_GRAPH)
         narrowed, self.narrowed = self.narrowed, None
         below = self.passing.values()
         if not (taken or ended) and below and not any(map(leaves_gradients, below)):
@@ -303,16 +340,19 @@ class ClippedSum(Recorder):
     def take(self) -> dict[nn.Parameter, list[Form | Waiting]]:
         """As any recorder's; what a graph has summed is dropped."""
         self._ended = None
+        self.early.forget()
         return super().take()
 
     def suspend(self) -> tuple[Any, ...]:
         """As any recorder's."""
-        state, self._ended = (super().suspend(), self._ended), None
+        state = super().suspend(), self._ended, self.early.thresholds
+        self._ended = None
+        self.early.forget()
         return state
 
     def resume(self, state: tuple[Any, ...]) -> None:
         """As any recorder's."""
-        kept, self._ended = state
+        kept, self._ended, self.early.thresholds = state
         super().resume(kept)
 
     def clips_with(self, size: int) -> Setting:

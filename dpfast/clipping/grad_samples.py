@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpfast.capture.forms import Form
+from dpfast.capture.forms import Form, written
 from dpfast.ops import index_of
 
 
@@ -18,9 +18,9 @@ def keep_grad_sample(p: Any, forms: Sequence[Form], scale: float, padding: Seque
         forms: what the gradients are the sum of, of the loss times 1 / ``scale``.
         padding: rows of the batch that no sample is in, which are left out.
     """
-    samples = forms[0].instantiate().samples
+    samples = written(forms[0])
     for form in forms[1:]:
-        samples = samples + form.instantiate().samples
+        samples = samples + written(form)
     if padding:
         rows = [row for row in range(len(samples)) if row not in padding]
         samples = samples.index_select(0, index_of(tuple(rows), samples.device))

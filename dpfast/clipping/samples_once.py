@@ -338,7 +338,9 @@ class Batches:
                 "a second backward pass over samples that were in one since the last step, or may have been: each "
                 "would count twice, at the noise of once. Add up the losses and call backward() once, or call "
                 "optimizer.step() or optimizer.zero_grad() in between. Parts of a batch are told apart by where they "
-                "lie in the tensors that the loader gave, or by their values; BatchMemoryManager makes such parts"
+                "lie in the tensors that the loader gave, or by their values. Those of dpfast.BatchMemoryManager and "
+                "dpfast.wrap_data_loader are told apart by their indices, also where samples have equal values, which "
+                "those of Opacus' own are not"
             )
         for forward in self.used:  # a step with one backward asks no input for its values
             forward.let_go()

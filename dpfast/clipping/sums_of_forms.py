@@ -24,14 +24,27 @@ from dpfast.capture.forms import (
     Instantiated,
     OuterProduct,
     by,
+    stored,
 )
+from dpfast.capture.recomputed import Recomputed, one_after_the_other
 from dpfast.planning.planner import Planner
 
 
 def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
-    """The same per-sample gradient in at most one form of each kind: factored, embedding rows, instantiated."""
+    """The same per-sample gradient in at most one form of each kind: factored, embedding rows, instantiated.
+
+    A head whose logits are not stored stays so beside embedding rows and others like it, in the place of what is
+    factored.
+    """
     if len(forms) == 1:
         return list(forms)
+    heads = [form for form in forms if isinstance(form, Recomputed)]
+    if heads:
+        embedded = [form for form in forms if isinstance(form, EmbeddingRows)]
+        if len(heads) + len(embedded) == len(forms):
+            head = heads[0] if len(heads) == 1 else one_after_the_other(heads)
+            return [head, *(combine(embedded, planner, name) if embedded else [])]
+        forms = [stored(form) if isinstance(form, Recomputed) else form for form in forms]
     forms = [form.factored() if isinstance(form, OuterProduct) else form for form in forms]
     factored = [form for form in forms if isinstance(form, Factored)]
     embedded = [form for form in forms if isinstance(form, EmbeddingRows)]
@@ -100,6 +113,9 @@ def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor
 
 def _cross_term(one: Form, other: Form) -> tuple[Tensor, Tensor]:
     """``⟨one_i, other_i⟩``; :func:`combine` leaves the kinds in the order factored, embedding, instantiated."""
+    if isinstance(one, Recomputed):
+        assert isinstance(other, EmbeddingRows)
+        return ops.head_embedding_cross_term(one.sides, other.ids, other.G)
     if isinstance(one, Factored) and isinstance(other, EmbeddingRows):
         whole = _whole_rows(one)
         return ops.embedding_cross_term(other.ids, other.G, whole.A, whole.G)

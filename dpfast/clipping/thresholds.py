@@ -124,6 +124,11 @@ class Clipping:
             )
         return self._group_of[parameter]
 
+    def members(self, group: int) -> set[nn.Parameter]:
+        """The parameters of a group that are trained, where there are several groups."""
+        assert self._group_of is not None
+        return {p for p, its in self._group_of.items() if its == group and p.requires_grad}
+
     def on(self, device: torch.device) -> Tensor:
         """The thresholds, float64 ``[groups]``."""
         return column(tuple(self.thresholds), device, dims=1)

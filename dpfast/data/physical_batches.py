@@ -22,6 +22,31 @@ from dpfast.data.loaders import arguments_of, distinct
 from dpfast.data.sampling import PoissonBatches, split
 from dpfast.refusals import BatchOrderError, LoaderError, PaddingError
 
+OPACUS_WRAPS = opacus.utils.batch_memory_manager.wrap_data_loader  # its own, whatever is patched later
+
+
+def wrap_data_loader(*, data_loader: DataLoader, max_batch_size: int, optimizer: Any) -> DataLoader:
+    """A loader of the same batches in parts of at most ``max_batch_size`` samples, as Opacus' function of this name.
+
+    Its parts are told apart by their indices, so that samples with equal values are no reason to refuse one. A loop
+    over it may be left anywhere, as with :class:`BatchMemoryManager`. An optimizer of another mode than "fused" gets
+    Opacus' own loader.
+
+    Raises:
+        ValueError: ``max_batch_size`` is no whole number of at least 1, or ``data_loader`` cannot be split.
+    """
+    clipped_sum = getattr(optimizer, "clipped_sum", None)
+    if not isinstance(clipped_sum, ClippedSum):
+        return OPACUS_WRAPS(data_loader=data_loader, max_batch_size=max_batch_size, optimizer=optimizer)
+    check_size("max_batch_size", max_batch_size)
+    return PhysicalLoader(data_loader, max_batch_size, clipped_sum)
+
+
+def check_size(name: str, size: Any) -> None:
+    """Refuse what is no size of a physical batch."""
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+
 
 class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     """Opacus' ``BatchMemoryManager``, whose loops may be left in the middle of a logical batch.
@@ -51,6 +76,7 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
             if self.pad:
                 raise ValueError("pad=True: the fused mode has it, and this optimizer is of another one")
             return super().__enter__()
+        check_size("max_physical_batch_size", self.max_physical_batch_size)
         self.optimizer.abandon()
         return PhysicalLoader(self.data_loader, self.max_physical_batch_size, clipped_sum, self.pad)
 
@@ -68,8 +94,6 @@ class PhysicalLoader(DataLoader):
     _drawn: deque[Piece]
 
     def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum, pad: bool = False):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"max_physical_batch_size={size!r}: give a whole number of at least 1")
         if loader.batch_sampler is None:
             raise LoaderError(
                 "data_loader has batch_size=None: its data set gives whole batches, which cannot be split"

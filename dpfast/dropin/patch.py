@@ -6,14 +6,15 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple, TypeGuard
 
 import opacus.utils.batch_memory_manager
 from opacus import PrivacyEngine as OpacusEngine
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dpfast.data.physical_batches import BatchMemoryManager
+from dpfast.data.physical_batches import OPACUS_WRAPS, BatchMemoryManager, wrap_data_loader
 from dpfast.dropin.replaced import PARTS, replaced_in_opacus
 from dpfast.dropin.script_needs import first_need
 from dpfast.engine import FUSED, PrivacyEngine
@@ -83,6 +84,15 @@ class PatchedEngine(PrivacyEngine):
         return made
 
 
+class PatchedBatchMemoryManager(BatchMemoryManager):
+    """Stands for Opacus' in the meantime, and is not dpfast's own, whose names stay when the patch is taken off."""
+
+
+def patched_wrap_data_loader(*, data_loader: DataLoader, max_batch_size: int, optimizer: Any) -> DataLoader:
+    """Stands for Opacus' in the meantime, likewise."""
+    return wrap_data_loader(data_loader=data_loader, max_batch_size=max_batch_size, optimizer=optimizer)
+
+
 def why_opacus(engine: OpacusEngine, mode: str, frame: FrameType | None) -> str | None:
     """Why ``engine`` has to run ``mode`` as Opacus does, for code that calls from ``frame``; None if it need not."""
     if mode == FUSED:
@@ -108,14 +118,15 @@ def patch_opacus() -> None:
 
         from opacus import PrivacyEngine
 
-    ``opacus.utils.batch_memory_manager.BatchMemoryManager`` becomes dpfast's as well. Names that modules have imported
-    before are replaced too. Engines that exist already stay what they are. Calling it twice changes nothing.
+    ``BatchMemoryManager`` and ``wrap_data_loader`` of ``opacus.utils.batch_memory_manager`` become dpfast's too. Names
+    that modules have imported before are replaced as well. Engines that exist already stay what they are. Calling it
+    twice changes nothing.
     """
     _replace(_STAND_INS)
 
 
 def unpatch_opacus() -> None:
-    """Give Opacus its own classes back. Engines that were made in between go on as they are."""
+    """Give Opacus its own names back. Engines that were made in between go on as they are."""
     _replace({ours: opacus_own for opacus_own, ours in _STAND_INS.items()})
 
 
@@ -126,18 +137,20 @@ def calls() -> list[Call]:
 
 _STAND_INS: dict[Any, Any] = {
     OpacusEngine: PatchedEngine,
-    opacus.utils.batch_memory_manager.BatchMemoryManager: BatchMemoryManager,
+    opacus.utils.batch_memory_manager.BatchMemoryManager: PatchedBatchMemoryManager,
+    OPACUS_WRAPS: patched_wrap_data_loader,
 }
 
 
-def _replace(classes: dict[Any, Any]) -> None:
-    """Put other classes in the place of ``classes``, wherever a module has a name for them."""
+def _replace(stand_ins: dict[Any, Any]) -> None:
+    """Put other classes and functions in the place of those that ``stand_ins`` has, wherever a module names them."""
     for name, module in [*sys.modules.items()]:
         if name.partition(".")[0] == "dpfast" or not hasattr(module, "__dict__"):
             continue
         for attribute, value in [*vars(module).items()]:
-            if issubclass(type(value), type) and value in classes:  # isinstance() asks, and lazy attributes then load
-                setattr(module, attribute, classes[value])
+            # isinstance() asks the value itself, and lazy attributes then load
+            if issubclass(type(value), (type, FunctionType)) and value in stand_ins:
+                setattr(module, attribute, stand_ins[value])
 
 
 def _place(frame: FrameType) -> str:

@@ -13,7 +13,7 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, form_of
+from dpfast.capture.forms import Form, form_of, written
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.clipping.sums_of_forms import squared_norm
@@ -53,8 +53,8 @@ def grad_sampler(module: nn.Module, activations: Sequence[Tensor], backprops: Te
     """Per-sample gradients ``[B, *p.shape]`` of the module's trainable parameters; B may be 0."""
     if backprops.numel() == 0:
         return {p: p.new_zeros(len(backprops), *p.shape) for _, p in trainable_parameters(module)}
-    written = {p: forms[0].instantiate().samples for p, forms in _forms(module, activations, backprops).items()}
-    return {p: samples.view(len(samples), *p.shape).to(p.dtype) for p, samples in written.items()}
+    found = {p: written(forms[0]) for p, forms in _forms(module, activations, backprops).items()}
+    return {p: samples.view(len(samples), *p.shape).to(p.dtype) for p, samples in found.items()}
 
 
 def norm_sampler(module: nn.Module, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:

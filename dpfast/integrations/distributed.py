@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
 from dpfast.engine import PrivacyEngine
+from dpfast.optim.fused_update import MASTER, make_masters
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.refusals import CheckpointError
 
@@ -137,6 +138,9 @@ def _state(module: Any, optimizer: FusedDPOptimizer, options: Any = EVERYTHING) 
     """Tensors by name, sharded ones as each rank has them."""
     model = _model(module)
     # The wrapped optimizer's: to have a state to fill, torch takes a step with it, which must not be a private one.
+    if optimizer.low_precision == "master":
+        states.get_optimizer_state_dict(model, optimizer.original_optimizer)  # takes that step, where there is no state
+        make_masters(optimizer.original_optimizer)
     return {
         "model": states.get_model_state_dict(model, options=options),
         "optimizer": states.get_optimizer_state_dict(model, optimizer.original_optimizer),
@@ -145,8 +149,12 @@ def _state(module: Any, optimizer: FusedDPOptimizer, options: Any = EVERYTHING) 
 
 def _take_over(held: dict[str, Any], module: Any, optimizer: FusedDPOptimizer, options: Any = EVERYTHING) -> None:
     model = _model(module)
+    masters = {name: state[MASTER].clone() for name, state in held["optimizer"]["state"].items() if MASTER in state}
     states.set_model_state_dict(model, held["model"], options=options)
     states.set_optimizer_state_dict(model, optimizer.original_optimizer, optim_state_dict=held["optimizer"])
+    for name, p in model.named_parameters():
+        if name in masters:  # which torch has rounded to the parameter's dtype
+            optimizer.original_optimizer.state[p][MASTER] = masters[name]
 
 
 def _model(module: Any) -> nn.Module:

@@ -53,6 +53,11 @@ class CollatedPieces:
         return batch if len(samples) >= self.rows else padded(batch, len(samples), self.rows)
 
 
+def first_rows(batch: Any, there: int, rows: int) -> Any:
+    """The first ``rows`` of a ``batch`` that has ``there``; a tensor that is not the samples' stays as it is."""
+    return map_tensors(lambda x: x[:rows] if x.dim() and x.shape[0] == there else x, batch)
+
+
 def announced(
     optimizer: FusedDPOptimizer, parts: Iterable[Any], of: Sequence[int], rows: int = 0
 ) -> Iterator[tuple[Any, int, bool]]:

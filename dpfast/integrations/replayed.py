@@ -138,8 +138,21 @@ def fingerprint(model: nn.Module) -> str:
     for name, p in model.named_parameters():
         found.update(repr((name, tuple(p.shape), str(p.dtype), p.requires_grad)).encode())
         if not p.requires_grad:
-            found.update(repr(torch.hash_tensor(full(p.detach())).view(torch.int64).item()).encode())
+            found.update(_value(p))
     return found.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of the values of the parameters that train. Of a sharded model all ranks have to ask together."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            found.update(repr((name, str(p.dtype))).encode() + _value(p))
+    return found.hexdigest()
+
+
+def _value(p: Tensor) -> bytes:
+    return repr(torch.hash_tensor(full(p.detach())).view(torch.int64).item()).encode()
 
 
 def _tell(found: Any, item: Any) -> bool:

@@ -19,11 +19,11 @@ from transformers import TrainerCallback, TrainingArguments
 from dpfast.accounting.epsilon import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
-from dpfast.capture.trees import map_tensors
 from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import is_sharded
-from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts
+from dpfast.integrations.heads import LABELS, LossForward, with_losses
+from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts, first_rows
 from dpfast.integrations.replayed import MODEL, Replayed, Rows, fingerprint, seed_all, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
@@ -90,6 +90,7 @@ class DPTrainer(ResumableTrainer):
         self.engine = PrivacyEngine(accountant=self.privacy.accountant, secure_mode=self.privacy.secure_mode)
         self.hooks = None
         self._resumed, self._batch_seed = None, None
+        self._head: LossForward | None = None  # of a model whose losses need no logits
         self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
         product = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
         self._logical_batch_size = self.privacy.expected_batch_size or product
@@ -193,6 +194,9 @@ class DPTrainer(ResumableTrainer):
         if (delta := self.privacy.target_delta) >= 1 / batches.num_samples:
             warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
         sigma = self._noise_multiplier(batches)
+        if self.compute_loss_func is None and not (self.args.torch_compile or is_sharded(self.model)):
+            with self.compute_loss_context_manager():
+                self._head = with_losses(self.model)
         model = self.model.train()
         self._fingerprint = fingerprint(model)
         if self.args.world_size > 1 and not is_sharded(
@@ -277,7 +281,7 @@ class DPTrainer(ResumableTrainer):
         size, held = self._train_batch_size, inputs["pieces"]
         of = counts(inputs["samples"], size, optimizer.ranks.most(len(held)))
         # Where other ranks have more pieces: one without samples, of which no row counts.
-        filling = map_tensors(lambda x: x[: self._rows], held[0]) if self._rows else None
+        filling = first_rows(held[0], max(of[0], self._rows), self._rows) if self._rows else None
         parts = [*held, *[filling] * (len(of) - len(held))]
 
         def loss_of(part: Any, given: int) -> Tensor:
@@ -317,6 +321,8 @@ class DPTrainer(ResumableTrainer):
         labels = inputs.pop("labels", None)
         if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if self._head is not None and labels is not None and not return_outputs and self._head.takes(inputs):
+            return model(**inputs, **{LABELS: labels})
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,13 +15,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import PRIVACY_NAME, is_sharded, load_shards, save_shards, whole_state
-from dpfast.integrations.replayed import digest_of
+from dpfast.integrations.replayed import digest_of, weights_digest
 from dpfast.integrations.trainer_arguments import DPArguments, check_reports
 from dpfast.model.private_model import FusedHooks
 from dpfast.noise.stream import as_text, check_state
@@ -35,6 +36,7 @@ DECISIVE = (
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "seed", "mixed_precision"),  # which `accelerate launch` sets too
     *("world_size", "torch_compile", "gradient_checkpointing", "activation_checkpointing"),  # on which dropout depends
+    *("torch_compile_backend", "torch_compile_mode", "tf32"),
 )
 
 
@@ -54,6 +56,14 @@ def is_whole(checkpoint: str) -> bool:
     return os.path.isfile(os.path.join(checkpoint, PRIVACY_NAME))
 
 
+def _computing(config: Any) -> Any:
+    """Of a model's config what it computes by, dropout for one; not what the Trainer notes there as it saves it."""
+    if not hasattr(config, "to_dict"):
+        return config
+    noted = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
+    return {name: value for name, value in config.to_dict().items() if name not in noted}
+
+
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold what a private run needs to go on; :class:`DPTrainer` does the training."""
 
@@ -67,6 +77,7 @@ class ResumableTrainer(Trainer):
     _resumed: dict[str, Any] | None  # what privacy.pt of the checkpoint holds
     _batches: Callable[[int], Any]  # those of a seed
     _data_and_collator: Callable[[], tuple[Any, Any]]
+    _logical_batch_size: int
     _data_digest: str | None = None
     _fingerprint: str | None = None  # of the model
     extra_state: Any = None  # what else ``privacy.pt`` is to hold, for programs that build on the trainer
@@ -90,6 +101,11 @@ class ResumableTrainer(Trainer):
             ValueError: the checkpoint was not accounted for (it has no ``privacy.pt``), or is of another number of
                 samples, other batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
         """
+        if self.args.load_best_model_at_end and is_sharded(self.model):
+            raise CheckpointError(
+                "load_best_model_at_end=True: the checkpoints of a sharded model hold shards, which the Trainer passes "
+                "over at the end: leave it out, and take the best checkpoint yourself"
+            )
         self._resumed, self._batch_seed = None, None
         check_reports(self.callback_handler.callbacks)
         if resume_from_checkpoint is True:
@@ -130,8 +146,16 @@ class ResumableTrainer(Trainer):
         return state
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not is_sharded(self.model):  # else weights are loaded with the optimizer's state
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if is_sharded(self.model):  # weights are loaded with the optimizer's state
+            return
+        before = dict(self.model.named_parameters(remove_duplicate=False))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, p in before.items():
+            loaded = self.model.get_parameter(name)
+            if loaded is not p:  # PEFT puts float32 ones in the place of 16-bit adapters, which the optimizer has
+                p.data.copy_(loaded.data)
+                parent, _, own = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), own, p)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         if checkpoint is not None and is_sharded(self.model):
@@ -148,10 +172,12 @@ class ResumableTrainer(Trainer):
                 for name in {*saved, *settings}
                 if saved.get(name) != settings.get(name) or settings[name] == UNKNOWN
             )
-            if changed and not self.privacy.secure_mode:
+            # Of two ranks that see different changes, one would draw a key for all, and the other keep the old one.
+            of_ranks = self.optimizer.ranks.gathered([len(changed)])
+            if any(count for (count,) in of_ranks) and not self.privacy.secure_mode:
                 warnings.warn(
-                    f"resume_from_checkpoint: {', '.join(changed)} changed; the noise takes a new key, as the same "
-                    f"noise on the sums of two runs would lay their difference bare",
+                    f"resume_from_checkpoint: {', '.join(changed) or 'something on another rank'} changed; the noise "
+                    f"takes a new key, as the same noise on the sums of two runs would lay their difference bare",
                     stacklevel=2,
                 )
                 noise = {**noise, "key": None}
@@ -164,10 +190,24 @@ class ResumableTrainer(Trainer):
         if not is_sharded(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        # A checkpoint has its shards; see _save_optimizer_and_scheduler.
-        if not _internal_call:
+        # A checkpoint to go on from has its shards; see _save_optimizer_and_scheduler.
+        if not _internal_call or self.args.save_only_model:
             state = whole_state(self.model)
             self._save(output_dir, state_dict=state)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's; one that is there already counts as half-written from here on, until it is whole again."""
+        if self.args.should_save:
+            there = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(there, STATE_NAME))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Not needed: every step sets the generators. Their states would tell the seed of the batches."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Not needed: see :meth:`_save_rng_state`."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if is_sharded(self.model):
@@ -177,6 +217,7 @@ class ResumableTrainer(Trainer):
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+        settings = self._settings()  # of all ranks together
         if not self.args.should_save:
             return
         assert self.hooks is not None and self._batch_seed is not None
@@ -185,7 +226,7 @@ class ResumableTrainer(Trainer):
             "noise": self.optimizer.noise.state_dict(),
             "accountant": state_of(self.engine.accountant),
             "plan": self.hooks.clipped_sum.planner.state_dict(),
-            "settings": self._settings(),
+            "settings": settings,
             "noise_multiplier": self.optimizer.noise_multiplier,
             "batch_seed": batches.seed,
             "step": self.state.global_step,
@@ -208,7 +249,10 @@ class ResumableTrainer(Trainer):
         privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
         found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad")}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
+        found |= {"expected_batch_size": self._logical_batch_size}
+        found |= {"optimizer": type(self.optimizer.original_optimizer), "lr_scheduler": type(self.lr_scheduler)}
         parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
+        parts["config"] = _computing(getattr(self.model, "config", None))
         long = {name: as_text({name: part})[name].encode() for name, part in parts.items()}
         if self._data_digest is None:
             self._data_digest = digest_of(*self._data_and_collator()) or UNKNOWN
@@ -216,5 +260,9 @@ class ResumableTrainer(Trainer):
         return (
             as_text(found)
             | {name: hashlib.blake2b(text, digest_size=16).hexdigest() for name, text in long.items()}
-            | {"train_dataset": self._data_digest, "parameters": self._fingerprint}
+            | {
+                "train_dataset": self._data_digest,
+                "parameters": self._fingerprint,
+                "weights": weights_digest(self.model),
+            }
         )

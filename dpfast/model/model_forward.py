@@ -236,6 +236,8 @@ class ModelForward(Forward):
             elif due:
                 why = self._why_mixed_now(args, kwargs)
             if not why:
+                if recorder.under_way is not None:
+                    recorder.under_way.calls.clear()  # of looks at the samples
                 out = self._run(args, kwargs)
                 why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
             picks = why != "" and self.verdict is not None and self.verdict.picks

@@ -92,9 +92,22 @@ class StepFunction:
         return [loss.detach(), *result]
 
 
-def captured(run: Callable[..., list[Tensor]], given: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """``run`` as a CUDA graph; what it returns is copied, as the next replay writes over it."""
-    held = [x.clone() for x in given]
+def is_captured(x: Tensor) -> bool:
+    """Whether a step on tensors such as ``x`` is recorded as a CUDA graph."""
+    return x.is_cuda
+
+
+def captured(
+    run: Callable[..., list[Tensor]], given: Sequence[Tensor], in_place: int = 0, used_up: Sequence[int] = ()
+) -> Callable[..., list[Tensor]]:
+    """``run`` as a CUDA graph; what it returns is copied, as the next replay writes over it.
+
+    Args:
+        in_place: so many of the last of ``given`` are memory that the graph works on, and not copied into it.
+        used_up: places of what serves one replay alone, as a key does: it is zeros in the graph when it has run.
+    """
+    copied = len(given) - in_place
+    held = [*(x.clone() for x in given[:copied]), *given[copied:]]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # whatever a first run sets up is there when it is captured
@@ -103,9 +116,11 @@ def captured(run: Callable[..., list[Tensor]], given: Sequence[Tensor]) -> Calla
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(*held)
+        for place in used_up:
+            held[place].zero_()
 
     def replay(*given: Tensor) -> list[Tensor]:
-        torch._foreach_copy_(held, list(given))
+        torch._foreach_copy_(held[:copied], list(given[:copied]))
         graph.replay()
         return [x.clone() for x in out]
 

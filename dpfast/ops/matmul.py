@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ SPLIT_UNITS, BLOCK_UNITS = 2.0**8, 64.0
 TF32_UNITS = 2.0**15  # that a product may be off whose sides are rounded to tf32
 # Columns from which a copy with aligned rows costs less than reading them as they are (a vocabulary of 50257).
 WIDE = 1024
+MOST_COPIED = 1 << 24  # bytes of one side that are in float32, or have aligned rows, at a time: of a head they are many
 SMALL_PRODUCT = 1 << 20  # multiplications, up to which a call of an op takes as long as its work
 
 
@@ -30,7 +31,7 @@ def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         return reference.certified_ghost(ghost_stats(A, G), (A.shape[2], A.shape[3], G.shape[3]), G.dtype)
     from dpfast_kernels.ghost import ghost_norm
 
-    stats = ghost_norm(*(_aligned(side).flatten(0, 1) for side in (A, G)))
+    stats = _by_sample(lambda A, G: ghost_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G)
     return _certified(stats, A, G, products=(A.shape[-1], G.shape[-1]))
 
 
@@ -41,8 +42,8 @@ def has_ghost_stats(A: Tensor, G: Tensor) -> bool:
 
 def ghost_stats(A: Tensor, G: Tensor) -> Tensor:
     """What a ghost norm and its bound are made of: see :func:`dpfast.reference.matmul.ghost_stats`."""
-    native = is_native("gram_stats", G.device)
-    return reference.ghost_stats(A, G, torch.ops.dpfast.gram_stats if native else reference.gram_stats)
+    gram = torch.ops.dpfast.gram_stats if is_native("gram_stats", G.device) else reference.gram_stats
+    return _by_sample(lambda A, G: reference.ghost_stats(A, G, gram), A, G)
 
 
 def are_small(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -73,7 +74,8 @@ def tile_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`ghost_squared_norm`, from tiles of ``G_iᵀ A_i`` that are squared and dropped (norm-GEMM)."""
     from dpfast_kernels.sample_gradients import gradient_norm
 
-    return _certified(gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G, products=())
+    stats = _by_sample(lambda A, G: gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G)
+    return _certified(stats, A, G, products=())
 
 
 def grad_samples(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -89,6 +91,14 @@ def grad_samples(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
     """``Σ_i factor_i · G_iᵀ A_i``: ``[g·p, d]``; nothing that was rounded to 16 bits is scaled."""
+    p, columns = G.shape[-1], MOST_COPIED // max(1, 4 * G[..., :16].numel()) * 16
+    if G.shape[1] == 1 and G.nbytes > MOST_COPIED and 0 < columns < p and _copies(G):
+        parts = (_clipped_weight_gradient(A, part.contiguous(), factors) for part in G.split(columns, -1))
+        return torch.cat([*parts])
+    return _clipped_weight_gradient(A, G, factors)
+
+
+def _clipped_weight_gradient(A: Tensor, G: Tensor, factors: Tensor) -> Tensor:
     if not is_triton("clipped_weight_gradient", A, G):
         return reference.clipped_weight_gradient(A, G, factors)
     from dpfast_kernels.weight_gradient import clipped_weight_gradient as kernel
@@ -118,10 +128,31 @@ def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack([row.to(dtype) for row in factors])
 
 
+def _copies(G: Tensor) -> bool:
+    """Whether an op would have to copy such backprops as a whole."""
+    if is_triton("clipped_weight_gradient", G):
+        return _aligned_columns(G.shape[-1]) > 0
+    return G.dtype != reference.compute_dtype(G.dtype)
+
+
+def _by_sample(stats: Callable[[Tensor, Tensor], Tensor], A: Tensor, G: Tensor) -> Tensor:
+    """``stats`` ``[n, samples, ...]`` of a few samples at a time, where copies of all backprops would take much."""
+    samples = max(1, MOST_COPIED // max(1, 4 * G[:1].numel()))
+    if G.nbytes <= MOST_COPIED or len(G) <= samples or not _copies(G):
+        return stats(A, G)
+    parts = zip(A.split(samples), G.split(samples), strict=True)
+    return torch.cat([stats(*part) for part in parts], 1)
+
+
+def _aligned_columns(n: int) -> int:
+    """How many are to be added to rows of n, to align them."""
+    return 0 if n % 16 == 0 or n < WIDE else -n % 16
+
+
 def _aligned(side: Tensor) -> Tensor:
     """With zero columns up to whole 16, where rows are long: kernels read other rows element by element."""
-    n = side.shape[-1]
-    return side if n % 16 == 0 or n < WIDE else F.pad(side, (0, -n % 16))
+    more = _aligned_columns(side.shape[-1])
+    return F.pad(side, (0, more)) if more else side
 
 
 def _certified(stats: Tensor, A: Tensor, G: Tensor, products: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops.noise import KEY_WORDS, Noise
-from dpfast.ops.update import SGD, Adam, noisy_step_
+from dpfast.ops.update import ROUNDINGS, SGD, Adam, noisy_step_
 
 _RULES = {"SGD": (SGD, 4), "Adam": (Adam, 6)}  # the rest of their fields are true or false
 NUMBERS = 4 + max(len(fields(rule)) for rule, _ in _RULES.values())
@@ -23,7 +23,7 @@ _library = torch.library.Library("dpfast", "FRAGMENT")
 _library.define(
     "noisy_step_in_graph_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] first, "
     "Tensor(d!)[] second, Tensor(e!)[] third, Tensor(f!)[] masters, Tensor numbers, Tensor words, Tensor lost, "
-    "SymInt[] parameters, SymInt[] offsets, str rule, str rounding) -> ()"
+    "SymInt[] parameters, SymInt[] offsets, str rule, str rounding, bool secure) -> ()"
 )
 
 
@@ -51,6 +51,7 @@ def noisy_step_in_graph_(
     numbers: Tensor,
     words: Tensor,
     lost: Tensor,
+    secure: bool = False,
 ) -> None:
     """:func:`noisy_step_` of tensors that it has been given before, and has found nothing wrong with.
 
@@ -63,15 +64,19 @@ def noisy_step_in_graph_(
     Where nothing is written, ``grads`` is what it was before: for float32 that is ``summed`` itself, without noise. The
     caller drops it.
 
+    On a GPU the kernels read key, step and hyperparameters from its memory, so that a CUDA graph gets new ones at every
+    replay. What they write is what :func:`noisy_step_` writes there, to the bit.
+
     Args:
-        numbers: float64 on the CPU: of :func:`numbers_of`, or zeros to write nothing.
-        words: int64 on the CPU: of :func:`words_of`.
+        numbers: float64, where the parameters are: of :func:`numbers_of`, or zeros to write nothing.
+        words: int64, where the parameters are: of :func:`words_of`.
         lost: ``[B]``: which samples are left out for their norm.
+        secure: whether the noise is that of the secure mode, which has kernels of its own on a GPU.
     """
     first, second, third = (*states, [], [])[:3]
     torch.ops.dpfast.noisy_step_in_graph_(
         *(summed, grads, params, first, second, third, masters, numbers, words, lost),
-        *(parameters, offsets, rule.__name__, rounding),
+        *(parameters, offsets, rule.__name__, rounding, secure),
     )
 
 
@@ -90,6 +95,7 @@ def _noisy_step_in_graph_(
     offsets: Sequence[int],
     rule: str,
     rounding: str,
+    secure: bool,
 ) -> None:
     writes, std, grid, scale, *of_rule = numbers.tolist()
     if not writes or bool(lost.any()):
@@ -114,4 +120,27 @@ def _noisy_step_in_graph_(
     )
 
 
+def _on_cuda(
+    summed: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    third: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    numbers: Tensor,
+    words: Tensor,
+    lost: Tensor,
+    parameters: Sequence[int],
+    offsets: Sequence[int],
+    rule: str,
+    rounding: str,
+    secure: bool,
+) -> None:
+    lists = [summed, grads, params, first, *([] if rule == "SGD" else [second, third]), masters]
+    op = torch.ops.dpfast.noisy_sgd_in_graph_ if rule == "SGD" else torch.ops.dpfast.noisy_adam_in_graph_
+    op(*lists, parameters, offsets, numbers, words, lost, secure, ROUNDINGS.index(rounding))
+
+
 _library.impl("noisy_step_in_graph_", _noisy_step_in_graph_, "CPU")
+_library.impl("noisy_step_in_graph_", _on_cuda, "CUDA")

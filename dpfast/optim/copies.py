@@ -57,7 +57,7 @@ def _connect(made: Any) -> None:
     """The copied sums are those of the copied optimizer, and a new logical batch begins."""
     made.clipped_sum.optimizer = weakref.ref(made)
     made.clipped_sum.shift = made.ascending.shift
-    made._is_last_step_skipped = made._stepped = False
+    made._is_last_step_skipped = made.stepped = False
     made.clipped_sum.drop()
 
 

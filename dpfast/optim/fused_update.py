@@ -296,6 +296,14 @@ def _has_master(state: Mapping[str, Any]) -> bool:
     return MASTER in state and state[MASTER].dtype == torch.float32  # torch's load_state_dict rounds it
 
 
+def make_masters(optimizer: Optimizer) -> None:
+    """The float32 copies of ``low_precision="master"``, where they are not there yet."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and p.dtype != torch.float32:
+                _master(optimizer, p)
+
+
 def _master(optimizer: Optimizer, p: Any) -> Tensor:
     state = optimizer.state[p]
     if not _has_master(state):

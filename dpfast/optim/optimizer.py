@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -13,7 +11,6 @@ from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from dpfast import ops
-from dpfast.capture.refusals import listed
 from dpfast.clipping.adaptive import AdaptiveClipping
 from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.grad_samples import all_grad_samples
@@ -23,15 +20,9 @@ from dpfast.noise.stream import NoiseStream
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.copies import accountant_of, copied, pickled
-from dpfast.optim.fused_update import LOW_PRECISION, MASTER, noisy_step, why_not_fused
-from dpfast.refusals import (
-    BypassedLayersError,
-    NothingToReleaseError,
-    ParametersChangedError,
-    RanksError,
-    ReplacedMethodError,
-    ScalerError,
-)
+from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
+from dpfast.optim.step_checks import agree, check_low_precision, check_noise_multiplier, look_for_bypass, refuse_step
+from dpfast.refusals import ParametersChangedError, ReplacedMethodError
 
 PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
 StepHook = Callable[[DPOptimizer], None]
@@ -100,8 +91,8 @@ class FusedDPOptimizer(DPOptimizer):
         self.ascending = Ascending(ascent, optimizer, clipped_sum.names)
         self.clipping = clipping
         self.clipped_sum = clipped_sum
-        self._stepped = False  # and not cleared since
-        self._first_bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
+        self.stepped = False  # and not cleared since
+        self.first_bypassed = 0  # 1 + the index of a sharded parameter that got a gradient past its tap
         self._divided = False  # gradients, in this step
         self._put_aside: dict[Any, torch.Tensor] = {}  # sums, while a replaced clip_and_accumulate makes its own
         self.keep_summed_grad = False  # until zero_grad(), also where nobody is known to look at it
@@ -403,113 +394,21 @@ class FusedDPOptimizer(DPOptimizer):
 
     def begin_step(self) -> bool:
         """Whether this call of step ends a logical batch; refuses what cannot be released."""
-        if self.__dict__.pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
-            raise ScalerError(
-                "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
-                "its scale on them: use dpfast.amp.GradScaler(optimizer)"
-            )
-        if self._stepped:
-            raise NothingToReleaseError(
-                "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
-                "you must call optimizer.zero_grad() on each step"
-            )
-        self._refuse_unknown_parameters()
-        self.clipped_sum.start_physical_batch()
-        nothing = not (self.clipped_sum.waits_for_step or (self.clipped_sum.batches.tried and self.clipped_sum.used))
-        self.clipped_sum.end_physical_batch()
-        if self.clipped_sum.evaluated and not self.clipped_sum.accumulated:
-            raise NothingToReleaseError(
-                "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
-                "clipped and not used; call model.train() before the forward of a training step"
-            )
-        if nothing and not self.clipped_sum.batches.empty and any(p.requires_grad for p in self.all_parameters()):
-            raise NothingToReleaseError(
-                "step: no backward pass of the private model has ended since the last step, and there is nothing to "
-                "release but noise. Call loss.backward() first, of an output of the model that make_private has "
-                "returned, with its hooks in place. For a batch without samples, which is a step too, take it from "
-                "the loader that make_private has returned, or call optimizer.expect_no_samples()"
-            )
+        refuse_step(self)
         self.clipped_sum.batches.tried = True  # what refuses from here on may be put right, and the step called again
         check_noise_multiplier(self.noise_multiplier)  # what can refuse does so before anything is used up
         if self.adaptive is not None:
             self.adaptive.of_sums(self.noise_multiplier)
         self.noise.check()
-        self._look_for_bypass()
+        look_for_bypass(self)
         self._is_last_step_skipped = self.is_to_skip
         if self._is_last_step_skipped:
             self.clipped_sum.batches.stepped()
             if self.clipped_sum.batches.of is not None and self.clipped_sum.batches.of.dropped:
                 self.clipped_sum.drop()
             return False
-        self._agree()
+        agree(self)
         return True
-
-    def _refuse_unknown_parameters(self) -> None:
-        """A parameter that came into the wrapped optimizer behind this one's back: it would get noise alone."""
-        tracked = self.clipped_sum.tracked or set()
-        params = self.all_parameters()
-        if len(params) == len(tracked) and {id(p) for p in params} == {id(p) for p in tracked}:
-            return
-        if unknown := [p for p in params if p not in tracked]:
-            names = listed(
-                self.clipped_sum.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown
-            )
-            raise ParametersChangedError(
-                f"step: parameters {names} were added to the wrapped optimizer itself, so they are not clipped. Take "
-                f"them out of optimizer.original_optimizer.param_groups again, and call add_param_group of the private "
-                f"optimizer, which make_private returned"
-            )
-
-    def _look_for_bypass(self) -> None:
-        """``fully_shard`` puts gradients into ``p.grad`` past all hooks; a skipped step's would be cleared unseen.
-
-        One that the rows of this rank's shard are not touched by is seen on other ranks only: :meth:`_agree` tells all.
-        """
-        if not self.ranks.sharded:
-            return
-        for p in self.all_parameters():
-            grad = p.grad
-            if p.requires_grad and grad is not None and bool(local(grad).any()):
-                self._first_bypassed = 1 + self.clipped_sum.index[p]
-
-    def _agree(self) -> None:
-        """What the noise depends on is the same on all ranks: the largest where shares may differ, else refused.
-
-        Raises:
-            ValueError: the ranks are not at the same step of the same run; nothing was released.
-            RuntimeError: a sharded parameter was used outside of its own module.
-        """
-        if self.ranks.world_size == 1 and not self.ranks.sharded:
-            return
-        clipped_sum = self.clipped_sum
-        own = clipped_sum.sensitivity or self.clipping.sensitivity
-        mine = (own, float(clipped_sum.accumulated), clipped_sum.unclipped, float(self._first_bypassed))
-        trained = [clipped_sum.index[p] for p in self.all_parameters() if p.requires_grad]
-        alike = {
-            "noise_multiplier": float(self.noise_multiplier),
-            "the noise's step": float(self.noise.step),
-            "the noise's key": float(self.noise.fingerprint()),
-            "the expected batch size": float(self.expected_batch_size or 0) if self.loss_reduction == "mean" else 0.0,
-            "the set of parameters that train": float(zlib.crc32(repr(trained).encode())),
-        }
-        rows = self.ranks.gathered([*mine, *alike.values()])
-        for name, values in zip(alike, list(zip(*rows, strict=True))[len(mine) :], strict=True):
-            if len(set(values)) > 1:
-                shown = "" if "key" in name or "set" in name else f": {list(values)}"
-                raise RanksError(
-                    f"step: {name} differs between the ranks{shown}. Load the same checkpoint, and change the same "
-                    f"settings, on all of them"
-                )
-        sensitivities, accumulated, unclipped, bypassed, *_ = zip(*rows, strict=True)
-        if any(bypassed):
-            name = list(clipped_sum.names.values())[int(max(bypassed)) - 1]
-            raise BypassedLayersError(
-                f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: the "
-                f"loss computes with it (for an L2 penalty use the optimizer's weight_decay), or other code does (call "
-                f"the module that owns it), or set requires_grad_(False)"
-            )
-        clipped_sum.sensitivity, clipped_sum.accumulated = max(sensitivities), int(max(accumulated))
-        clipped_sum.unclipped = sum(unclipped)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Whether the next ``step`` only ends a physical batch, which is not the last of its logical batch."""
@@ -595,7 +494,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipped_sum.start_logical_batch()
         self.clipped_sum.batches.stepped()
         self.clipped_sum.batches.start_step()
-        self._stepped = True
+        self.stepped = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The wrapped optimizer's; float32 master copies stay float32 (torch would round them to the parameter)."""
@@ -613,7 +512,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipped_sum.drop_physical_batch()
         if not self._is_last_step_skipped:
             self.clipped_sum.drop()
-            self._stepped, self._first_bypassed = False, 0
+            self.stepped, self.first_bypassed = False, 0
         if self.clipped_sum.keeps_grad_samples:
             for p in self.all_parameters():
                 p.grad_sample = None
@@ -663,20 +562,3 @@ def _filled(sums: Mapping[Any, torch.Tensor | None]) -> dict[Any, torch.Tensor]:
         return total.contiguous()
 
     return {p: one(p, total) for p, total in sums.items()}
-
-
-def check_noise_multiplier(value: Any) -> None:
-    """Refuse what is no standard deviation."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"noise_multiplier={value!r}: give a finite number that is not negative")
-
-
-def check_low_precision(value: Any, optimizer: Optimizer, why_not: str | None = None) -> None:
-    """Refuse a way to update 16-bit parameters that is unknown, or that ``optimizer``'s own step does not have.
-
-    ``why_not`` is why that step makes the update, if it does whatever the optimizer is.
-    """
-    if value not in LOW_PRECISION:
-        raise ValueError(f"low_precision={value!r}: use one of {', '.join(map(repr, LOW_PRECISION))}")
-    if value != "nearest" and (reason := why_not or why_not_fused(optimizer)) is not None:
-        raise ValueError(f"low_precision={value!r} needs the update in the noise's pass, but {reason}; use 'nearest'")

@@ -40,8 +40,11 @@ def why_not_recorded(optimizer: FusedDPOptimizer) -> str | None:
         return "ranks add their sums up before the update"
     if clipped_sum.loss_scale != 1:
         return "a GradScaler scales the loss"
-    if any(p.device.type != "cpu" for p in clipped_sum.names):
-        return "the model is not on a CPU"
+    devices = {p.device for p in clipped_sum.names}
+    if len(devices) > 1:
+        return f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))})"
+    if not {device.type for device in devices} <= {"cpu", "cuda"}:
+        return f"the model is on {devices.pop().type}, for which there is no update in a graph"
     if (why := why_not_fused(optimizer.original_optimizer)) is not None:
         return f"the update is not made in the noise's pass, as {why}"
     return None
@@ -72,7 +75,19 @@ class RecordedUpdate:
                 for x in self.plan
             ]
         )
-        self.key = look_of(wrapped), each, tuple(map(id, self.earlier))
+        self.secure, self.device = optimizer.noise.secure, next(iter(self.trained)).device
+        self.key = look_of(wrapped), each, tuple(map(id, self.earlier)), self.secure, tuple(self._memory())
+
+    def _memory(self) -> list[int]:
+        """Where a CUDA graph writes, as its kernels have the addresses; those of the parameters are in the look."""
+        if self.device.type == "cpu":
+            return []
+        return [x.data_ptr() for each in self.plan for of in (*each.states, each.masters) for x in of]
+
+    @property
+    def in_place(self) -> int:
+        """How many of the last :meth:`inputs` are memory that the update writes to."""
+        return sum(len(each.parts) + sum(map(len, each.states)) + len(each.masters) for each in self.plan)
 
     def inputs(self, noise: ops.Noise | None = None, rounding_key: tuple[int, int] = (0, 0)) -> list[Tensor]:
         """Tensors that the graph is given. Without ``noise``, as while it is recorded, they let it write nothing."""
@@ -80,7 +95,9 @@ class RecordedUpdate:
         if noise is not None:
             rows = [ops.numbers_of(each.rule, noise) for each in self.plan]
             words = ops.words_of(noise, rounding_key)
-        out = [torch.tensor(rows, dtype=torch.float64), torch.tensor(words), *self.earlier.values()]
+        pinned = self.device.type == "cuda"  # so that the host does not wait for the copy
+        told = torch.tensor(rows, dtype=torch.float64, pin_memory=pinned), torch.tensor(words, pin_memory=pinned)
+        out = [*(x.to(self.device, non_blocking=True) for x in told), *self.earlier.values()]
         for each in self.plan:
             out += [*each.parts, *(state for states in each.states for state in states), *each.masters]
         return out
@@ -102,7 +119,7 @@ class RecordedUpdate:
             states = [[next(left) for _ in of] for of in each.states]
             masters = [next(left) for _ in each.masters]
             summed = [
-                totals[p].contiguous() if p in totals else torch.zeros(part.shape, dtype=torch.float32)
+                totals[p].contiguous() if p in totals else torch.zeros_like(part, dtype=torch.float32)
                 for p, part in zip(each.params, params, strict=True)
             ]
             grads = each.grads(summed)
@@ -119,6 +136,7 @@ class RecordedUpdate:
                 numbers[k],
                 words,
                 lost,
+                self.secure,
             )
             out += grads
         return out

@@ -8,6 +8,7 @@ Every way is exact; the choice moves time and memory only.
     ``norm-GEMM``     norms from tiles of ``G_iᵀ A_i`` that are dropped, then the same
     ``instantiate``   per-sample gradients written out, with their norm; later a weighted sum of them
     ``segments``      embeddings: sums over equal ids
+    ``recompute``     heads without stored logits (``linear_cross_entropy``): tiles of ``G_iᵀ A_i``, G made twice
     ================  =====================================================================================
 """
 
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpfast.planning.rates import Rates, rates_of
+from dpfast.planning.logits import fit
+from dpfast.planning.rates import rates_of
+from dpfast.planning.unmeasured import Rates
 from dpfast.refusals import CheckpointError
 
 WAYS = ("ghost", "norm-GEMM", "instantiate")  # those that there is a choice of
@@ -57,7 +60,9 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one use of a parameter is handled, the seconds predicted for it, and the bytes it adds to memory."""
+    """How one use of a parameter is handled, the seconds predicted for it, and the bytes it adds to memory; and where
+    the rates of that prediction are from, if none were measured.
+    """
 
     way: str
     T: int
@@ -65,6 +70,7 @@ class Plan:
     p: int
     seconds: float
     kept: int = 0
+    unmeasured: str | None = None
 
 
 def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
@@ -89,7 +95,7 @@ def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
         kept = max(0, written - shape.sides)
     else:
         raise ValueError(f"way={way!r}: use one of {', '.join(WAYS)}")
-    return Plan(way, shape.T, shape.d, shape.p, seconds + rates.call, kept)
+    return Plan(way, shape.T, shape.d, shape.p, seconds + rates.call, kept, rates.unmeasured)
 
 
 def choices(shape: Shape) -> list[Plan]:
@@ -103,14 +109,22 @@ def choices(shape: Shape) -> list[Plan]:
 def segments(batch: int, T: int, d: int, itemsize: int, device: torch.device) -> Plan:
     """Embedding rows: G is read for the norm and for the sum."""
     rates = rates_of(device, torch.float32, False)
-    return Plan("segments", T, d, 1, 2 * itemsize * batch * T * d / rates.read + 2 * rates.call)
+    seconds = 2 * itemsize * batch * T * d / rates.read + 2 * rates.call
+    return Plan("segments", T, d, 1, seconds, unmeasured=rates.unmeasured)
+
+
+def recomputed(batch: int, T: int, d: int, p: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """A head whose logits are not stored: two products for the norm, and two for the sum."""
+    rates = rates_of(device, dtype, False)
+    return Plan("recompute", T, d, p, 8.0 * batch * T * d * p / rates.sum + 2 * rates.call, unmeasured=rates.unmeasured)
 
 
 def small(batch: int, size: int, itemsize: int, device: torch.device) -> Plan:
     """Biases, normalisation layers and bare parameters: ``[batch, size]`` formed and kept in any case."""
     rates = rates_of(device, torch.float32, False)
     kept = itemsize * batch * size
-    return Plan("instantiate", 1, size, 1, 2 * kept / rates.read + 2 * rates.call)
+    seconds = 2 * kept / rates.read + 2 * rates.call
+    return Plan("instantiate", 1, size, 1, seconds, unmeasured=rates.unmeasured)
 
 
 class Planner:
@@ -137,6 +151,7 @@ class Planner:
         self.memory_budget = memory_budget
         self.pins = dict(pins or {})
         self._plans: dict[tuple[str, Shape], Plan] = {}
+        self._logits: dict[tuple[str, int], bool] = {}  # by the head's name and bytes: whether they are stored
         self.loaded = 0  # how often plans were taken over
         self._left: float | None = None  # None: no pass has started
 
@@ -153,6 +168,13 @@ class Planner:
             plan = self._plans[layer, shape] = self._new(layer, shape)
         self._left -= plan.kept
         return plan
+
+    def stores_logits(self, layer: str, nbytes: int, device: torch.device) -> bool:
+        """Whether the head ``layer`` stores so many bytes of logits; it is the same in every pass."""
+        key = layer, nbytes
+        if key not in self._logits:
+            self._logits[key] = fit(nbytes, device)
+        return self._logits[key]
 
     def _new(self, layer: str, shape: Shape) -> Plan:
         plans = choices(shape)
@@ -184,7 +206,9 @@ class Planner:
 
     def state_dict(self) -> dict[str, list[Any]]:
         """The choices that were made, for a checkpoint: a run that goes on elsewhere has the same ones."""
-        return {"plans": [(layer, shape._asdict(), plan.way) for (layer, shape), plan in self._plans.items()]}
+        plans = [(layer, shape._asdict(), plan.way) for (layer, shape), plan in self._plans.items()]
+        logits = [(*key, stored) for key, stored in self._logits.items()]
+        return {"plans": plans} | ({"logits": logits} if logits else {})
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
         """Take over choices, all or none; those pinned here, and those of ways or devices that are not here, are
@@ -202,6 +226,7 @@ class Planner:
             if plan is not None:
                 loaded[layer, shape] = plan
         self._plans |= loaded
+        self._logits |= {(layer, nbytes): stored for layer, nbytes, stored in state.get("logits", ())}
         self.loaded += 1
 
 
@@ -221,13 +246,28 @@ def check_state(state: Mapping[str, list[Any]]) -> list[tuple[str, Shape, str]]:
                 raise ValueError(f"sizes that are no sizes: {sizes}")
             if not (isinstance(shape.dtype, torch.dtype) and isinstance(shape.device, torch.device)):
                 raise ValueError(f"no dtype or device: {shape.dtype!r}, {shape.device!r}")
+        for layer, nbytes, stored in state.get("logits", ()):
+            if not (type(layer) is str and type(nbytes) is int and type(stored) is bool):
+                raise ValueError(f"no choice for logits: {(layer, nbytes, stored)}")
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
     return choices
 
 
 class KeepSides(Planner):
-    """No gradient is written out: for looks at what layers hand over, which must not depend on the plan."""
+    """No gradient is written out: for looks at what layers hand over, which must not depend on the plan.
+
+    Logits are stored, or are not, as ``training`` does it, whatever the number of samples.
+    """
+
+    def __init__(self, training: Planner):
+        super().__init__()
+        self.training = training
+
+    def stores_logits(self, layer: str, nbytes: int, device: torch.device) -> bool:
+        if any(not stored for (name, _), stored in self.training._logits.items() if name == layer):
+            return False
+        return self.training.stores_logits(layer, nbytes, device)
 
     def choose(self, layer: str, shape: Shape) -> Plan:
         return Plan("ghost", shape.T, shape.d, shape.p, 0.0)

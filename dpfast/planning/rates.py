@@ -1,8 +1,8 @@
 """How fast this device is at what the planner chooses between, measured once and kept on disk.
 
 Rates lie beside the compiled libraries, in ``rates-*.json``, named by device, torch's version and the backends in use.
-Where no file can be written, :data:`BUILT_IN` serves: two processes never differ in their choices for having measured
-at different times.
+Where none can be measured or kept, those of :mod:`dpfast.planning.unmeasured` serve: two processes never differ in
+their choices for having measured at different times. ``explain`` and ``python -m dpfast doctor`` say so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,81 +27,78 @@ import torch
 from dpfast import ops
 from dpfast.native import allocator, build
 from dpfast.native import cache as libraries
+from dpfast.planning.clock import on_device
+from dpfast.planning.unmeasured import Rates, unmeasured
 
 _log = logging.getLogger("dpfast")
-EDITION = 2  # another one where other ops are measured, or ours have become faster
-
-
-@dataclass(frozen=True)
-class Rates:
-    """In a second: floating-point operations of each kind of product, and bytes; ``call`` is what an op costs at least.
-
-    ``gram`` is of ghost norms, counted at ``T²(p + d)``; ``lines`` are elements of both sides, ``T(p + d)``, that those
-    of a convolution lay out before (None: nothing is to be); ``tile`` of norms by tiles (None: there is no such op);
-    ``sample`` of per-sample gradients written out; ``sum`` of the clipped weight gradient; ``write`` is of memory that
-    is new, ``read`` of a weighted sum. A gradient that is written out is read ``passes`` times: for the sum, and for
-    the norm where that is not the same op's.
-    """
-
-    gram: float
-    tile: float | None
-    sample: float
-    sum: float
-    write: float
-    read: float
-    call: float
-    passes: int
-    lines: float | None = None
-
-
-BUILT_IN = {
-    "cpu": Rates(gram=9e10, tile=None, sample=1.6e11, sum=1.8e11, write=6e9, read=1.2e10, call=4e-5, passes=2),
-    "cuda": Rates(gram=2e14, tile=3e14, sample=3e14, sum=4e14, write=2e12, read=2e12, call=1e-5, passes=1),
-}
+EDITION = {"cpu": 2, "cuda": 3}  # another one where other ops are measured, in another way, or ours have become faster
+MAY_LACK = ("tile", "lines", "unmeasured")  # rates that are kept have these or None; of the last, only None
 
 
 def rates_of(device: torch.device, dtype: torch.dtype, patches: bool) -> Rates:
     """The rates for products of ``dtype`` on ``device``, of patches of a convolution or of a linear layer's sides."""
-    if device.type not in BUILT_IN:
-        return built_in("cuda", torch.float64)  # nothing is known of it, but that it has no kernels of ours
+    if device.type not in EDITION:
+        return unmeasured(device.type, dtype, patches, f"nothing is known of {device.type}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return unmeasured("cuda", dtype, patches, "no CUDA device is here")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return built_in("cuda", dtype)  # nothing can be measured now
+        return unmeasured("cuda", dtype, patches, "nothing can be measured while a CUDA graph is captured")
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     return _rates(device.type, index, dtype, patches)
-
-
-def built_in(kind: str, dtype: torch.dtype) -> Rates:
-    """Those of :data:`BUILT_IN`, with norms by tiles only where there is an op for them."""
-    rates = BUILT_IN[kind]
-    tiles = kind in ops.TRITON_DEVICES and dtype != torch.float64 and ops.why_no_triton() is None
-    return rates if tiles else replace(rates, tile=None)
 
 
 @cache
 def _rates(kind: str, index: int | None, dtype: torch.dtype, patches: bool) -> Rates:
     device = torch.device(kind, index) if index is not None else torch.device(kind)
-    what = "convolution" if patches else "linear"
     try:
-        path = _folder() / f"rates-{kind}-{what}-{str(dtype).removeprefix('torch.')}-{_key(device)}.json"
+        path = file_of(device, dtype, patches)
         if not path.is_file():
-            with tempfile.NamedTemporaryFile("w", dir=_folder()) as file:  # first, to see whether it can be kept
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # first, to see whether it can be kept
                 start = time.perf_counter()
                 json.dump(asdict(measured(device, dtype, patches)), file)
                 file.flush()
                 with suppress(FileExistsError):  # of several processes the first one's rates stay
                     os.link(file.name, path)
             took = time.perf_counter() - start
-            _log.info("dpfast measured %s products of %s on %s in %.1f s: %s", what, dtype, device, took, path)
+            _log.info(
+                "dpfast measured %s products of %s on %s in %.1f s: %s", _what(patches), dtype, device, took, path
+            )
         return _checked(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, torch.OutOfMemoryError, build.BuildError) as error:
-        _log.info("dpfast's built-in rates are used for its plans, as measured ones cannot be kept: %s", error)
-        return built_in(kind, dtype)
+        rates = unmeasured(kind, dtype, patches, f"measured ones cannot be had: {error}")
+        _log.info("dpfast plans with %s", rates.unmeasured)
+        return rates
+
+
+def file_of(device: torch.device, dtype: torch.dtype, patches: bool) -> Path:
+    """Where the measured rates are, or will be."""
+    name = f"rates-{device.type}-{_what(patches)}-{str(dtype).removeprefix('torch.')}-{_key(device)}.json"
+    return libraries.folder() / name
+
+
+def said_of(device: torch.device) -> tuple[str, str]:
+    """For ``doctor``, without measuring: whether the rates of a device are measured, and which, or what serves."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "predicted", str(rates_of(device, torch.bfloat16, False).unmeasured)
+    try:
+        folder = file_of(device, torch.float32, False).parent
+        kept = sorted(folder.glob(f"rates-{device.type}-*-{_key(device)}.json"))
+    except build.BuildError as error:
+        return "not measured", f"built-in or predicted rates serve, as there is no folder: {error}"
+    if not kept:
+        return "not measured", f"the first plan measures those of its dtype, and keeps them in {folder}"
+    return "measured", f"{', '.join(' '.join(path.stem.split('-')[2:4]) for path in kept)}, in {folder}"
+
+
+def _what(patches: bool) -> str:
+    return "convolution" if patches else "linear"
 
 
 def _checked(fields: dict[str, Any]) -> Rates:
     """Rates as a file has them, or a ValueError or TypeError: a plan must not fail for them in a backward pass."""
     rates = Rates(**fields)
-    numbers = [value for name, value in vars(rates).items() if not (name in ("tile", "lines") and value is None)]
+    numbers = [value for name, value in vars(rates).items() if not (name in MAY_LACK and value is None)]
     if not all(type(value) in (int, float) and 0 < value < math.inf for value in numbers):
         raise ValueError(f"rates that are no positive numbers: {fields}")
     return rates
@@ -172,33 +169,21 @@ def _memory(device: torch.device) -> tuple[float, float, float]:
 def seconds(call: Callable[[], object], device: torch.device, times: int = 5) -> float:
     """The least of a few runs, after one that is not counted."""
     call()
-    return min(_once(call, device) for _ in range(times))
-
-
-def _once(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    call()
-    events[1].record()
-    torch.cuda.synchronize(device)
-    return events[0].elapsed_time(events[1]) / 1e3
-
-
-def _folder() -> Path:
-    folder = libraries.folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    return min(on_device(call, device) for _ in range(times))
 
 
 def _key(device: torch.device) -> str:
     """Of what decides the rates: device, threads, versions, backends, the allocator and what is measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
     kept = device.type == "cpu" and allocator.keep_freed_memory() is None  # new memory then costs less
-    said = [name, torch.get_num_threads(), torch.__version__, sorted(map(str, ops.backends())), kept, EDITION]
+    said = [
+        name,
+        torch.get_num_threads(),
+        torch.__version__,
+        sorted(map(str, ops.backends())),
+        kept,
+        EDITION[device.type],
+    ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 

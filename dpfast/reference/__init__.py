@@ -13,6 +13,7 @@ from dpfast.reference.convolution import (
     convolution_squared_norm,
     convolution_weight_gradient,
 )
+from dpfast.reference.cross_entropy import IGNORED, logit_gradient, token_losses
 from dpfast.reference.embedding import (
     embedding_cross_term,
     embedding_grad_samples,
@@ -32,6 +33,15 @@ from dpfast.reference.matmul import (
     one_position_squared_norm,
 )
 from dpfast.reference.precision import alike_for_every_batch, full_precision, needs_full_precision
+from dpfast.reference.recomputed_head import Backward as HeadBackward
+from dpfast.reference.recomputed_head import Sides as HeadSides
+from dpfast.reference.recomputed_head import (
+    head_backward,
+    head_clipped_sum,
+    head_embedding_cross_term,
+    head_gradient,
+    head_losses,
+)
 from dpfast.reference.reductions import (
     channel_sums,
     normalised_sums,
@@ -43,7 +53,10 @@ from dpfast.reference.reductions import (
 from dpfast.reference.rounding import all_left_in, compute_dtype, left_in
 
 __all__ = [
+    "IGNORED",
     "Geometry",
+    "HeadBackward",
+    "HeadSides",
     "alike_for_every_batch",
     "all_left_in",
     "certified_ghost",
@@ -66,12 +79,19 @@ __all__ = [
     "ghost_stats",
     "grad_samples",
     "gram_stats",
+    "head_backward",
+    "head_clipped_sum",
+    "head_embedding_cross_term",
+    "head_gradient",
+    "head_losses",
     "left_in",
+    "logit_gradient",
     "needs_full_precision",
     "normalised_sums",
     "one_position_squared_norm",
     "row_squares",
     "squared_norm",
     "sum_positions",
+    "token_losses",
     "weighted_sum",
 ]

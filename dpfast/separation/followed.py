@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dpfast.capture.forms import Form
+from dpfast.capture.recomputed import Recomputed
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.refusals import listed
 from dpfast.separation.inputs import label_inputs
@@ -97,8 +98,8 @@ class Followed(Proof):
 
     def sees(self, name: str, form: Form) -> None:
         """A layer's form: its rows must be the samples', in their order."""
-        for side in SIDES:
-            x = getattr(form, side, None)
+        sides = form.of_samples() if isinstance(form, Recomputed) else [getattr(form, side, None) for side in SIDES]
+        for x in sides:
             if isinstance(x, Tensor):
                 self._note(name, self.labels[x], self.labels.in_order(0, x.shape[0]))
 

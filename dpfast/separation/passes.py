@@ -62,7 +62,7 @@ def observed(recorder: Recorder, observe: Any) -> Iterator[None]:
     """
     pass_around = recorder.suspend()
     try:
-        with recorder.setting(observer=observe, planner=KeepSides(), bypassed=[]), own_saved_tensors():
+        with recorder.setting(observer=observe, planner=KeepSides(recorder.planner), bypassed=[]), own_saved_tensors():
             yield
     finally:
         recorder.resume(pass_around)

@@ -1,5 +1,6 @@
 """What kernels share: the launch, the precision of products, the order of tiles, and cases to compile without a GPU."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,12 @@ INTERPRETED = not isinstance(tl.cdiv, triton.JITFunction)
 """TRITON_INTERPRET was set when triton was imported: kernels run on the CPU, one numpy call an operation."""
 
 WIDEN = tl.constexpr(INTERPRETED)  # numpy has no bfloat16: there, tiles are widened before a product, which is exact
+
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel is compiled with, whatever Triton's own default is: a product and the sum after it may be rounded
+once. Noise has the same bits either way, as its multiply-adds are ``tl.fma`` and no other product of it is added to
+anything; bounds hold either way, as they count a rounding for each of the two.
+"""
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -103,11 +110,12 @@ def tile_at(index, rows, columns, GROUP: tl.constexpr):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was not made: what there is to compile."""
+    """One launch that was not made: what there is to compile, and in how many programs it would have run."""
 
     kernel: Any
     arguments: Sequence[Any]
     options: dict[str, Any]
+    programs: int
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **options: Any) -> None:
     """``kernel[grid](*arguments, **options)`` on ``device``; nothing where the grid is empty. ``options``: the
-    ``tl.constexpr`` arguments, ``num_warps`` and ``num_stages``. On the meta device it is noted and not made.
+    ``tl.constexpr`` arguments, ``num_warps`` and ``num_stages``; :data:`OPTIONS` come beside them. On the meta device
+    it is noted and not made.
     """
     if 0 in grid:
         return
+    options |= OPTIONS
     if device.type == "meta":
-        _not_made.append(Launch(kernel, arguments, options))
+        _not_made.append(Launch(kernel, arguments, options, math.prod(grid)))
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)

@@ -45,7 +45,9 @@ def configure_tiles(T: int, dtype: torch.dtype, vectorised: bool) -> Tiles:
     if not vectorised:
         return Tiles(32, 32, 4, 2)
     block = max(16, min(64, next_power_of_2(T)))
-    return Tiles(block, 32 if dtype == torch.float32 else 64, 4, 3)
+    if dtype == torch.float32:  # in four warps a tile's sums and its products are more than registers hold
+        return Tiles(block, 32, 8 if block == 64 else 4, 3)
+    return Tiles(block, 64, 4, 3)
 
 
 def columns_of(d: int) -> int:

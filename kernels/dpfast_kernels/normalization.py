@@ -20,13 +20,15 @@ class Config:
     num_stages: int
 
 
-def configure(T: int, d: int, by_channel: bool) -> Config:
-    """Tiles of at most 4096 elements, long on the axis that is contiguous: d, or T in a layout by channel."""
+def configure(T: int, d: int, by_channel: bool, dtype: torch.dtype) -> Config:
+    """Tiles of at most 4096 elements, long on the axis that is contiguous: d, or T in a layout by channel. Two of
+    float32, beside their sums, are more than the registers of four warps hold.
+    """
     if INTERPRETED:
         return Config(8, 16, 4, 1)
     longest = 512 if by_channel else 32
     block_t = min(longest, next_power_of_2(max(T, 1)))
-    return Config(block_t, min(1024, 4096 // block_t, next_power_of_2(max(d, 1))), 4, 2)
+    return Config(block_t, min(1024, 4096 // block_t, next_power_of_2(max(d, 1))), 8 if dtype.itemsize > 2 else 4, 2)
 
 
 def slices_of(T: int, programs: int, block: int) -> int:
@@ -168,7 +170,7 @@ def sums_with(
 ) -> list[torch.Tensor]:
     """``[weight, its squared norms, bias, its squared norms]`` of ``G [B, T, d]``; the latter two only without x."""
     B, T, d = G.shape
-    config = config or configure(T, d, by_channel)
+    config = config or configure(T, d, by_channel, G.dtype)
     kinds = 1 if x is None else 2
     blocks = cdiv(d, config.BLOCK_D)
     slices = slices_of(T, B * blocks, config.BLOCK_T)
@@ -272,6 +274,7 @@ COMPILES = [
     _case("LayerNorm", torch.float32, 2, 4096, 1024),
     _case("RMSNorm", torch.float16, 8, 512, 4096),
     _case("channel_sums", torch.bfloat16, 32, 1024, 64),
+    _case("channel_sums", torch.float32, 32, 1024, 64),
     _case("sum_positions", torch.bfloat16, 32, 1024, 4096),
     _case("sum_positions", torch.float32, 4096, 1, 50),
 ]

@@ -42,12 +42,14 @@ def configure(N: int, T: int, d: int, p: int, dtype: torch.dtype, vectorised: bo
     if dtype == torch.float32:
         return Config(32, 64, 64, 8, 3)
     fast = chip.large and vectorised
+    most = 128 * 256 if fast else 128 * 128 if chip.large or vectorised else 64 * 64  # elements of a tile
     block_t = max(16, min(64 if fast else 32, next_power_of_2(T)))
     for block_p, block_d in (128, 256), (128, 128), (64, 128), (128, 64):
         narrow = (p <= 64 and block_p > 64) or (d <= block_d // 2 and block_d > 64)
         idle = 2 * N * cdiv(p, block_p) * cdiv(d, block_d) < chip.processors
-        if not narrow and not idle and (fast or block_d < 256):
-            return Config(block_t, block_p, block_d, 8, 3 if block_d == 256 else 4)
+        if not narrow and not idle and block_p * block_d <= most:
+            # one warpgroup for 64 rows: of two, Triton 3.6 leaves the second one's products waiting for each other
+            return Config(block_t, block_p, block_d, 8 if block_p > 64 else 4, 3 if block_d == 256 else 4)
     return Config(block_t, 64, 64, 8, 4)
 
 
@@ -208,4 +210,7 @@ COMPILES = [
     _case(torch.bfloat16, 1, 1, 1, 1, None, False),
     _case(torch.bfloat16, 32, 1024, 1024, 4096, torch.bfloat16, True),
     _case(torch.float32, 32, 1024, 1024, 4096, torch.float32, False),
+    _case(torch.bfloat16, 32, 1023, 1023, 4095, torch.float32, True),
+    _case(torch.bfloat16, 32, 1024, 2048, 16, torch.float32, True),
+    _case(torch.bfloat16, 32, 1024, 16, 2048, torch.float32, True),
 ]

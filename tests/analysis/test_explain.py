@@ -1,10 +1,13 @@
 """explain prints the plan: layer, T, d, p, way, predicted and measured time, bytes kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import dpfast
+from dpfast.planning import planner, unmeasured
 from tests import snapshot
 from tests.helpers import make_private
 from tests.zoo import TinyGPT, every_layer, specimen
@@ -30,6 +33,16 @@ def test_every_trained_layer_has_a_row(name, capsys):
     for name_of_weight, _ in model.named_parameters():
         layer = name_of_weight.rpartition(".")[0]
         assert any(layer in line for line in lines[1:]), f"{name_of_weight} is not in the plan"
+
+
+def test_it_says_that_no_rates_were_measured(capsys, monkeypatch):
+    """Once for each kind of rates, whatever layers are planned with them; with measured ones nothing is to be said."""
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)), torch.randn(4, 7, 6)
+    measured = replace(unmeasured.CPU, unmeasured=None)
+    for rates in (measured, replace(measured, unmeasured="rates predicted from a crystal ball: no device")):
+        monkeypatch.setattr(planner, "rates_of", lambda *_, rates=rates: rates)
+        said = [line for line in table(capsys, model, x) if line.startswith("predicted with")]
+        assert said == ([] if rates is measured else [f"predicted with {rates.unmeasured}"])
 
 
 def test_the_numbers_of_a_linear_layer(capsys):

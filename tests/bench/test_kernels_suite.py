@@ -18,7 +18,7 @@ from bench.suites.kernel_cases import SMALL, Case, CaseSet
 from dpfast import ops
 from dpfast.capture.forms import Factored
 from dpfast.planning import planner
-from dpfast.planning.rates import BUILT_IN
+from dpfast.planning.unmeasured import CPU as RATES
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, seconds=0.01, small=True)
@@ -28,7 +28,7 @@ ROOF = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Small peaks in few rounds; nothing is measured for the planner, and nothing written for later runs."""
-    monkeypatch.setattr(planner, "rates_of", lambda device, *_: BUILT_IN["cpu"])
+    monkeypatch.setattr(planner, "rates_of", lambda device, *_: RATES)
     for name, value in (("COPIED", 1 << 16), ("SIDE", 16), ("SECONDS", 0.001)):
         monkeypatch.setattr(roofline, name, {"cpu": value})
 
@@ -356,7 +356,7 @@ def test_a_way_that_is_wrong_gets_no_figure(method, monkeypatch):
 @pytest.mark.parametrize("shape, way", [((4, 4, 64, 64), "ghost"), ((4, 64, 64, 64), "instantiate")])
 def test_the_way_is_the_one_of_the_default_budget(shape, way, monkeypatch):
     """It is what most of a model's weights get."""
-    monkeypatch.setattr(planner, "rates_of", lambda *_: replace(BUILT_IN["cpu"], gram=1e7))
+    monkeypatch.setattr(planner, "rates_of", lambda *_: replace(RATES, gram=1e7))
     rows = planner_cases.planned(shape, torch.float32, CPU, 0.01)
     assert [row["way"] for row in rows] == ["instantiate", "ghost"] and rows[0]["fastest_predicted"]
     assert [row["way"] for row in rows if row["chosen"]] == [way]

@@ -20,7 +20,17 @@ PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 SECTIONS = {re.sub(r"\W+", "-", part.splitlines()[0].lower()): part for part in re.split(r"^## ", PAGE, flags=re.M)[1:]}
 CLASSES = {cls.__name__: cls for classes in refusals.topics().values() for cls in classes}
 FILES = {path.relative_to(ROOT / "dpfast").as_posix(): path for path in (ROOT / "dpfast").rglob("*.py")}
-ELSEWHERE = ("ops/", "reference/", "native/", "planning/", "analysis/", "cli/", "integrations/finetune/", "losses.py")
+ELSEWHERE = (
+    "ops/",
+    "reference/",
+    "native/",
+    "planning/",
+    "analysis/",
+    "cli/",
+    "integrations/finetune/",
+    "losses.py",
+    "head_losses.py",
+)
 ARGUMENT = re.compile(r"^(…|[\w.]+)(\[.*?\])?( state)?(=|: )|^(logits|sizes|…) ")  # "name=value: remedy"
 TOLD = {  # no refusals: errors that torch's own modules raise in the same place, and questions within a check
     "capture/running_pass.py": "… follow from values of the batch",

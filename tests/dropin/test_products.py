@@ -43,8 +43,8 @@ def train(model, optimizer, batches):
 
 def private(model, engine, batches=None, **kw):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    given = dict(module=model, optimizer=optimizer, data_loader=batches or loader(), max_grad_norm=1.0)
-    return engine.make_private(**given, **({"noise_multiplier": 1.0} | kw))
+    given = dict(module=model, optimizer=optimizer, data_loader=batches or loader())
+    return engine.make_private(**given, **({"noise_multiplier": 1.0, "max_grad_norm": 1.0} | kw))
 
 
 class TestFlower:
@@ -118,6 +118,64 @@ class TestMostly:
         again = dpfast.PrivacyEngine(accountant="rdp")
         again.accountant.load_state_dict(engine.accountant.state_dict())
         assert again.get_epsilon(DELTA) == engine.get_epsilon(DELTA)
+
+    @pytest.fixture(params=["patched", "imported"])
+    def products(self, request):
+        """The engine and the function that the product has, without a line changed or with two imports."""
+        if request.param == "imported":
+            yield dpfast.PrivacyEngine, dpfast.wrap_data_loader
+            return
+        dpfast.patch_opacus()
+        try:
+            yield opacus.PrivacyEngine, opacus.utils.batch_memory_manager.wrap_data_loader
+        finally:
+            dpfast.unpatch_opacus()
+
+    def test_rows_with_equal_values(self, products):
+        """A table of categories: parts of a batch have rows in common, and are no less parts of it."""
+        Engine, wrap = products
+        torch.manual_seed(0)
+        rows = TensorDataset(F.one_hot(torch.arange(16) % 3).float(), torch.arange(16) % 2)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        twin = oracle.pristine(model, torch.float64)
+        collate = torch.utils.data.default_collate
+        model, optimizer, batches = private(
+            model, Engine(accountant="rdp"), DataLoader(rows, batch_size=2), max_grad_norm=0.1, noise_multiplier=0.0
+        )
+        optimizer.param_groups[0]["lr"] = 0.0
+        batches.collate_fn = lambda batch: collate(batch) if batch else {}
+        given, kinds = [], []
+        for _ in range(4):
+            for batch in wrap(data_loader=batches, max_batch_size=2, optimizer=optimizer):
+                optimizer.zero_grad(set_to_none=True)
+                if batch:
+                    given.append(batch)
+                    F.cross_entropy(model(batch[0]), batch[1]).backward()
+                else:  # so that Opacus' optimizer has something to clip
+                    for p in optimizer.params:
+                        p.grad_sample = p.new_empty((0, *p.shape))
+                optimizer.step()
+                if optimizer._is_last_step_skipped:
+                    continue
+                kinds.append(len(given))
+                expected = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+                if given:
+                    x, y = (torch.cat(parts) for parts in zip(*given, strict=True))
+                    grads = oracle.per_sample_gradients(twin, (x.double(),), y, F.cross_entropy)
+                    expected = oracle.clipped_sum(grads, 0.1)
+                for p, want in zip(model.parameters(), expected.values(), strict=True):
+                    torch.testing.assert_close(p.grad.double(), want / 2, rtol=1e-4, atol=1e-7)
+                given.clear()
+        assert len(kinds) == 32 and 0 in kinds and max(kinds) > 1
+
+    def test_a_part_does_not_count_twice(self):
+        model, optimizer, batches = private(net(), dpfast.PrivacyEngine(), poisson_sampling=False)
+        parts = iter(dpfast.wrap_data_loader(data_loader=batches, max_batch_size=3, optimizer=optimizer))
+        x, y = next(parts)
+        train(model, optimizer, [(x, y)])
+        next(parts)
+        with pytest.raises(ValueError, match="an earlier batch than the physical batch"):
+            F.cross_entropy(model(x), y).backward()
 
 
 class TestNeMo:

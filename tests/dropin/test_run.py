@@ -11,6 +11,7 @@ import opacus.privacy_engine
 import pytest
 from opacus import PrivacyEngine  # noqa: F401 (a name that a patch has to find)
 from opacus.utils import batch_memory_manager
+from opacus.utils.batch_memory_manager import wrap_data_loader  # noqa: F401 (likewise)
 
 import dpfast
 from dpfast.dropin import run
@@ -223,21 +224,32 @@ def test_spawned_processes(tmp_path, monkeypatch):
 
 def test_patch_and_unpatch():
     """Names that modules have imported before go along, and come back."""
-    stock = opacus.PrivacyEngine, batch_memory_manager.BatchMemoryManager
+    stock = opacus.PrivacyEngine, batch_memory_manager.BatchMemoryManager, batch_memory_manager.wrap_data_loader
     here = sys.modules[__name__]
     try:
         for _ in range(2):
             dpfast.patch_opacus()
         assert here.PrivacyEngine is opacus.PrivacyEngine is opacus.privacy_engine.PrivacyEngine is not stock[0]
         assert issubclass(opacus.PrivacyEngine, dpfast.PrivacyEngine) and issubclass(opacus.PrivacyEngine, stock[0])
-        assert batch_memory_manager.BatchMemoryManager is dpfast.BatchMemoryManager is not stock[1]
+        assert issubclass(batch_memory_manager.BatchMemoryManager, dpfast.BatchMemoryManager)
+        assert here.wrap_data_loader is batch_memory_manager.wrap_data_loader is not stock[2]
         engine = opacus.PrivacyEngine()
     finally:
         for _ in range(2):
             dpfast.unpatch_opacus()
     assert here.PrivacyEngine is opacus.PrivacyEngine is opacus.privacy_engine.PrivacyEngine is stock[0]
-    assert batch_memory_manager.BatchMemoryManager is stock[1] is not dpfast.BatchMemoryManager
+    assert batch_memory_manager.BatchMemoryManager is stock[1]
+    assert batch_memory_manager.wrap_data_loader is here.wrap_data_loader is stock[2]
     assert isinstance(engine, dpfast.PrivacyEngine) and dpfast.PrivacyEngine.__mro__[1] is stock[0]
+
+
+@pytest.mark.parametrize("name", ["BatchMemoryManager", "PrivacyEngine", "wrap_data_loader"])
+def test_names_of_dpfast_stay_when_the_patch_is_taken_off(name, monkeypatch):
+    own = getattr(dpfast, name)
+    monkeypatch.setattr(sys.modules[__name__], "own_name", own, raising=False)
+    dpfast.patch_opacus()
+    dpfast.unpatch_opacus()
+    assert sys.modules[__name__].own_name is own is getattr(dpfast, name)
 
 
 @pytest.mark.parametrize(

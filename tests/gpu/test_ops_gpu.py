@@ -2,6 +2,8 @@
 the emulator runs too, and what only a GPU can show: large tensors, streams, graphs, nothing that waits.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -21,7 +23,14 @@ def side():
     if not native.available("cuda"):
         pytest.skip(f"no CUDA library: {native.why_not('cuda')}")
     cases.cpu()
-    return cases.Side(torch.ops.dpfast, "cuda")
+
+    @contextmanager
+    def capturing():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph.replay
+
+    return cases.Side(torch.ops.dpfast, "cuda", capturing)
 
 
 @each_dtype
@@ -52,6 +61,18 @@ def test_standard_normal(side, mode, offset):
 @pytest.mark.parametrize(("rule", "rounding", "extras"), cases.UPDATES)
 def test_update(side, dtype, mode, rule, rounding, extras):
     cases.update(side, dtype, mode, rule, rounding, extras)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES[:3], ids=["f32", "bf16", "f16"])
+@each_mode
+@pytest.mark.parametrize("name", cases.RULES)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_updates_in_a_graph(side, dtype, mode, name, rounding):
+    cases.updates_in_a_graph(side, dtype, mode, name, rounding)
+
+
+def test_keys_are_not_captured(side):
+    cases.captured_keys(side)
 
 
 @pytest.mark.parametrize("function", range(5))

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dpfast.integrations.distributed import PRIVACY_NAME
 from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, checkpoint, command, finetune, model
 from dpfast.integrations.finetune.trainer import FinetuneTrainer
+from dpfast.optim.optimizer import FusedDPOptimizer
 
 TEXTS = [f"the number {k} comes after {k - 1}" for k in range(1, 41)]
 ROWS = [{"text": text, "label": ["no", "yes"][len(text) % 2]} for text in TEXTS]
@@ -68,7 +69,14 @@ def killed_at(monkeypatch, step):
     return lambda: monkeypatch.setattr(FinetuneTrainer, "training_step", whole)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "task": "classification", "physical_batch_size": "auto"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_rank": 2, "task": "classification", "physical_batch_size": "auto"},
+        {"lora_rank": 2, "pure_bf16": True, "low_precision": "master"},
+    ],
+)
 def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch, changes):
     uninterrupted = weights(finetune(config(tmp_path / "a", seed=5, **changes)))
     alive = killed_at(monkeypatch, 4)
@@ -221,7 +229,6 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path, monkeypatch
     folder = tmp_path / "out" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
     before = {path.name: path.read_bytes() for path in (folder / "checkpoint-3").iterdir()}
-    assert (folder / "checkpoint-3" / PRIVACY_NAME).stat().st_mode & 0o777 == 0o600
 
     def full(state, file, **kwargs):
         raise OSError(28, "No space left on device")
@@ -300,22 +307,47 @@ def test_memory_that_runs_out_is_one_line_and_takes_no_step(tmp_path, monkeypatc
     def too_much(self, *piece):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(FinetuneTrainer, "_losses", too_much)
-    with pytest.raises(FinetuneError, match=r"3 samples at once do not fit.*--physical-batch-size 1"):
-        finetune(config(tmp_path))
+    for place in ((FinetuneTrainer, "_losses"), (FusedDPOptimizer, "step")):  # which makes AdamW's moments
+        with monkeypatch.context() as full:
+            full.setattr(*place, too_much)
+            with pytest.raises(FinetuneError, match=r"3 samples at once do not fit.*--physical-batch-size 1"):
+                finetune(config(tmp_path))
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
-def test_the_training_loss_is_not_logged(tmp_path):
+def events_of(found):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = finetune(config(tmp_path, eval=0.3, max_steps=2, log_every=1))
     events = EventAccumulator(str(found.output / "logs"))
     events.Reload()
+    return events
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_the_training_loss_is_not_logged(tmp_path, capsys, shown):
+    """Neither where it is shown on the progress bar."""
+    found = finetune(config(tmp_path, eval=0.3, max_steps=2, log_every=1, show_training_loss=shown))
+    assert ("training loss (not private)=" in capsys.readouterr().err) is shown
+    assert "train_loss" not in (found.output / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text()
+    events = events_of(found)
     tags = {"train/epsilon", "train/samples_per_second", "train/learning_rate", "eval/loss", "eval/perplexity"}
     found = set(events.Tags()["scalars"])
     assert tags <= found and not [name for name in found if "loss" in name and "eval" not in name], found
     assert [event.step for event in events.Scalars("train/epsilon")] == [1, 2, 2]
+
+
+def test_the_logs_of_a_resumed_run_have_each_step_once(tmp_path, monkeypatch):
+    """Steps 4 and 5 were logged before it was killed; an evaluation after training is logged there too."""
+    given = dict(eval=0.3, log_every=1)
+    alive = killed_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        finetune(config(tmp_path, **given))
+    alive()
+    found = finetune(config(tmp_path, resume=True, **given))
+    assert [event.step for event in events_of(found).Scalars("train/learning_rate")] == [1, 2, 3, 4, 5, 6]
+    finetune(config(tmp_path, resume=True, **given))  # has no step left to take
+    folders = [path.name for path in (found.output / "checkpoints").iterdir()]
+    assert sorted(folders) == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_a_model_from_a_folder_or_a_kind(tmp_path):

@@ -88,6 +88,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         ("a.txt", "x\n", ["--resume"], "no checkpoint in"),
         ("a.txt", "x\n", ["--model", "gpt2"], "--random-weights"),
         ("a.txt", "x\n", ["--model", "."], "no config.json"),
+        ("a.txt", "x\n", ["--batch-size", "1", "--report-to", "nowhere"], "nowhere is not supported"),
         ("a.txt", "x\n", ["--lora-rank", "2", "--lora-targets", "nothing", "--batch-size", "1"], "--lora-targets"),
     ],
 )

@@ -68,7 +68,7 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def private(rank: int, world_size: int, optimizer: str, tied: bool = False, frozen: str = "", **options: Any) -> tuple:
-    model = base = net(tied)
+    model = base = net(tied).to(options.pop("dtype", torch.float32))
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or frozen not in name)
     if (adapted := options.pop("adapted", None)) is not None:
@@ -318,6 +318,29 @@ def save_half_way(rank: int, folder: Path) -> None:
     extra = {"step": 3, "noise": optimizer.noise.state_dict()}
     for _ in range(2):  # the second replaces the first
         save_checkpoint(folder, engine=engine, module=model, optimizer=optimizer, extra=extra)
+
+
+def masters_after_loading(rank: int, folder: Path) -> list:
+    """Whether each float32 copy of a bfloat16 parameter comes back, and how many elements are here."""
+    options = dict(dtype=torch.bfloat16, low_precision="master", loss_reduction="sum")
+    engine, model, optimizer, loader = private(rank, 3, "adamw", **options)
+    train(model, optimizer, loader.batch_sampler, steps=2)
+    save_checkpoint(folder, engine=engine, module=model, optimizer=optimizer)
+    first = {name: optimizer.original_optimizer.state[p] for name, p in model._module.named_parameters()}
+    engine, model, optimizer, _ = private(rank, 3, "adamw", **options)
+    load_checkpoint(folder, engine=engine, module=model, optimizer=optimizer)
+    found = []
+    for name, p in model._module.named_parameters():
+        for part, value in first[name].items():
+            got = optimizer.original_optimizer.state[p][part]
+            found.append((name, part, got.dtype == value.dtype and torch.equal(whole(got), whole(value))))
+    return found
+
+
+def test_float32_copies_of_sixteen_bit_shards_come_back(ranks, tmp_path):
+    for found in ranks(masters_after_loading, tmp_path / "checkpoint"):
+        assert "master_param" in {part for _, part, _ in found}
+        assert not [(name, part) for name, part, same in found if not same]
 
 
 def go_on(rank: int, world_size: int, folder: Path) -> list:

@@ -157,6 +157,24 @@ def test_where_other_ranks_have_more_pieces_this_one_runs_padding(tmp_path, draw
         assert torch.equal(weights(got.model)[name], p)
 
 
+def test_what_is_not_the_samples_is_no_shorter_on_a_rank_without_them(tmp_path, drawn, monkeypatch):
+    """A number and a table beside the batch."""
+    beside = {"scale": torch.tensor(1.0), "table": torch.ones(5)}
+
+    class Beside(Watched):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            inputs = dict(inputs)
+            assert [inputs.pop(name).shape for name in beside] == [x.shape for x in beside.values()]
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Ranks, "most", lambda self, count: count + 1)
+    private = dict(noise_multiplier=1.0, pad=True)
+    args = dict(gradient_accumulation_steps=1, max_steps=2, data_collator=lambda x: to_one_length(x) | beside)
+    trainer = trainer_of(tmp_path, gpt2(), texts(3), private, Beside, **args)
+    trainer.train()
+    assert trainer.steps_accounted() == 2
+
+
 def test_a_second_forward_of_the_rows_in_another_order_is_refused(tmp_path, monkeypatch):
     """One backward of both would clip two samples as one."""
     monkeypatch.setattr("dpfast.integrations.trainer.check_collation", lambda *args: None)  # which may see it before

@@ -9,8 +9,11 @@ from torch.utils.data import Dataset
 
 pytest.importorskip("transformers")
 
+from dpfast.distributed.ranks import Ranks
+from dpfast.integrations import trainer_checkpoints
 from dpfast.integrations.replayed import Replayed, Rows, digest_of, seeded, whole
 from dpfast.integrations.trainer import PRIVACY_NAME, DPTrainer
+from dpfast.integrations.trainer_checkpoints import ResumableTrainer, newest_whole
 from tests.integrations.test_trainer import DROPOUT, collate, gpt2, lora, texts, trainer_of, weights
 
 PRIVACY = {"noise_multiplier": 1.0, "seed": None}
@@ -56,10 +59,9 @@ def before(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_transforms_are_drawn_again(tmp_path, workers):
-    """In the main process or in a worker; also where the file with the generators' states is lost."""
+    """In the main process or in a worker."""
     kw = dict(data=Transformed(texts(16)), data_collator=masked, dataloader_num_workers=workers)
     first = trained(tmp_path, **kw)
-    (tmp_path / "checkpoint-1" / "rng_state.pth").unlink()
     torch.manual_seed(77)
     random.seed(77)
     again = trained(tmp_path, resume=True, **kw)
@@ -87,12 +89,24 @@ def other_loss(outputs, labels, num_items_in_batch=None):
     return outputs.logits[:, 0].square().mean(1)  # the first position knows of no padding
 
 
+def with_setting(name, value):
+    model = gpt2(**DROPOUT)
+    setattr(model.config, name, value)
+    return model
+
+
 CHANGES = {
     "a sample": (dict(data=[{"input_ids": torch.tensor([5, 6, 7])}, *texts(16)[1:]]), "train_dataset"),
     "a token": (dict(data=[{"input_ids": x["input_ids"].clamp(max=21)} for x in texts(16)]), "train_dataset"),
     "the order": (dict(data=texts(16)[::-1]), "train_dataset"),
     "the collator": (dict(data_collator=other_collate), "data_collator"),
     "the loss": (dict(compute_loss_func=other_loss), "compute_loss_func"),
+    "the expected batch size": (dict(privacy={**PRIVACY, "expected_batch_size": 5}), "expected_batch_size"),
+    "the accumulated batches": (
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=5),
+        "expected_batch_size",
+    ),
+    "dropout that no module has": (dict(model=lambda: with_setting("attention_dropout", 0.3)), "config"),
     "rows that are padded": (dict(privacy={**PRIVACY, "pad": True}), "privacy.pad"),
     "the device": (dict(), "device"),
     "the ranks": (dict(), "world_size"),
@@ -140,6 +154,45 @@ def test_other_frozen_weights(tmp_path):
     assert again.optimizer.noise.key != first.optimizer.noise.key
 
 
+def test_weights_that_are_not_in_the_checkpoint(tmp_path):
+    """PEFT saves adapters, and none of the base's own that train beside them."""
+
+    def model():
+        made = lora()
+        made.base_model.model.transformer.ln_f.weight.requires_grad_(True)
+        return made
+
+    first = trained(tmp_path, model())
+    with pytest.warns(UserWarning, match="weights changed; the noise takes a new key"):
+        again = trained(tmp_path, model(), resume=True)
+    assert again.optimizer.noise.key != first.optimizer.noise.key
+
+
+def test_sixteen_bit_adapters_stay_so(tmp_path):
+    """PEFT makes them float32 as it loads them."""
+    first = trained(tmp_path, lora().bfloat16())
+    again = trained(tmp_path, lora().bfloat16(), resume=True)
+    assert again.optimizer.noise.key == first.optimizer.noise.key
+    a, b = weights(first.model), weights(again.model)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
+
+
+def test_ranks_that_disagree_take_a_new_key(before, monkeypatch):
+    """This one sees no change, and another one does."""
+    whole = ResumableTrainer._load_optimizer_and_scheduler
+
+    def load(self, checkpoint):
+        with monkeypatch.context() as two:
+            two.setattr(Ranks, "gathered", lambda self, values: [list(values), [1.0]])
+            whole(self, checkpoint)
+
+    monkeypatch.setattr(ResumableTrainer, "_load_optimizer_and_scheduler", load)
+    with pytest.warns(UserWarning, match="something on another rank changed"):
+        again = trained(before[0], resume=True, save_strategy="no")
+    assert again.optimizer.noise.key not in (None, before[1])
+
+
 class Own(Transformed):
     """Draws from a generator of its own, which nobody can seed."""
 
@@ -171,7 +224,9 @@ def test_data_that_cannot_be_told_from_others(tmp_path, kind):
 
 
 def test_what_is_secret_is_its_owners(before):
+    """The generators' states, which tell the seed, are not in a checkpoint."""
     assert (before[0] / "checkpoint-1" / PRIVACY_NAME).stat().st_mode & 0o777 == 0o600
+    assert not [path.name for path in (before[0] / "checkpoint-1").iterdir() if "rng" in path.name]
 
 
 def test_what_tells_data_apart():
@@ -211,6 +266,31 @@ def test_batches_are_a_function_of_seed_step_and_rank():
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before[0])
     assert whole(again) is again
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_until_it_is(tmp_path, monkeypatch):
+    """Half of each of two runs, it would bring one's key to the other's sums."""
+    trained(tmp_path)
+    assert newest_whole(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ResumableTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.warns(UserWarning, match="train_dataset changed"), pytest.raises(OSError, match="No space"):
+        trained(tmp_path, resume=True, data=texts(16, seed=2))
+    assert newest_whole(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_sharded_model_is_saved_and_loaded_or_refused(tmp_path, monkeypatch):
+    """``save_only_model`` has no shards beside it; the Trainer would take the last model for the best."""
+    monkeypatch.setattr(trainer_checkpoints, "is_sharded", lambda model: True)
+    monkeypatch.setattr(trainer_checkpoints, "whole_state", lambda model: model.state_dict())
+    trained(tmp_path, save_only_model=True)
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, eval_dataset=texts(2))
+    with pytest.raises(ValueError, match="load_best_model_at_end=True: the checkpoints of a sharded model"):
+        trained(tmp_path, **best)
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

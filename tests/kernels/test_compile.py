@@ -1,21 +1,19 @@
 """Every kernel compiled for sm_80 and sm_90, GPU or none: no spills, shared memory that fits, wgmma where it is due.
 
-For sm_90 in every case of its file, for sm_80 in the first case that has it; where nothing has changed since a whole
-compile (:mod:`tests.unchanged`), for sm_90 in the first case too. Compiled in processes of their own, without the
-interpreter. Run with ``-s`` to see registers and shared memory.
+In every case of its file; where nothing has changed since a whole compile (:mod:`tests.unchanged`), in the first case
+that has it. Compiled in processes of their own, without the interpreter, and with floating-point fusion off by
+default, as Triton 3.10 will have it: kernels say by themselves what they want. Run with ``-s`` to see registers and
+shared memory.
 """
 
 import importlib
-import io
 import itertools
 import json
 import os
 import pkgutil
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ def compiled(tmp_path_factory) -> dict[str, Any]:
     """``{family: what was said of its kernels}``, or of what went wrong; in two processes, which share the families."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(dpfast_kernels.__file__).parents[1]), *sys.path])
-    environment["TRITON_DUMP_PTXAS_LOG"] = "1"
+    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "0"}
     caches, part = tmp_path_factory.mktemp("triton"), FIRST if is_known_good("triton") else WHOLE
     by_size = sorted(CASES, key=lambda family: len(CASES[family]))
 
@@ -66,56 +64,29 @@ def test_compiled(compiled, family):
         print("sm_{target} {case} {kernel}: {registers} registers, {shared} bytes shared".format(**kernel))
         assert kernel["spills"] == 0, kernel
         assert not kernel["serialized"], kernel
+        assert kernel["fused"], kernel
         assert kernel["shared"] <= SHARED[kernel["target"]], kernel
         assert kernel["target"] < 90 or kernel["wgmma"] or not kernel["wants_wgmma"], kernel
 
 
 def compile_families(part: str, *families: str) -> None:
-    """Prints a line of JSON for each kernel of each case, or for sm_90 too of the first case that has it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Prints a line of JSON for each kernel of each case, or of the first case that has it."""
+    from bench.machine_code import compiled
 
     done = set()
-    seen = {}  # what Triton has compiled before it does not compile again, and ptxas says nothing
+    seen: dict[str, str] = {}
     for family, target in itertools.product(families, SHARED):
         for case in importlib.import_module(f"dpfast_kernels.{family}").COMPILES:
             launches = case.launches(target)
             assert launches, case
             for launch in launches:
                 name = launch.kernel.__name__
-                if (target == 80 or part == FIRST) and (family, target, name) in done:
+                if part == FIRST and (family, target, name) in done:
                     continue
                 done.add((family, target, name))
-                chip = GPUTarget("cuda", target, 32)
-                options, *source = specialised(launch, chip)
-                with redirect_stdout(io.StringIO()) as said:  # by ptxas
-                    binary = triton.compile(ASTSource(launch.kernel, *source), target=chip, options=options.__dict__)
-                said = seen.setdefault(binary.hash, said.getvalue())
-                line = {
-                    "family": family,
-                    "case": case.name,
-                    "kernel": name,
-                    "target": target,
-                    "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
-                    "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
-                    "serialized": "wgmma.mma_async instructions are serialized" in said,
-                    "shared": binary.metadata.shared,
-                    "wgmma": "wgmma" in binary.asm["ptx"],
-                    "wants_wgmma": case.wgmma,
-                }
-                print(json.dumps(line), flush=True)
-
-
-def specialised(launch, chip) -> tuple:
-    """Options, signature, constants and attributes, as Triton makes them of the arguments of a launch."""
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(chip)
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    bound, specialization, options = bind(*launch.arguments, **launch.options)
-    return launch.kernel._pack_args(backend, options, bound, specialization, options)
+                binary, row = compiled(launch, target, seen)
+                line = {"family": family, "case": case.name, "wgmma": "wgmma" in binary.asm["ptx"], **row}
+                print(json.dumps(line | {"wants_wgmma": case.wgmma}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from dpfast_kernels.convolution import (
     Config,
+    box_of,
     clipped_gradient_with,
     convolution_clipped_gradient,
     convolution_sample_gradients,
@@ -20,6 +21,10 @@ CASES = {
     "depthwise": (3, 1, 4, 8, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1), 4),
     "one position": (3, 1, 3, 2, (3, 3), (3, 3), (1, 1), (0, 0), (1, 1), 1),
     "pointwise": (2, 1, 20, 18, (5, 5), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "vectors": (2, 1, 16, 16, (5, 4), (2, 2), (1, 1), (1, 0), (1, 1), 1),
+    "vectors in groups": (1, 2, 32, 32, (6, 5), (2, 1), (2, 1), (1, 2), (1, 2), 2),
+    "many rows of one position": (1, 19, 3, 2, (2, 2), (2, 2), (1, 1), (0, 0), (1, 1), 1),
+    "one line": (2, 1, 3, 4, (1, 37), (1, 5), (1, 2), (0, 2), (1, 1), 1),
     "unread edge": (2, 1, 2, 3, (8, 8), (3, 3), (3, 3), (0, 0), (1, 1), 1),
     "cut in slices": (1, 1, 2, 3, (13, 14), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "no sample": (0, 1, 3, 5, (7, 6), (3, 3), (1, 1), (1, 1), (1, 1), 1),
@@ -110,6 +115,25 @@ def test_no_sample_reaches_another(device):
     assert torch.equal(clean[[0, 2]], after[[0, 2]]) and torch.equal(squared[[0, 2]], squared_after[[0, 2]])
     assert not squared_after[1].isfinite()
     assert torch.equal(convolution_clipped_gradient(x, G, factors, *geometry), total)
+
+
+@pytest.mark.parametrize("positions", [16, 64])
+def test_boxes_cover_every_position_once(positions):
+    for rows, height, width in [(1, 1, 1), (1, 7, 7), (1, 1, 100), (3, 14, 14), (40, 1, 1), (1, 33, 31), (2, 200, 3)]:
+        images, lines, columns = box_of(rows, height, width, positions)
+        assert images * lines * columns == positions
+        steps = -(-rows // images) * -(-height // lines) * -(-width // columns)
+        assert rows * height * width <= steps * positions
+        assert steps <= rows * height * -(-width // positions)  # a line at a time
+
+
+def test_what_no_position_reads_does_not_count(device):
+    """Infinities in pixels that the stride leaves out, and in the sides of a box that are beyond the image."""
+    x, G, geometry, batch = inputs("unread edge", torch.float32, device)
+    clean, _ = convolution_sample_gradients(x, G, *geometry, batch, True)
+    x[:, :, 6:], x[..., 6:] = torch.inf, torch.nan
+    dirty, squared = convolution_sample_gradients(x, G, *geometry, batch, True)
+    assert torch.equal(clean, dirty) and squared.isfinite().all()
 
 
 def test_other_tiles(device):

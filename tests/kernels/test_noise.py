@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dpfast_kernels.common import INTERPRETED
+from dpfast_kernels.common import INTERPRETED, OPTIONS
 from dpfast_kernels.noise import noise_stream, noisy, standard_normal
 
 from dpfast.reference import noise as reference
@@ -71,7 +71,7 @@ def test_epilogue(quads, device):
     P, D, d, offset, std, scale = 4, 16, 16 if quads else 18, 40 if quads else 41, 1.5, 0.25
     total = torch.randn(P, d, device=device)
     out = torch.zeros_like(total)
-    noisy_kernel[(1,)](total, out, noise_stream(KEY, 9, device), offset, d, std, scale, quads, P, D)
+    noisy_kernel[(1,)](total, out, noise_stream(KEY, 9, device), offset, d, std, scale, quads, P, D, **OPTIONS)
     z = reference.standard_normal(KEY, 9, 11, offset, offset + P * d).view(P, d)
     expected = ((total.cpu().double() + std * z.double()).float() * scale)[:, :D]  # the product is exact in float64
     assert torch.allclose(out[:, :D].cpu(), expected, rtol=2**-22, atol=2**-22)

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpfast import native, ops
 from dpfast.__main__ import main
 from dpfast.native import build
+from dpfast.planning import rates
 from tests.native.small import ROOT, python
 
 LIBRARIES = [
@@ -49,6 +51,27 @@ def test_what_is_here_and_what_is_used(here, capsys, monkeypatch):
     assert cpu[:2] == ["cpu", "cached"] and "libdpfast_cpu.so for scalar, by g++ 12" in cpu[2]
     assert cuda == ["cuda", "none", LIBRARIES[1].reason] and cache == ["cache", "in", "/kept/here"]
     assert found["ops"] == [list(row) for row in ROWS]
+
+
+def test_where_the_rates_of_plans_are_from(here, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DPFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu = torch.device("cpu")
+    rows = lambda: {row[0]: row[1:] for row in said_by_doctor(capsys)["rates of plans"]}  # noqa: E731
+    assert rows()["cpu"] == [
+        "not measured",
+        f"the first plan measures those of its dtype, and keeps them in {tmp_path}",
+    ]
+    assert rows()["cuda"][0] == "predicted" and "no CUDA device is here" in rows()["cuda"][1]
+    rates.file_of(cpu, torch.float32, True).write_text("")
+    rates.file_of(cpu, torch.bfloat16, False).write_text("")
+    assert rows()["cpu"] == ["measured", f"convolution float32, linear bfloat16, in {tmp_path}"]
+
+
+def said_by_doctor(capsys):
+    assert main(["doctor"]) == 0
+    return sections(capsys.readouterr().out)
 
 
 def test_strict_fails_where_an_op_falls_back(here, capsys, monkeypatch):

@@ -6,14 +6,17 @@ whose order differs, to a few roundings of what is added up.
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpfast import native
+from dpfast import native, ops
+from dpfast.ops.update import ROUNDINGS
 from tests.ops.samples import draw
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -33,10 +36,12 @@ PLACES = [
 
 @dataclass
 class Side:
-    """``ops`` has the CUDA library's ops, which take tensors on ``device``."""
+    """``ops`` has the CUDA library's ops, which take tensors on ``device``; ``capturing`` is a context that records
+    them instead, and gives what replays them."""
 
     ops: Any
     device: str
+    capturing: Callable[[], AbstractContextManager[Callable[[], None]]]
 
     def to(self, x: Any, shift: int = 0) -> Any:
         """Copies on the device, each amid poison and ``shift`` elements behind an aligned address."""
@@ -177,6 +182,100 @@ def update(side: Side, dtype: torch.dtype, mode: str, rule: str, rounding: int, 
         assert_same(got, want)
 
 
+# ---------------------------------------------------------------- updates in a graph
+
+RULES = {
+    "sgd": (ops.SGD(0.05, maximize=True), 0),
+    "momentum": (ops.SGD(0.05, 0.9, 0.1, 0.01, nesterov=True), 1),
+    "first momentum": (ops.SGD(0.05, 0.9, 0.1, 0.01, first=True), 1),
+    "adam": (ops.Adam(0.05, 0.9, 0.99, 1e-8, 0.01, t=3.0), 2),
+    "amsgrad": (ops.Adam(0.05, 0.9, 0.999, 1e-8, 0.01, t=1.0, decoupled=True, maximize=True), 3),
+}
+LATER_RULES = {"t": 70_001.0, "lr": 0.003, "beta2": 0.9999, "momentum": 0.7}  # what changes from one step to the next
+
+
+def updates_in_a_graph(side: Side, dtype: torch.dtype, mode: str, name: str, rounding: str) -> None:
+    """One graph of an update, replayed under other keys, steps and hyperparameters: each time what the call of this one
+    step writes, on the CPU, to the bit; and nothing where it is told so."""
+    rule, count = RULES[name]
+    slots = 1 if isinstance(rule, ops.SGD) else 3
+    unused: list[list[Tensor]] = [[]] * (slots - count)
+    std, grid = MODES[mode]
+    places = [(130, 3, 1), (1000, 128, 0), (0, 0, 0), (7, 2**34 - 3 if mode == "fast" else 0, 0)]
+    sums = [torch.randn(n) for n, *_ in places]
+    kept = [[torch.randn(n).abs().to(dtype) for n, *_ in places] for _ in range(1 + count)]
+    masters = [x.float() for x in kept[0]] if dtype != F32 and rounding == "nearest" else []
+    indices, offsets = [4, 0, 9, 2], [offset for _, offset, _ in places]
+    empty = [x.to(dtype) for x in sums]
+
+    def copied(to: Callable[[Any], Any]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]]:
+        return to(sums), to(empty), [to(each) for each in kept], to(masters)
+
+    def flat(given: tuple[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        _, grads, (params, *states), copies = given
+        return [*grads, *params, *itertools.chain(*states), *copies]
+
+    theirs, here = copied(side.to), copied(lambda x: [y.clone() for y in x])
+    numbers = torch.zeros(ops.NUMBERS, dtype=F64, device=side.device)
+    words = torch.zeros(ops.WORDS, dtype=torch.int64, device=side.device)
+    lost = torch.zeros(300, dtype=torch.bool, device=side.device)
+
+    def call() -> None:
+        gave, grads, (params, *states), copies = theirs
+        op = side.ops.noisy_sgd_in_graph_ if slots == 1 else side.ops.noisy_adam_in_graph_
+        common = (copies, indices, offsets, numbers, words, lost, grid > 0, ROUNDINGS.index(rounding))
+        op(gave, grads, params, *states, *unused, *common)
+
+    with side.capturing() as replay:
+        call()
+    before = [x.clone() for x in flat(theirs)]
+    seen: list[Tensor] = []
+    for step in range(4):
+        noise = ops.Noise((*KEY[step:], *KEY[:step]), 7 + step, std * (1 + step), grid, 0.1)
+        changed = {key: value for key, value in LATER_RULES.items() if step > 1 and hasattr(rule, key)}
+        now = replace(rule, **changed) if not (name == "sgd" and "momentum" in changed) else replace(rule, lr=0.003)
+        rounding_key = (3 + step, 2**32 - 1 - step)
+        for x, y in zip(theirs[0], sums, strict=True):
+            x.copy_(y)
+        given = torch.tensor(ops.numbers_of(now, noise), dtype=F64), torch.tensor(ops.words_of(noise, rounding_key))
+        for writes, which in ((0.0, ()), (1.0, (step,)), (1.0, (299, 0)), (1.0, ())):
+            numbers.copy_(given[0])[0] = writes
+            words.copy_(given[1])
+            lost.zero_()[list(which)] = True
+            replay()
+            if not writes or which:
+                assert_same(flat(theirs), [x.cpu() for x in before])
+        params, *states = here[2]
+        states += unused
+        ops.noisy_step_(now, params, sums, here[1], states, here[3], indices, noise, rounding, rounding_key, offsets)
+        assert_same(flat(theirs), flat(here))
+        before = [x.clone() for x in flat(theirs)]
+        seen.append(theirs[1][1].float().cpu().clone())
+    assert_guards([x for x in flat(theirs) if x.numel()])
+    distinct = {tuple(x.tolist()) for x in seen}
+    assert len(distinct) == (len(seen) if std else 1)  # another noise every time
+
+
+def captured_keys(side: Side) -> None:
+    """An op whose key and step are among its arguments is not let into a graph; nothing is written, then or later."""
+    x, noise = side.to(torch.ones(8)), ([0], [0], KEY, 1, 1.0, 0.0, 1.0)
+    sgd = (0.1, 0.0, 0.0, 0.0, False, False, False, 0, [1, 2])
+    adam = (0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, False, False, 0, [1, 2])
+    p, m, v = side.to(torch.ones(3, 8))
+    calls = {
+        "standard_normal": lambda: side.ops.standard_normal(x, KEY, 1, 0, 0, 0.0),
+        "noisy_grad_": lambda: side.ops.noisy_grad_([x], [x], *noise),
+        "noisy_sgd_": lambda: side.ops.noisy_sgd_([x], [], [p], [], [], *noise, *sgd),
+        "noisy_adam_": lambda: side.ops.noisy_adam_([x], [], [p], [m], [v], [], [], *noise, *adam),
+    }
+    with side.capturing() as replay:
+        for name, call in calls.items():
+            with pytest.raises(RuntimeError, match=rf"{name} is being captured by a CUDA graph.*dpfast\.graphed"):
+                call()
+    replay()
+    assert_same([x, p, m, v], [torch.ones(8)] * 4)
+
+
 # ---------------------------------------------------------------- norms and sums
 
 
@@ -287,6 +386,7 @@ def refusals(side: Side) -> None:
         ("factors must have the shape", lambda: ops.weighted_sums([x.view(2, 4)], side.to(torch.ones(3)))),
         ("G must be", lambda: ops.sum_positions(x)),
         ("ids must be int64", lambda: ops.embedding_squared_norm(x.view(2, 4).int(), x.view(2, 4, 1))),
+        ("numbers must be float64", lambda: ops.noisy_sgd_in_graph_([x], [], [x], [], [], [0], [0], x, x, x, False, 0)),
         ("squared must be float64", lambda: ops.clip_factors(*[x.view(1, 8)] * 2, x[:1], 0, 1.0, 1.0)),
     ]
     for message, call in cases:

@@ -4,8 +4,10 @@ tests/ops/emulator/cuda_runtime.h stands in for CUDA, one thread after another. 
 tests/gpu: that the device's own instructions give the same bits, races, and speed.
 """
 
+import ctypes
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,17 @@ def side(tmp_path_factory):
     torch_libraries = [f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run([*compiler, "-shared", *objects, *torch_libraries, "-o", library], check=True)
     torch.ops.load_library(str(library))
-    return cases.Side(torch.ops.dpfast_emulated, "cpu")
+    emulated = ctypes.CDLL(str(library))
+
+    @contextmanager
+    def capturing():
+        emulated.dpfast_emulated_capture(True)
+        try:
+            yield emulated.dpfast_emulated_replay
+        finally:
+            emulated.dpfast_emulated_capture(False)
+
+    return cases.Side(torch.ops.dpfast_emulated, "cpu", capturing)
 
 
 @each_dtype
@@ -72,6 +84,25 @@ def test_standard_normal(side, mode, offset):
 @pytest.mark.parametrize(("rule", "rounding", "extras"), cases.UPDATES)
 def test_update(side, dtype, mode, rule, rounding, extras):
     cases.update(side, dtype, mode, rule, rounding, extras)
+
+
+@pytest.mark.parametrize("name", cases.RULES)
+@pytest.mark.parametrize(
+    ("dtype", "mode", "rounding"),
+    [
+        (cases.F32, "fast", "nearest"),
+        (cases.F32, "none", "nearest"),
+        (cases.BF16, "secure", "nearest"),
+        (cases.F16, "fast", "stochastic"),
+    ],
+    ids=str,
+)
+def test_updates_in_a_graph(side, dtype, mode, name, rounding):
+    cases.updates_in_a_graph(side, dtype, mode, name, rounding)
+
+
+def test_keys_are_not_captured(side):
+    cases.captured_keys(side)
 
 
 @pytest.mark.parametrize("function", range(5))

@@ -8,7 +8,7 @@ from torch import nn
 
 from dpfast import native, ops, reference
 from dpfast.planning import planner
-from dpfast.planning.rates import BUILT_IN
+from dpfast.planning.unmeasured import CUDA
 from tests.helpers import F32, assert_exact, assert_sensitivity, mse
 from tests.zoo import TinyGPT
 
@@ -22,7 +22,7 @@ def on_triton(monkeypatch):
     """Everything that a kernel can do is done by one: no compiled library."""
     monkeypatch.setenv("DPFAST_NATIVE", "0")
     monkeypatch.setattr(BACKENDS, "TRITON_DEVICES", {DEVICE})
-    monkeypatch.setattr(planner, "rates_of", lambda *_: BUILT_IN["cuda"])  # to measure takes hours in the interpreter
+    monkeypatch.setattr(planner, "rates_of", lambda *_: CUDA["linear", 16])  # to measure takes hours in the interpreter
     native.reset()
     if reason := BACKENDS.why_no_triton():
         pytest.skip(f"no Triton: {reason}")
@@ -48,6 +48,25 @@ def test_norms_are_within_their_bounds(op, dtype, groups, T):
     want = gradients(A, G).square().sum((1, 2))
     assert squared.dtype == bound.dtype == torch.float64
     assert ((squared - want).abs() <= bound).all() and (bound <= 0.01 * want).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_long_rows_are_aligned_a_few_at_a_time(monkeypatch, dtype):
+    """Of a vocabulary that is no multiple of 16 there is never a copy as a whole."""
+    A, G = sides(dtype, p=40)
+    factors = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
+    want = gradients(A, G)
+    monkeypatch.setattr(ops.matmul, "WIDE", 16)
+    monkeypatch.setattr(ops.matmul, "MOST_COPIED", 4000)
+    copied, pad = [], ops.matmul.F.pad
+    monkeypatch.setattr(ops.matmul.F, "pad", lambda x, *args: copied.append(x.nbytes) or pad(x, *args))
+    for op in (ops.ghost_squared_norm, ops.tile_squared_norm):
+        squared, bound = op(A, G)
+        assert ((squared - want.square().sum((1, 2))).abs() <= bound).all()
+    summed = ops.clipped_weight_gradient(A, G, factors)
+    rough = 1e-5 if dtype == F32 else 1e-4
+    torch.testing.assert_close(summed.double(), (0.5 * want[0] + 2 * want[2]), rtol=rough, atol=rough)
+    assert copied and max(copied) <= 4000
 
 
 def test_norms_that_cancel():

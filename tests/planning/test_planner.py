@@ -2,14 +2,16 @@
 
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from dpfast.planning import planner, rates
+from dpfast.planning import clock, planner, rates, unmeasured
 from dpfast.planning.planner import Planner, Shape, choices, predicted
-from dpfast.planning.rates import Rates
+from dpfast.planning.unmeasured import Rates
 from tests.helpers import engine_of, make_private
 
 CPU = torch.device("cpu")
@@ -178,6 +180,90 @@ def test_a_plan_that_is_none(state, tmp_path):
     assert all(torch.equal(p, weights[name]) for name, p in again[0].named_parameters())
 
 
+def without_reason(found: Rates) -> Rates:
+    assert found.unmeasured is not None and "built-in rates" in found.unmeasured
+    return replace(found, unmeasured=None)
+
+
+class TestUnmeasured:
+    """Predicted rates serve GPUs where none were measured, say so, and lead to plans."""
+
+    CUDA = torch.device("cuda", 0)
+
+    @pytest.fixture(autouse=True)
+    def triton(self, monkeypatch):
+        monkeypatch.setattr(unmeasured.ops, "why_no_triton", lambda: None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def test_without_a_gpu_they_are_predicted(self):
+        found = rates.rates_of(self.CUDA, torch.bfloat16, False)
+        assert replace(found, unmeasured=None) == unmeasured.CUDA["linear", 16]
+        assert "predicted from the kernels' machine code" in found.unmeasured and "no CUDA device" in found.unmeasured
+        of_patches = rates.rates_of(self.CUDA, F32, True)
+        assert replace(of_patches, unmeasured=None) == unmeasured.CUDA["convolution", 32]
+
+    def test_while_a_graph_is_captured(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert "captured" in rates.rates_of(self.CUDA, torch.float16, False).unmeasured
+
+    def test_measured_ones_come_first(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DPFAST_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(rates, "measured", lambda *_: EVEN)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(rates, "_key", lambda device: "some-gpu")
+        rates._rates.cache_clear()
+        assert rates.rates_of(self.CUDA, torch.bfloat16, False) == EVEN
+        rates._rates.cache_clear()
+
+    @pytest.mark.parametrize("dtype, reason", [(torch.float64, None), (torch.bfloat16, "not installed")])
+    def test_no_tiles_without_their_kernel(self, dtype, reason, monkeypatch):
+        monkeypatch.setattr(unmeasured.ops, "why_no_triton", lambda: reason)
+        assert rates.rates_of(self.CUDA, dtype, False).tile is None
+
+    def test_plans_say_so_and_find_the_mix(self, monkeypatch):
+        """Short sequences take ghost norms; long ones do not pay their T² (GPT-2 medium's own sizes)."""
+        monkeypatch.setattr(planner, "rates_of", rates.rates_of)
+        wide = [Shape(16, 1, T, 1024, 4096, torch.bfloat16, self.CUDA, 2 * 16 * T * 5120) for T in (64, 4096)]
+        short, long = (choices(one) for one in wide)
+        assert short[0].way == "ghost" and long[0].way != "ghost"
+        assert all("predicted" in plan.unmeasured for plan in short + long)
+        assert all("predicted" in plan.unmeasured for plan in self.others())
+        monkeypatch.setattr(planner, "rates_of", lambda *_: EVEN)
+        assert all(plan.unmeasured is None for plan in [*choices(wide[0]), *self.others()])
+
+    def others(self):
+        return planner.segments(4, 8, 16, 4, self.CUDA), planner.small(4, 16, 4, self.CUDA)
+
+
+class TestClock:
+    def test_a_gpu_waits_before_it_is_timed(self, monkeypatch):
+        """The host is ahead when the first event comes: many small operators do not count what Python takes."""
+        said = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                said.append("record")
+
+            def elapsed_time(self, end):
+                return 4.0
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(("sleep", cycles)))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("wait"))
+        assert rates.seconds(lambda: said.append("call"), torch.device("cuda", 0), times=1) == 4e-3
+        assert said == ["call", ("sleep", clock.LEAD), "record", "call", "record", "wait"]
+
+    def test_a_cpu_does_not(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda _: pytest.fail("there is nothing to wait for"))
+        assert 0 < rates.seconds(lambda: sum(range(1000)), CPU, times=2) < 1
+
+
 class TestRates:
     """Measured once, kept on disk; where that cannot be, the built-in ones."""
 
@@ -210,7 +296,7 @@ class TestRates:
             raise torch.OutOfMemoryError("all of it is taken")
 
         monkeypatch.setattr(rates, "measured", measured)
-        assert rates.rates_of(CPU, F32, False) == rates.built_in("cpu", F32)
+        assert without_reason(rates.rates_of(CPU, F32, False)) == unmeasured.CPU
 
     def test_a_device_that_nothing_is_known_of(self):
         assert rates.rates_of(torch.device("meta"), F32, False).tile is None
@@ -224,13 +310,16 @@ class TestRates:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("DPFAST_CACHE_DIR", str(tmp_path / "file"))
         monkeypatch.setattr(rates, "measured", lambda *_: pytest.fail("measured for nothing"))
-        assert rates.rates_of(CPU, F32, False) == rates.built_in("cpu", F32)
+        assert without_reason(rates.rates_of(CPU, F32, False)) == unmeasured.CPU
 
-    @pytest.mark.parametrize("text", ["{}", "no json", json.dumps(vars(EVEN) | {"gram": 0}), "NaN"])
+    @pytest.mark.parametrize(
+        "text",
+        ["{}", "no json", json.dumps(vars(EVEN) | {"gram": 0}), "NaN", json.dumps(vars(EVEN) | {"unmeasured": "x"})],
+    )
     def test_a_file_that_is_no_rates(self, text, tmp_path, monkeypatch):
         monkeypatch.setattr(rates, "measured", lambda *_: EVEN)
         rates.rates_of(CPU, F32, False)
         (file,) = (tmp_path / "cache").iterdir()
         file.write_text(text)
         rates._rates.cache_clear()
-        assert rates.rates_of(CPU, F32, False) == rates.built_in("cpu", F32)
+        assert without_reason(rates.rates_of(CPU, F32, False)) == unmeasured.CPU

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpfast import BatchMemoryManager, PrivacyEngine
+from dpfast import BatchMemoryManager, PrivacyEngine, wrap_data_loader
 from dpfast.data.sampling import PoissonBatches
 
 C, N, B, MOST = 1e-3, 24, 12, 5
@@ -400,6 +400,8 @@ def test_a_size_that_is_none(size):
     _, optimizer, loader = private()
     with pytest.raises(ValueError, match=f"max_physical_batch_size={size!r}"):
         BatchMemoryManager(data_loader=loader, max_physical_batch_size=size, optimizer=optimizer).__enter__()
+    with pytest.raises(ValueError, match=f"max_batch_size={size!r}"):
+        wrap_data_loader(data_loader=loader, max_batch_size=size, optimizer=optimizer)
 
 
 def test_poisson_batches_are_not_added_up_whatever_make_private_is_told():

@@ -54,16 +54,17 @@ DPFAST_FN void visit_tile(int64_t i, int64_t begin, int64_t end, const Make& mak
 template <class Body>
 inline void noise_loop(const NoiseArguments& noise, uint32_t parameter, int64_t offset, int64_t begin, int64_t end,
                        const Body& body) {
+  const NoiseNumbers c = noise_numbers(noise);
   Stream stream{};
-  std::copy(noise.key, noise.key + 8, stream.key);
-  stream.step = noise.step, stream.parameter = parameter;
+  std::copy(c.key, c.key + 8, stream.key);
+  stream.step = c.step, stream.parameter = parameter;
   const int64_t first_tile = (offset + begin) / TILE * TILE;
-  if (noise.std == 0) {
-    const NoNoise none{splat(float(noise.scale))};
+  if (!c.noisy) {
+    const NoNoise none{splat(c.fast_scale)};
     for (int64_t e = first_tile; e < offset + end; e += TILE)
       visit_tile(e - offset, begin, end, [&](int) { return none; }, body);
-  } else if (noise.grid == 0) {
-    const f32 std = splat(float(noise.std)), scale = splat(float(noise.scale));
+  } else if (c.grid == 0) {
+    const f32 std = splat(c.fast_std), scale = splat(c.fast_scale);
     for (int64_t e = first_tile; e < offset + end; e += TILE) {
       constexpr int N = W == 1 ? 1 : 2;
       f32 z[TILE / W];
@@ -72,13 +73,12 @@ inline void noise_loop(const NoiseArguments& noise, uint32_t parameter, int64_t 
       visit_tile(e - offset, begin, end, [&](int m) { return FastNoise{z[m], std, scale}; }, body);
     }
   } else {
-    const float steps = secure_steps(noise.std, noise.grid);
-    const SecureNoise unit{{}, splat(float(1 / noise.grid)), splat(float(noise.grid * noise.scale)), 1 / noise.grid};
+    const SecureNoise unit{{}, splat(c.per_grid), splat(c.grid_scale), c.wide_per_grid};
     for (int64_t e = first_tile; e < offset + end; e += TILE) {
       i32 K[TILE / W];
       for (int block = 0; block < 16; block += W) {
         i32 halves[2][4];
-        secure_integers(halves, stream, uint32_t(e / 8 + block), steps);
+        secure_integers(halves, stream, uint32_t(e / 8 + block), c.steps);
         for (int half = 0; half < 2; ++half)
           for (int m = 0; m < 4; ++m) K[(64 * half + 4 * block) / W + m] = halves[half][m];
       }

@@ -54,10 +54,30 @@ struct NoNoise {
   }
 };
 
-// The secure noise's standard deviation in steps of the grid: rounded up where float32 cannot hold it, never below.
-inline float secure_steps(double std, double grid) {
-  const float nearest = float(std / grid);
-  return nearest < std / grid ? std::nextafterf(nearest, 1e30f) : nearest;
+// What the lanes need of a step's noise. It is made once a step: by the host, or by a GPU that finds key, step and
+// standard deviation in its memory. Doubles, divided and rounded as IEEE 754 says, give both the same bits.
+struct NoiseNumbers {
+  uint32_t key[8];
+  uint32_t step;
+  bool noisy;  // false: std is 0, nothing is drawn
+  float fast_std, fast_scale, steps, per_grid, grid_scale;
+  double std, grid, scale, wide_per_grid;
+};
+
+template <class Arguments>
+DPFAST_FN NoiseNumbers noise_numbers(const Arguments& a) {
+  NoiseNumbers c{};
+  for (int i = 0; i < 8; ++i) c.key[i] = a.key[i];
+  c.step = a.step, c.noisy = a.std != 0;
+  c.fast_std = float(a.std), c.fast_scale = float(a.scale);
+  c.std = a.std, c.grid = a.grid, c.scale = a.scale;
+  if (a.grid > 0) {
+    // the standard deviation in steps of the grid: rounded up where float32 cannot hold it, never below
+    const float nearest = float(a.std / a.grid);
+    c.steps = nearest < a.std / a.grid ? ::nextafterf(nearest, 1e30f) : nearest;
+    c.per_grid = float(1 / a.grid), c.grid_scale = float(a.grid * a.scale), c.wide_per_grid = 1 / a.grid;
+  }
+  return c;
 }
 
 }  // namespace dpfast::DPFAST_ISA

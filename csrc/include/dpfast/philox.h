@@ -30,11 +30,4 @@ DPFAST_FN void philox4x32_10(u64 x[N][4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round, key0 += PHILOX_KEY0, key1 += PHILOX_KEY1) philox_round<N>(x, key0, key1);
 }
 
-// The same with the keys of the rounds made before.
-template <int N>
-DPFAST_FN void philox4x32_10(u64 x[N][4], const uint32_t (&keys)[10][2]) {
-  DPFAST_UNROLL
-  for (int round = 0; round < 10; ++round) philox_round<N>(x, keys[round][0], keys[round][1]);
-}
-
 }  // namespace dpfast::DPFAST_ISA

@@ -4,17 +4,29 @@
 
 #include "lanes.h"
 
-namespace dpfast::DPFAST_ISA {
+namespace dpfast {
+
+// Hyperparameters, as torch has them; t counts this step, from 1.
+struct SGDArguments {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;
+};
+struct AdamArguments {
+  double lr, beta1, beta2, eps, weight_decay, t;
+  bool decoupled, maximize;
+};
+
+namespace DPFAST_ISA {
 
 struct SGD {
   float lr, momentum, rest, weight_decay;  // rest = 1 - dampening
   bool nesterov, maximize, first;  // first: the momentum buffer is empty and becomes the gradient
 };
 
-// Constants are computed in double, as torch does, and rounded once.
-inline SGD sgd_constants(double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                         bool maximize, bool first) {
-  return {float(lr), float(momentum), float(1 - dampening), float(weight_decay), nesterov, maximize, first};
+// Constants are computed in double, as torch does, and rounded once: by the host, or by a GPU that finds the
+// hyperparameters in its memory.
+DPFAST_FN SGD constants(const SGDArguments& a) {
+  return {float(a.lr), float(a.momentum), float(1 - a.dampening), float(a.weight_decay), a.nesterov, a.maximize, a.first};
 }
 
 DPFAST_FN f32 step(const SGD& c, f32 p, f32 g, f32& momentum) {
@@ -37,18 +49,37 @@ struct Adam {
   bool maximize;
 };
 
-inline Adam adam_constants(double lr, double beta1, double beta2, double eps, double weight_decay, double t,
-                           bool decoupled, bool maximize) {
-  return {float(decoupled ? 1 - lr * weight_decay : 1.0),
-          float(decoupled ? 0.0 : weight_decay),
-          float(beta1),
-          float(beta2),
-          float(1 - beta1),
-          float(1 - beta2),
-          float(lr / (1 - std::pow(beta1, t))),
-          float(std::sqrt(1 - std::pow(beta2, t))),
-          float(eps),
-          maximize};
+// base^t of a whole t, by squaring in pairs of doubles: the libraries' pow differs in its last bit between a CPU and a GPU,
+// and this does not. A t that is not whole, which no counter of steps is, is left to the library.
+DPFAST_FN double power(double base, double t) {
+  if (!(t >= 0 && t < 0x1p53) || t != double(uint64_t(t))) return ::pow(base, t);
+  struct Pair {
+    double high, low;
+  };
+  const auto product = [](Pair a, Pair b) {
+    const double high = a.high * b.high;
+    const double low = ::fma(a.high, b.high, -high) + (a.high * b.low + a.low * b.high), sum = high + low;
+    return Pair{sum, low - (sum - high)};
+  };
+  Pair result{1, 0}, square{base, 0};
+  for (uint64_t left = uint64_t(t); left; left >>= 1) {
+    if (left & 1) result = product(result, square);
+    square = product(square, square);
+  }
+  return result.high;
+}
+
+DPFAST_FN Adam constants(const AdamArguments& a) {
+  return {float(a.decoupled ? 1 - a.lr * a.weight_decay : 1.0),
+          float(a.decoupled ? 0.0 : a.weight_decay),
+          float(a.beta1),
+          float(a.beta2),
+          float(1 - a.beta1),
+          float(1 - a.beta2),
+          float(a.lr / (1 - power(a.beta1, a.t))),
+          float(::sqrt(1 - power(a.beta2, a.t))),
+          float(a.eps),
+          a.maximize};
 }
 
 template <bool amsgrad>
@@ -65,4 +96,5 @@ DPFAST_FN f32 step(const Adam& c, f32 p, f32 g, f32& mean, f32& square, f32& lar
   return p - splat(c.step_size) * mean / denominator;
 }
 
-}  // namespace dpfast::DPFAST_ISA
+}  // namespace DPFAST_ISA
+}  // namespace dpfast

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 SHOWN = {"epsilon": ".3f", "samples_per_second": ",.0f", "training loss (not private)": ".3f"}
 
@@ -47,6 +48,19 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.close()
+
+
+class TensorBoard(TensorBoardCallback):
+    """Logs in ``folder``. Those of a resumed run take the place of what was logged after its checkpoint."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.logging_dir = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 class Ending(TrainerCallback):

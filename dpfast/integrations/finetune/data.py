@@ -245,7 +245,7 @@ def tokenised(rows: Rows, tokenizer: Any, context: int, truncate: bool, label_id
 class Collate:
     """Samples → ``input_ids``, ``attention_mask`` ``[B, T]``, ``labels`` (``[B, T]``, or ``[B]`` for classes), int64.
 
-    Padded on the right to the longest of the logical batch, and to ``least`` tokens, in steps of 8 up to ``context``.
+    Padded on the right to the longest of the batch, and to ``least`` tokens, in steps of 8 up to ``context``.
     Padding has label −100. An empty list gives tensors of no rows.
     """
 

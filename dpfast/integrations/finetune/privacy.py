@@ -1,4 +1,4 @@
-"""The private part of a run: how much noise, from which seed, and the engine that adds it."""
+"""How much noise a run adds, and its seed."""
 
 from __future__ import annotations
 
@@ -66,11 +66,6 @@ def draw_seed() -> int:
     return secrets.randbits(128)
 
 
-def words(seed: int, *purpose: int, count: int = 4) -> list[int]:
-    """``count`` words of 32 bits: another stream for every purpose."""
-    return np.random.SeedSequence(seed, spawn_key=purpose).generate_state(count).tolist()
-
-
-def number(seed: int, *purpose: int, bits: int = 128) -> int:
-    """An integer of up to 128 bits."""
-    return sum(word << 32 * k for k, word in enumerate(words(seed, *purpose))) & ((1 << bits) - 1)
+def number(seed: int, purpose: int) -> int:
+    """63 bits, others for every purpose."""
+    return int(np.random.SeedSequence(seed, spawn_key=(purpose,)).generate_state(1, np.uint64)[0]) & (1 << 63) - 1

@@ -30,14 +30,6 @@ class Place:
         dist.broadcast_object_list(held, src=0)
         return held[0]
 
-    def from_each(self, value: Any) -> list[Any]:
-        """Every rank's ``value``."""
-        if self.world_size == 1:
-            return [value]
-        held = [value] * self.world_size
-        dist.all_gather_object(held, value)
-        return held
-
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world_size > 1:

@@ -73,7 +73,7 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
     names = class_names([*(rows.labels or [])]) if rows.labels is not None else None
     if names is not None and len(names) < 2:
         raise FinetuneError(f"--label-column {config.label_column}: there is only one class: at least 2 are needed")
-    torch.manual_seed(privacy.number(seed, privacy.WEIGHTS, bits=63))  # all ranks start from the same weights
+    torch.manual_seed(privacy.number(seed, privacy.WEIGHTS))  # all ranks start from the same weights
     net: Any
     net, tokenizer, made = model.load(config, names)
     context = model.context_of(config, net.config, tokenizer)

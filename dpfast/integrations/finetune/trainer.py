@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from dpfast.integrations.finetune import fit
-from dpfast.integrations.finetune.callbacks import Ending, Interruption, Progress
+from dpfast.integrations.finetune.callbacks import Ending, Interruption, Progress, TensorBoard
 from dpfast.integrations.finetune.checkpoint import FOLDER, KEEP
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import IGNORED, Collate, Samples
@@ -53,37 +52,31 @@ class Run:
         return self.config.save_every or self.plan.steps_per_epoch
 
     def arguments(self) -> TrainingArguments:
-        """Of Transformers' ``Trainer``.
-
-        Raises:
-            FinetuneError: a report of ``--report-to`` that is not known, or not installed.
-        """
+        """Of Transformers' ``Trainer``."""
         config, plan, output = self.config, self.plan, Path(self.config.output)
         asked = config.physical_batch_size
-        try:
-            return TrainingArguments(
-                output_dir=str(output / FOLDER),
-                per_device_train_batch_size=asked if isinstance(asked, int) else 1,  # until choose_size
-                max_steps=plan.steps,
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                optim="adamw_torch",
-                lr_scheduler_type=SCHEDULES[config.lr_schedule],
-                warmup_steps=config.warmup_steps,
-                bf16=config.bf16,
-                use_cpu=self.device.type == "cpu",
-                torch_compile=config.compile,
-                save_steps=self.save_every,
-                save_total_limit=KEEP,
-                eval_strategy="no" if self.held_out is None else "steps",
-                eval_steps=self.save_every,
-                logging_steps=config.log_every or max(1, plan.steps // 20),
-                report_to=[name for name in config.reports() if name != "tensorboard"] or "none",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-            )
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise FinetuneError(f"the run cannot be set up: {str(error).splitlines()[0]}") from error
+        return TrainingArguments(
+            output_dir=str(output / FOLDER),
+            per_device_train_batch_size=asked if isinstance(asked, int) else 1,  # until choose_size
+            max_steps=plan.steps,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            optim="adamw_torch",
+            lr_scheduler_type=SCHEDULES[config.lr_schedule],
+            warmup_steps=config.warmup_steps,
+            bf16=config.bf16,
+            use_cpu=self.device.type == "cpu",
+            torch_compile=config.compile,
+            save_steps=self.save_every,
+            save_total_limit=KEEP,
+            eval_strategy="no" if self.held_out is None else "steps",
+            eval_steps=self.save_every,
+            logging_steps=config.log_every or max(1, plan.steps // 20),
+            report_to=[name for name in config.reports() if name != "tensorboard"] or "none",
+            remove_unused_columns=False,
+            log_level_replica="error",  # else ranks other than the first warn where the first one is told not to
+            disable_tqdm=True,
+        )
 
     def privacy(self) -> DPArguments:
         """Of ``DPTrainer``."""
@@ -112,7 +105,8 @@ class FinetuneTrainer(DPTrainer):
         say: prints, on the first rank.
 
     Raises:
-        FinetuneError: a model that cannot be trained privately.
+        FinetuneError: a model that cannot be trained privately; a report of ``--report-to`` that is not known, or not
+            installed.
     """
 
     def __init__(self, model: nn.Module, run: Run, say: Callable[..., None]):
@@ -123,16 +117,19 @@ class FinetuneTrainer(DPTrainer):
         self.since = time.perf_counter(), 0  # of the last log: when, and after which step
         reports: list[Any] = [self.progress, self.interruption, Ending()]
         if "tensorboard" in run.config.reports():
-            reports.append(TensorBoardCallback(self._writer()))
-        super().__init__(
-            model,
-            run.arguments(),
-            train_dataset=run.data,
-            eval_dataset=run.held_out,
-            data_collator=run.collate,
-            callbacks=reports,
-            privacy=run.privacy(),
-        )
+            reports.append(TensorBoard(str(Path(run.config.output) / "logs")))
+        try:
+            super().__init__(
+                model,
+                run.arguments(),
+                train_dataset=run.data,
+                eval_dataset=run.held_out,
+                data_collator=run.collate,
+                callbacks=reports,
+                privacy=run.privacy(),
+            )
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise FinetuneError(f"the run cannot be set up: {str(error).splitlines()[0]}") from error
         self.remove_callback(PrinterCallback)
         if run.config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore
@@ -142,11 +139,6 @@ class FinetuneTrainer(DPTrainer):
             reasons = "; ".join(line for line in str(error).splitlines() if line.strip())
             raise FinetuneError(f"--model cannot be trained privately: {reasons}") from error
         self._choose_size()
-
-    def _writer(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(Path(self.run.config.output) / "logs"))
 
     # ---------------------------------------------------------------- the physical batch
 
@@ -178,15 +170,6 @@ class FinetuneTrainer(DPTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         except (LayoutError, ValueError) as error:  # of the collator, too
             raise FinetuneError(f"--model cannot be trained privately: {str(error).splitlines()[0]}") from error
-        except Exception as error:
-            if not fit.is_out_of_memory(error):
-                raise
-            size = self._train_batch_size
-            smaller = f"--physical-batch-size {size // 2}" if size > 1 else "a shorter --context"
-            raise FinetuneError(
-                f"{size} samples at once do not fit in memory: use {smaller}, --gradient-checkpointing or "
-                f"--physical-batch-size auto"
-            ) from error
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {"--gradient-checkpointing": str(self.run.config.gradient_checkpointing)}
@@ -195,7 +178,7 @@ class FinetuneTrainer(DPTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As DPTrainer's; the training loss goes on the progress bar alone."""
-        loss = logs.pop("loss", None)
+        loss, _ = logs.pop("loss", None), logs.pop("train_loss", None)
         if loss is not None and self.run.config.show_training_loss:
             self.progress.show({"training loss (not private)": loss})
         if "learning_rate" in logs:
@@ -260,6 +243,15 @@ class FinetuneTrainer(DPTrainer):
             raise FinetuneError(f"--report-to {self.run.config.report_to}: {error}") from error
         try:
             found = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:  # in a step, the optimizer's too, or in an evaluation
+            if not fit.is_out_of_memory(error):
+                raise
+            size = self._train_batch_size
+            smaller = f"--physical-batch-size {size // 2}" if size > 1 else "a shorter --context"
+            raise FinetuneError(
+                f"{size} samples at once do not fit in memory: use {smaller}, --gradient-checkpointing or "
+                f"--physical-batch-size auto"
+            ) from error
         finally:
             self.interruption.restore()
             self.progress.close()

@@ -36,8 +36,28 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // Two, so that small tests have pieces of every size.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
+
+// A graph: what is queued while there is a capture runs when it is replayed, with the arguments that it was queued with.
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+namespace emulator {
+inline bool capturing = false;
+inline std::vector<std::function<void()>> graph;
+inline std::vector<std::shared_ptr<void>> kept;  // memory that the graph uses
+
+inline void queue(std::function<void()> work) {
+  if (capturing)
+    graph.push_back(std::move(work));
+  else
+    work();
+}
+}  // namespace emulator
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulator::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  return memset(p, value, bytes), cudaSuccess;
+  emulator::queue([=] { memset(p, value, bytes); });
+  return cudaSuccess;
 }
 
 struct Index {
@@ -167,7 +187,9 @@ inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x)
 
 template <class... Parameters, class... Arguments>
 void emulate(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, const Arguments&... arguments) {
-  blockDim.x = threads, gridDim.x = blocks;
-  emulator::body = [&] { kernel(arguments...); };
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulator::run_block(threads);
+  emulator::queue([=] {
+    blockDim.x = threads, gridDim.x = blocks;
+    emulator::body = [&] { kernel(arguments...); };
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulator::run_block(threads);
+  });
 }
