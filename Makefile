@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test compiled rehearse opacus-tests bench bench-compare lint sanitize clean
+.PHONY: demo test docs compiled rehearse opacus-tests bench bench-compare lint sanitize clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -28,6 +28,13 @@ test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
 	wait $$half && exit $$rest
+
+# The site, in build/site; a warning is an error. The pages are read from the sources: nothing of dpfast is imported.
+docs: $(READY)
+ifneq ($(VENV),none)
+	$(RUN) -c 'import mkdocstrings, material' 2>/dev/null || $(RUN) -m pip install -q --no-build-isolation -e '.[docs]'
+endif
+	$(RUN) -m mkdocs build --strict
 
 # Compile every kernel in every case and for every architecture, and note that these sources were found good.
 compiled: $(READY)

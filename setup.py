@@ -11,8 +11,10 @@ torch must be installed, and visible: ``pip install --no-build-isolation``. What
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import setuptools
@@ -110,6 +112,17 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
+def readme():
+    """README.md as the package index shows it: links and pictures lead to the repository."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+
+    def absolute(match):
+        kind = "raw" if match[1].startswith("!") else "blob"
+        return f"{match[1]}{urls['Repository']}/{kind}/main/{match[2]})"
+
+    return re.sub(r"(!?\[[^\]]*\]\()([^)\s#:]+(?:#[^)]*)?)\)", absolute, (ROOT / "README.md").read_text())
+
+
 class OfPlatform(Distribution):
     def has_ext_modules(self):
         return True
@@ -117,5 +130,7 @@ class OfPlatform(Distribution):
 
 setup(
     distclass=OfPlatform,
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     cmdclass={"build_ext": NativeLibraries, "build_py": WithSources, "bdist_wheel": AnyPython},
 )

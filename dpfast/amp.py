@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.refusals import CheckpointError, ScalerError
 
 
 def check_scale(name: str, scale: float) -> None:
@@ -44,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: FusedDPOptimizer, init_scale: float = 2.0**16, *, device: str = "cuda", enabled: bool = True
     ):
         if not isinstance(optimizer, FusedDPOptimizer):
-            raise ValueError(f"optimizer is a {type(optimizer).__name__}: give the one that make_private has returned")
+            raise ScalerError(f"optimizer is a {type(optimizer).__name__}: give the one that make_private has returned")
         check_scale("init_scale", init_scale)
         super().__init__(device, init_scale=init_scale, growth_interval=2**31 - 1, enabled=enabled)
         self.optimizer = optimizer
@@ -66,9 +67,9 @@ class GradScaler(torch.amp.GradScaler):
             ValueError: another optimizer than this scaler's, or a loss that was not scaled.
         """
         if optimizer is not self.optimizer:
-            raise ValueError("optimizer is not the one that this GradScaler was made for: give each its own")
+            raise ScalerError("optimizer is not the one that this GradScaler was made for: give each its own")
         if self.is_enabled() and not self._scaled and optimizer.clipped_sum.used:
-            raise ValueError("backward() of a loss that was not scaled: call scaler.scale(loss).backward()")
+            raise ScalerError("backward() of a loss that was not scaled: call scaler.scale(loss).backward()")
         self._scaled = False
         return optimizer.step(*args, **kwargs)
 
@@ -90,7 +91,7 @@ class GradScaler(torch.amp.GradScaler):
             ValueError: it is another than this one's.
         """
         if self.is_enabled() and state_dict.get("scale") != self.optimizer.clipped_sum.loss_scale:
-            raise ValueError(
+            raise CheckpointError(
                 f"scale: saved as {state_dict.get('scale')}, and this GradScaler has "
                 f"{self.optimizer.clipped_sum.loss_scale}; make it with init_scale={state_dict.get('scale')}"
             )

@@ -26,6 +26,7 @@ from dpfast.accounting.runs import ACCOUNTANT, RUNS, by_run, joined
 from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planning.planner import check_state as check_plan
+from dpfast.refusals import CheckpointError
 
 # In a checkpoint, beside Opacus' entries:
 PLAN, THRESHOLDS, ASCENT = "plan_state_dict", "max_grad_norms", "ascent_state_dict"
@@ -71,7 +72,7 @@ def read(path: Any, **kwargs: Any) -> Any:
         ValueError: the file holds an object of another class, which is named, or is no checkpoint at all.
     """
     if kwargs.pop("weights_only", True) is not True:
-        raise ValueError(
+        raise CheckpointError(
             "torch_load_kwargs: weights_only=False would run whatever code the file holds: leave it out, and name "
             "classes of your own to torch.serialization.add_safe_globals"
         )
@@ -82,8 +83,8 @@ def read(path: Any, **kwargs: Any) -> Any:
         except (pickle.UnpicklingError, EOFError, IndexError) as error:
             found = re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>", str(error))
             if found is None:
-                raise ValueError(f"{path!r} is no checkpoint that can be read ({type(error).__name__})") from error
-            raise ValueError(
+                raise CheckpointError(f"{path!r} is no checkpoint that can be read ({type(error).__name__})") from error
+            raise CheckpointError(
                 f"the checkpoint holds {found[1] or found[2]}, which is neither a tensor nor plain Python, and may be "
                 f"code: give torch.serialization.add_safe_globals that class, or leave it out of the checkpoint"
             ) from error
@@ -135,7 +136,7 @@ def take_over(
     fused = optimizer if isinstance(optimizer, FusedDPOptimizer) else None
     for name in ("module_state_dict", ACCOUNTANT):
         if name not in held:
-            raise ValueError(f"the checkpoint has no {name}: it is none of a private engine")
+            raise CheckpointError(f"the checkpoint has no {name}: it is none of a private engine")
     counted = joined(accountant, {**dict(held[ACCOUNTANT] or {}), RUNS: held.pop(RUNS, None)})
     state = held.get(OPTIMIZER, {})
     if optimizer is not None and len(state) > 0:
@@ -147,7 +148,7 @@ def take_over(
     thresholds = held.get(THRESHOLDS)
     adapts = fused is not None and fused.adaptive is not None and thresholds is not None
     if adapts and not (isinstance(thresholds, list) and len(thresholds) == 1 and _is_number(thresholds[0])):
-        raise ValueError(f"{THRESHOLDS}={thresholds!r}: a list of one finite positive number was expected")
+        raise CheckpointError(f"{THRESHOLDS}={thresholds!r}: a list of one finite positive number was expected")
 
     module.load_state_dict(held["module_state_dict"], **(module_load_dict_kwargs or {}))
     counted.take_over()
@@ -180,7 +181,7 @@ def _check_groups(optimizer: DPOptimizer, state: Any) -> None:
     given = state.get("param_groups") if isinstance(state, Mapping) else None
     theirs = [len(group["params"]) for group in given] if isinstance(given, list) else given
     if mine != theirs:
-        raise ValueError(
+        raise CheckpointError(
             f"{OPTIMIZER}: its groups have {theirs} parameters, and those of this optimizer {mine}: make the optimizer "
             f"of the same parameters"
         )

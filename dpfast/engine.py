@@ -15,7 +15,6 @@ from opacus import PrivacyEngine as OpacusEngine
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from opacus.validators.errors import UnsupportedModuleError
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn, optim
 from torch.utils.data import DataLoader
@@ -39,6 +38,7 @@ from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.step_checks import check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
+from dpfast.refusals import AlreadyPrivateError, LoaderError, ParametersChangedError, UnservedModuleError
 
 FUSED, GHOST = "fused", "ghost"
 
@@ -103,7 +103,7 @@ class PrivacyEngine(OpacusEngine):
             UnsupportedModuleError: names every module that cannot be trained, why, and what to do.
         """
         if found := problems(module):
-            raise UnsupportedModuleError("\n".join(found))
+            raise UnservedModuleError("\n".join(found))
 
     def make_private(
         self,
@@ -260,7 +260,7 @@ class PrivacyEngine(OpacusEngine):
         per_sample = PerSampleCriterion(criterion, loss_reduction) if gives_criterion else None
         public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate)
         if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
-            raise ValueError(
+            raise LoaderError(
                 "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
                 "divides by"
             )
@@ -308,7 +308,7 @@ class PrivacyEngine(OpacusEngine):
         if given := [name for name, value in fused_only.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: an argument of the fused mode, not of {mode!r}")
         if isinstance(module, FusedModule):
-            raise ValueError(
+            raise AlreadyPrivateError(
                 f"grad_sample_mode={mode!r} with a model that is private in the fused mode already: "
                 f"pass module.to_standard_module()"
             )
@@ -386,7 +386,7 @@ class PrivacyEngine(OpacusEngine):
             public, _ = public_numbers(data_loader, kwargs.get("poisson_sampling", True), **asked)
             rate, steps = public.sample_rate, public.steps
         elif not (steps := len(data_loader)):
-            raise ValueError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
+            raise LoaderError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")
         else:
             rate = 1 / steps
         if len(self.accountant) > 0:
@@ -491,7 +491,7 @@ class PrivacyEngine(OpacusEngine):
         names = parameter_names(model)
         params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
         if any(p not in names for p in params):
-            raise ValueError("Module parameters are different than optimizer Parameters")
+            raise ParametersChangedError("Module parameters are different than optimizer Parameters")
         trained = {names[p]: p for p in params if p.requires_grad}
         if clipping in ("flat", "adaptive"):
             return Clipping.flat(max_grad_norm)
@@ -508,9 +508,11 @@ class PrivacyEngine(OpacusEngine):
         if isinstance(module, FusedModule):
             return
         if isinstance(module, AbstractGradSampleModule):
-            raise ValueError(f"module is a {type(module).__name__} of another mode: pass module.to_standard_module()")
+            raise AlreadyPrivateError(
+                f"module is a {type(module).__name__} of another mode: pass module.to_standard_module()"
+            )
         if found := problems(module, served_only=max_physical_batch_size != 1):
-            raise UnsupportedModuleError("\n".join(found))
+            raise UnservedModuleError("\n".join(found))
 
     def _attach(
         self,
@@ -523,7 +525,7 @@ class PrivacyEngine(OpacusEngine):
     ) -> FusedHooks:
         if isinstance(module, FusedModule):
             if (module.batch_first, module.loss_reduction) != (batch_first, loss_reduction):
-                raise ValueError(
+                raise AlreadyPrivateError(
                     f"module is private already, with batch_first={module.batch_first}, "
                     f"loss_reduction={module.loss_reduction!r}; pass module.to_standard_module() to change that"
                 )

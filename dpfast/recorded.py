@@ -26,6 +26,7 @@ from dpfast.model.step_function import StepFunction, captured, is_captured
 from dpfast.ops import full_precision, needs_full_precision
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.recorded_update import RecordedUpdate, why_not_recorded
+from dpfast.refusals import NotRecordedError, RecordingError
 
 logger = logging.getLogger(__name__)
 MOST_GRAPHS = 16  # kinds of calls that are kept, and graphs of each: the oldest one goes
@@ -125,18 +126,20 @@ class Graphed:
     ):
         hooks = model
         if hasattr(model, "_orig_mod"):
-            raise ValueError("graphed: the model is compiled; give the one that make_private has returned")
+            raise RecordingError("graphed: the model is compiled; give the one that make_private has returned")
         if not isinstance(hooks, FusedHooks):
-            raise ValueError(
+            raise RecordingError(
                 f"graphed: {type(model).__name__} is not a private model of grad_sample_mode='fused'; give what "
                 f"make_private has returned"
             )
         self.model, self.loss, self.optimizer, self.compiled = model, loss, optimizer, compiled
         self.entry, self.recorder = hooks._model_forward, hooks.clipped_sum
         if self.recorder.ranks.sharded or self.recorder.alone:
-            raise ValueError("graphed: models that are sharded, or trained one sample at a time, cannot be recorded")
+            raise RecordingError(
+                "graphed: models that are sharded, or trained one sample at a time, cannot be recorded"
+            )
         if optimizer is not None and getattr(optimizer, "clipped_sum", None) is not self.recorder:
-            raise ValueError(
+            raise RecordingError(
                 f"graphed: optimizer is a {type(optimizer).__name__} that is not this model's; give the one that "
                 f"make_private has returned with the model, or None to call its step() yourself"
             )
@@ -173,7 +176,7 @@ class Graphed:
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append(map_tensors(lambda x: torch.tensor(places.get(id(x), -1)), (args, kwargs)))
             if len(calls) > 1 or any(place.numpy() < 0 for place in tensors(calls[0])):
-                raise ValueError(
+                raise RecordingError(
                     "graphed: the loss has to call the model once, and with tensors of the batch as they are: which "
                     "samples are in what it makes of them cannot be told. Move other code into the model's forward"
                 )
@@ -200,7 +203,7 @@ class Graphed:
         given = [recorder.clipping.on(device), present, *recorder.shift.shifts.values(), *tensors(batch)]
         random = torch.get_rng_state()
         if elsewhere := [x.device for x in given if device.type == "cuda" and x.device != device]:
-            raise ValueError(
+            raise RecordingError(
                 f"graphed: a tensor of the batch is on {elsewhere[0]}, the model on {device}; a CUDA graph would take "
                 f"what is elsewhere for constant: move the batch to {device} first"
             )
@@ -335,7 +338,7 @@ class Graphed:
         except Exception as error:
             recorder.take()
             recorder.batches.forwards = 0
-            raise RuntimeError(
+            raise NotRecordedError(
                 f"graphed: this step cannot be recorded: {error}. Nothing of the batch was summed. What reads a "
                 f"tensor's value in Python (.item(), if, print) has to go from the model and the loss; or train "
                 f"without graphed"

@@ -11,6 +11,8 @@ from typing import Any
 from opacus.accountants import IAccountant, RDPAccountant, create_accountant
 from scipy.stats import norm
 
+from dpfast.refusals import BudgetError
+
 History = Sequence[tuple[float, float, int]]
 
 LEAST, MOST = 2.0**-20, 1e6  # noise multipliers that are looked at
@@ -93,7 +95,7 @@ def noise_multiplier_for(
         return quietly(epsilon_of, counter, target_delta)
 
     if (least := spent(MOST)) > target_epsilon:
-        raise ValueError(
+        raise BudgetError(
             f"target_epsilon={target_epsilon!r} cannot be met over {steps} steps at delta={target_delta!r}: the "
             f"{accountant} accountant sees no less than {least:.2g}; give {2 * least:.1g} or more"
         )

@@ -19,6 +19,7 @@ from opacus.accountants import IAccountant
 
 from dpfast.distributed.ranks import Ranks
 from dpfast.noise.stream import this_process
+from dpfast.refusals import CheckpointError
 
 ACCOUNTANT = "privacy_accountant_state_dict"
 RUNS = "runs"  # in an accountant's state, beside Opacus' entries
@@ -121,7 +122,7 @@ def joined(accountant: IAccountant, state: Any) -> Joined:
             stacklevel=4,
         )
     if accountant.mechanism() == "gdp" and len(history) > 1:
-        raise ValueError(
+        raise CheckpointError(
             f"{ACCOUNTANT}: with the steps of this engine there would be {len(history)} noise multipliers or sample "
             f"rates, and accountant='gdp' takes one: use 'prv' or 'rdp', or a new engine"
         )
@@ -130,26 +131,26 @@ def joined(accountant: IAccountant, state: Any) -> Joined:
 
 def _checked(accountant: IAccountant, state: Any) -> dict[str, list[Steps]]:
     if not isinstance(state, Mapping) or not {"history", "mechanism"} <= set(state):
-        raise ValueError(f"{ACCOUNTANT}: a mapping with a history and a mechanism was expected")
+        raise CheckpointError(f"{ACCOUNTANT}: a mapping with a history and a mechanism was expected")
     if state["mechanism"] != accountant.mechanism():
-        raise ValueError(
+        raise CheckpointError(
             f"{ACCOUNTANT}: it is of accountant={state['mechanism']!r}, and this engine has "
             f"accountant={accountant.mechanism()!r}: make the engine with the other one"
         )
     history = [_as_steps(entry) for entry in state["history"]]
     named = state.get(RUNS) or [[f"unknown-{secrets.token_hex(16)}", history]]
     if not all(isinstance(each, tuple | list) and len(each) == 2 and isinstance(each[0], str) for each in named):
-        raise ValueError(f"{ACCOUNTANT}: {RUNS}={named!r}: a list of names with their steps was expected")
+        raise CheckpointError(f"{ACCOUNTANT}: {RUNS}={named!r}: a list of names with their steps was expected")
     held = {name: [_as_steps(entry) for entry in steps] for name, steps in named}
     if len(held) < len(named) or _merged(s for steps in held.values() for s in steps) != _merged(history):
-        raise ValueError(f"{ACCOUNTANT}: its {RUNS} have other steps than its history")
+        raise CheckpointError(f"{ACCOUNTANT}: its {RUNS} have other steps than its history")
     return held
 
 
 def _as_steps(entry: Any) -> Steps:
     fits = isinstance(entry, tuple | list) and len(entry) == 3 and all(map(_is_number, entry))
     if not fits or entry[2] != int(entry[2]):
-        raise ValueError(f"{ACCOUNTANT}: {entry!r} is no (noise multiplier, sample rate, steps)")
+        raise CheckpointError(f"{ACCOUNTANT}: {entry!r} is no (noise multiplier, sample rate, steps)")
     return float(entry[0]), float(entry[1]), int(entry[2])
 
 

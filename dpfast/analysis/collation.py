@@ -13,6 +13,7 @@ from torch import Tensor
 from dpfast.capture.forms import Form
 from dpfast.capture.trees import tensors
 from dpfast.model.private_model import FusedHooks
+from dpfast.refusals import CollateError
 from dpfast.separation import aside, observed, own_random_numbers
 
 ROWS = 4  # that are compared
@@ -69,7 +70,7 @@ def check_collation(
         alone = squared_norms(hooks, lambda row=row: loss_of(collate_fn([row])), 1)  # type: ignore[misc]
         change = float((alone[0].sqrt() / together[k].sqrt().clamp_min(1e-30) - 1).abs().nan_to_num(0, 0, 0))
         if change > _allowed(hooks) and float(torch.maximum(alone[0], together[k])) > 0:
-            raise ValueError(
+            raise CollateError(
                 f"collate_fn: a sample has another gradient beside others than alone (its norm changes by "
                 f"{100 * change:.3g} %): what it is collated with reaches it, most often as padding to the longest of "
                 f"the batch. Pad all rows to one fixed length, or have the model leave padding out by a mask"

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dpfast.analysis.collation import is_random
 from dpfast.analysis.explain import call, pristine_copy
-from dpfast.capture.refusals import LayoutError, listed
+from dpfast.capture.refusals import listed
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.clipping.thresholds import Clipping, check_threshold
 from dpfast.data.criterion import PerSampleCriterion, PerSampleLoss
 from dpfast.model.model_forward import normalises_over_batch
 from dpfast.model.private_model import FusedHooks, FusedModule
+from dpfast.refusals import LayoutError
 from dpfast.separation import Draws, Followed, observed, own_random_numbers
 
 MOST_LEFT_OUT = 32  # samples left out in turn; spread over a larger batch

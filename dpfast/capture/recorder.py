@@ -21,10 +21,11 @@ from dpfast.capture.forms import (
     memory_of,
     version_of,
 )
-from dpfast.capture.refusals import LayoutError, RowsError, called_outside, listed, used_by_the_loss
+from dpfast.capture.refusals import called_outside, listed, used_by_the_loss
 from dpfast.capture.shift import Shift
 from dpfast.distributed.ranks import Ranks
 from dpfast.planning.planner import Planner
+from dpfast.refusals import BypassedLayersError, ChangedInPlaceError, OutsideForwardError, RowsError
 
 if TYPE_CHECKING:
     from dpfast.capture.tap import Call, Tap
@@ -184,7 +185,7 @@ class Recorder:
         changed, self._versions = self._changed(), []
         if changed:
             self.take()
-            raise LayoutError(
+            raise ChangedInPlaceError(
                 f"layer{'s' if len(changed) > 1 else ''} {listed(changed)}: the gradient of the output, or the input, "
                 f"was changed in place after the layer's backward and before the end of the pass, by a tensor hook or "
                 f"by a custom function that writes to the gradient that it is given. That tensor belongs to several "
@@ -192,7 +193,7 @@ class Recorder:
             )
         if mixed := sorted({layout[0] for layout, form in self._untrusted if bool(form.touched().any())}):
             self.take()
-            raise LayoutError(
+            raise OutsideForwardError(
                 f"layer{'s' if len(mixed) > 1 else ''} {listed(mixed)} got gradients from a part of the loss that does "
                 f"not come from what the model's forward returned in the check of its samples (a hidden state or an "
                 f"auxiliary loss kept as an attribute, a branch that the check did not take), so nothing has shown "
@@ -216,7 +217,7 @@ class Recorder:
         if self.shift.in_use:
             self.take()
             are = "parameters {} were" if len(whole) > 1 else "parameter {} was"
-            raise RuntimeError(
+            raise BypassedLayersError(
                 f"{are.format(listed(self.names[p] for p in whole))} used outside of its module's forward, where an "
                 f"ascent's shift does not reach. Call the module that owns it, or set requires_grad_(False), or leave "
                 f"ascent out"

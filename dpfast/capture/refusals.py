@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from dpfast.refusals import BypassedLayersError, GradientHookError, OutsideForwardError
+
 SHOWN = 3  # names in a list before "and 11 more"
 ONE_BY_ONE = (
     "A physical batch of one is exact for any model: make_private(..., max_physical_batch_size=1) and "
@@ -38,22 +40,14 @@ def refuse_gradient_hooks(names: Mapping[Any, str]) -> None:
     for p, name in names.items():
         hooks = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
         if any(not str(getattr(hook, "func", hook).__module__).startswith("dpfast.") for hook in hooks):
-            raise ValueError(
+            raise GradientHookError(
                 f"parameter {name!r} has a hook on its gradient (register_hook or register_post_accumulate_grad_hook), "
                 f"which backward() would call with nothing: the gradient is there after the noise, in the step. Take "
                 f"the hook off, and give optimizer.attach_step_hook(fn) a function that looks at p.grad"
             )
 
 
-class LayoutError(RuntimeError):
-    """It cannot be told what belongs to which sample."""
-
-
-class RowsError(LayoutError):
-    """A layer got rows that are not as many of each sample."""
-
-
-class BypassError(RuntimeError):
+class BypassError(BypassedLayersError):
     """Parameters were used outside of the modules that own them, past their taps."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], name: str, message: str = ""):
@@ -84,17 +78,17 @@ def used_by_the_loss(names: Mapping[Any, str], parameters: Iterable[nn.Parameter
     )
 
 
-def called_outside(name: str, owner: nn.Module | None) -> LayoutError:
+def called_outside(name: str, owner: nn.Module | None) -> OutsideForwardError:
     """``name`` was called while no forward of the private model was under way; ``owner`` is that model."""
     method = None if owner is None else _method_under_way(owner)
     if method is not None:
         kind = type(owner).__name__
-        return LayoutError(
+        return OutsideForwardError(
             f"{kind}.{method} called {name!r} outside of the private model's forward, where the samples of a batch are "
             f"not known. To train through {method}, {METHOD_AS_FORWARD.format(method=method)}. To evaluate with it, "
             f"call it under torch.no_grad()"
         )
-    return LayoutError(
+    return OutsideForwardError(
         f"{name!r} was called outside of the private model's forward, where the samples of a batch are not known. If "
         f"the loss needs what it returns, let the model's forward return that too, and call the model itself; to "
         f"evaluate with it, call it under torch.no_grad()"

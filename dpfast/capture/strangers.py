@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.capture.trees import tensors
+from dpfast.refusals import RecordingError
 
 
 class Strangers(TorchDispatchMode):
@@ -28,7 +29,7 @@ class Strangers(TorchDispatchMode):
         if not self.ended:
             for x in tensors((args, kwargs)):
                 if self.batch in x.shape and _storage(x) not in self.known:
-                    raise ValueError(
+                    raise RecordingError(
                         f"the loss or the model uses a tensor of shape {list(x.shape)} that is not in the batch, and "
                         f"may be of its samples: give it to the call, beside the others"
                     )

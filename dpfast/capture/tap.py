@@ -22,8 +22,9 @@ from dpfast.capture.forms import Convolved, Factored, Form, OuterProduct, by, fo
 from dpfast.capture.mean_in_16_bits import NARROW
 from dpfast.capture.picked_rows import owned, owners_of, places
 from dpfast.capture.recorder import OUTSIDE, Recorder, RowLayout, running_backward
-from dpfast.capture.refusals import ONE_BY_ONE, LayoutError
+from dpfast.capture.refusals import ONE_BY_ONE
 from dpfast.ops import alike_for_every_batch
+from dpfast.refusals import LayoutError, OwnGradientError, ParameterReplacedError
 
 if TYPE_CHECKING:
     from dpfast.layers.base import Layer
@@ -254,7 +255,7 @@ def check_owners(tap: Tap, owners: Sequence[Any], given: Sequence[Tensor | None]
     """
     for owner, p, q in zip(owners, tap.recorder.shift.at(owners), given, strict=True):
         if p is not q and (p is None or q is None or (p.data_ptr() != q.data_ptr() and not tap.holds(owner))):
-            raise RuntimeError(
+            raise ParameterReplacedError(
                 "a parameter was replaced by another object since the model was made private (as in "
                 "load_state_dict(assign=True)): change its values instead, or make the model private again"
             )
@@ -274,7 +275,7 @@ def reached(accumulators: dict[int, Any], name: str) -> list[int]:
     try:
         return [index for index, node in accumulators.items() if torch._C._will_engine_execute_node(node)]
     except RuntimeError as error:
-        raise RuntimeError(
+        raise OwnGradientError(
             f"torch.autograd.grad with respect to a parameter of a private model, in layer {name!r}: its gradients are "
             f"clipped and summed by backward() only. Take others on a copy that is not private (to_standard_module()), "
             f"or, to train on what such a gradient leads to, one sample at a time. {ONE_BY_ONE}"

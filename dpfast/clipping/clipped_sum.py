@@ -29,6 +29,7 @@ from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, local
 from dpfast.ops import compute_dtype, index_of
+from dpfast.refusals import MeanIn16BitsError, PassChangedError, SecondBackwardError
 
 if TYPE_CHECKING:
     from dpfast.capture.tap import Call
@@ -189,7 +190,7 @@ class ClippedSum(Recorder):
         self.last_source = next(iter(sources)) if len(sources) == 1 else ""
         if ended is not None and (taken or len(sources) > 1):
             self._alone_no_more = True
-            raise ValueError(ANOTHER_GRAPH)
+            raise PassChangedError(ANOTHER_GRAPH)
         narrowed, self.narrowed = self.narrowed, None
         below = self.passing.values()
         if not (taken or ended) and below and not any(map(leaves_gradients, below)):
@@ -211,13 +212,13 @@ class ClippedSum(Recorder):
 
     def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:
         if size > 1:
-            raise ValueError(refusal(*narrowed, size))
+            raise MeanIn16BitsError(refusal(*narrowed, size))
 
     def _admit(self, reached: bool) -> list[int]:
         """The running pass is to be a part of the step, or is refused; rows of it that no sample is in."""
         self.start_physical_batch()
         if self._backwards and not self.accumulation_allowed:
-            raise ValueError(
+            raise SecondBackwardError(
                 "Poisson sampling is not compatible with grad accumulation: a second backward came before "
                 "optimizer.step(). Add several losses of a batch up and call backward() once; step after every "
                 "backward; or use BatchMemoryManager for large batches"
@@ -391,7 +392,7 @@ class ClippedSum(Recorder):
         sizes = {form.batch: p for p, forms in recorded.items() for form in forms}
         if len(sizes) > 1:
             seen = " and ".join(f"{size} (by {self.names[sizes[size]]!r})" for size in sorted(sizes))
-            raise ValueError(
+            raise SecondBackwardError(
                 f"one backward pass had batches of different sizes: {seen}. The loss adds up terms of several batches, "
                 f"and no sample's gradient is whole: call backward() for each batch alone (poisson_sampling=False "
                 f"allows several before a step), or call the model once, on samples that have both parts"

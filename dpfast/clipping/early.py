@@ -20,6 +20,7 @@ from dpfast.clipping.norms import squared_norms
 from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
 from dpfast.ops import index_of
+from dpfast.refusals import PassChangedError
 
 if TYPE_CHECKING:
     from dpfast.capture.tap import Call
@@ -73,7 +74,7 @@ class EarlySums:
         again = [p for p in params if p in self.thresholds]
         if again:
             self.used_again.update(again)
-            raise ValueError(
+            raise PassChangedError(
                 f"parameter {names[again[0]]!r} was used once more in a backward pass, after its sum was made to free "
                 f"memory. Nothing of it was summed. From now on the parameter is clipped at the end of a pass: run the "
                 f"forward and the backward of this batch again"
@@ -86,7 +87,7 @@ class EarlySums:
             ValueError: the thresholds are not what they were.
         """
         if any(thresholds != clipping.thresholds for thresholds in self.thresholds.values()):
-            raise ValueError(
+            raise PassChangedError(
                 "max_grad_norm was changed within a backward pass, part of which had been clipped: change it between "
                 "steps. Nothing of the pass was summed"
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpfast import ops
 from dpfast.reference.clipping import LARGEST_FACTOR
+from dpfast.refusals import ClippingFunctionError
 
 
 class ClippingFunction:
@@ -141,14 +142,18 @@ class CustomClipping(ClippingFunction):
         try:
             found = self._each(norms)
         except Exception as error:
-            raise ValueError(f"CustomClipping: the function does not run under torch.vmap: {error}") from error
+            raise ClippingFunctionError(
+                f"CustomClipping: the function does not run under torch.vmap: {error}"
+            ) from error
         if not isinstance(found, Tensor) or found.shape != norms.shape:
-            raise ValueError("CustomClipping: the function must return one factor, a tensor [], for a norm []")
+            raise ClippingFunctionError(
+                "CustomClipping: the function must return one factor, a tensor [], for a norm []"
+            )
         found = found.double()
         wrong = ~((found >= 0) & (found * norms <= self.sensitivity * (1 + 1e-9)))
         if bool(wrong.any()):
             n, factor = norms[wrong][0].item(), found[wrong][0].item()
-            raise ValueError(
+            raise ClippingFunctionError(
                 f"CustomClipping: sensitivity={self.sensitivity:g} is exceeded: at n={n:g} the factor is {factor:g}, "
                 f"their product {n * factor:g}; declare what the product can be, and return no negative factors"
             )

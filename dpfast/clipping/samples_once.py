@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpfast.capture.trees import tensors
 from dpfast.capture.which_samples import ForwardPass, Samples
+from dpfast.refusals import BatchOrderError, PaddingError, RepeatedSampleError, SecondBackwardError
 
 RECENT = 8  # batches that are remembered: a loop may read ahead
 MOST_FRESH = 1000  # of which no forward has come: those of an evaluation
@@ -127,7 +128,7 @@ class Batches:
         assert loop is not None
         if before is not loop:
             if held is not None and before is not None and not before.ended:
-                raise ValueError(
+                raise BatchOrderError(
                     "two loops over BatchMemoryManager's loader at once: a physical batch of the first waits for its "
                     "step. Finish the first loop or delete its iterator, and look at batches before the loop"
                 )
@@ -151,7 +152,7 @@ class Batches:
         loop = held.loop
         assert loop is not None
         if waits:
-            raise ValueError(
+            raise BatchOrderError(
                 "a physical batch of BatchMemoryManager was asked for after a backward pass and before its "
                 "optimizer.step(): call step() for each of them, or optimizer.zero_grad() to drop one"
             )
@@ -203,13 +204,13 @@ class Batches:
         held, loop = self.piece, self.loop
         part = held is not None and not held.whole
         if loop is not None and loop.skipped and (loop.skipped_parts or part):  # whole ones may be confused
-            raise ValueError(
+            raise BatchOrderError(
                 "it cannot be told which physical batch of BatchMemoryManager this is: some were given before, and "
                 "neither a forward nor a step came. Do not read ahead of the steps; where a batch is skipped, call "
                 "optimizer.zero_grad() first"
             )
         if self.unclear:
-            raise ValueError(
+            raise BatchOrderError(
                 "it cannot be told whether this is of a physical batch of BatchMemoryManager, which waits for its "
                 "step, or of a whole batch that the loader has given since. Look at batches before the loop, or "
                 "through a DataLoader of its own"
@@ -312,20 +313,20 @@ class Batches:
         for forward in passing[1:]:
             several |= forward.batch == passing[0].batch and not forward.same_rows(passing[0])
         if several:
-            raise ValueError(
+            raise SecondBackwardError(
                 "one backward pass of two forwards, and nothing shows that both had the same samples in the same "
                 "order: row k of each is clipped as one sample, so that a sample could count twice. Call backward() "
                 "and step() for each, with BatchMemoryManager where they are parts of a batch; or call the model "
                 "once, on what has both"
             )
         if any(forward.has_a_sample_twice() for forward in passing):
-            raise ValueError(
+            raise RepeatedSampleError(
                 "a sample of the loader was in one forward more than once, in several rows or as an input that all "
                 "share: it would count as often, at the noise of once. Give the model each sample once, and make what "
                 "it needs several times inside of its forward"
             )
         if any(forward.astray for forward in passing):
-            raise ValueError(
+            raise BatchOrderError(
                 "a backward pass over an earlier batch than the physical batch that BatchMemoryManager has given last: "
                 "train on the batch that the loop gives, and once on each"
             )
@@ -333,7 +334,7 @@ class Batches:
         twice = number > 1 and (unseen or self.unseen)
         twice |= any(forward.shares_samples(other) for forward in passing for other in self.used)
         if twice:
-            raise ValueError(
+            raise SecondBackwardError(
                 "a second backward pass over samples that were in one since the last step, or may have been: each "
                 "would count twice, at the noise of once. Add up the losses and call backward() once, or call "
                 "optimizer.step() or optimizer.zero_grad() in between. Parts of a batch are told apart by where they "
@@ -362,7 +363,7 @@ class Batches:
         found = [forward.padding() for forward in passing if forward.batch != 0]
         padded = self.piece is not None and self.piece.samples is not None and self.piece.samples.padding > 0
         if None in found or any(rows != found[0] for rows in found) or (padded and not found):
-            raise ValueError(
+            raise PaddingError(
                 "BatchMemoryManager(pad=True): it cannot be told which rows of the model's inputs are padding, to be "
                 "left out. Give the model the rows as the loader gave them, in their order"
             )

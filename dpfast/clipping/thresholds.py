@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpfast.clipping.functions import Abadi, ClippingFunction
 from dpfast.ops.numbers import plain
 from dpfast.reference.rounding import LEAST_WEIGHT, column
+from dpfast.refusals import ParametersChangedError
 
 MOST_CLIPPED = 2.0**64  # times the threshold
 
@@ -117,7 +118,7 @@ class Clipping:
         if self._group_of is None:
             return 0
         if parameter not in self._group_of:
-            raise ValueError(
+            raise ParametersChangedError(
                 "a parameter was added to the optimizer after make_private with clipping='per_layer': it belongs to "
                 "no group; call make_private again"
             )

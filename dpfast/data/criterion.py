@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpfast.capture.recorder import Recorder
+from dpfast.refusals import LossCouplesError
 
 
 class PerSampleLoss:
@@ -48,13 +49,13 @@ class PerSampleLoss:
 
     def _with(self, op: Callable[[Any, Any], Tensor], other: Any) -> PerSampleLoss:
         if isinstance(other, Tensor) and other.dim() and other.shape != self.loss_per_sample.shape:
-            raise ValueError(
+            raise LossCouplesError(
                 f"a loss per sample of shape {list(self.loss_per_sample.shape)} and a tensor of shape "
                 f"{list(other.shape)} would pair samples with each other: give the same shape"
             )
         if isinstance(other, PerSampleLoss):
             if other.loss_reduction != self.loss_reduction:
-                raise ValueError(
+                raise LossCouplesError(
                     f"losses with different reductions: {self.loss_reduction!r} and {other.loss_reduction!r}"
                 )
             other = other.loss_per_sample
@@ -106,7 +107,7 @@ class PerSampleCriterion:
         given = [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         loss = self._unreduced(*args, **kwargs)
         if len(given) > 1 and given[0] == (*given[1], 1) and loss.shape == (given[0][0], *given[1]):
-            raise ValueError(
+            raise LossCouplesError(
                 f"the criterion's inputs of shapes {list(given[0])} and {list(given[1])} broadcast, which pairs every "
                 f"sample with every other: give both the same shape (target.unsqueeze(1) or output.squeeze(1))"
             )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from dpfast.refusals import CollateError
+
 
 class CollateOrEmpty:
     """``collate`` for batches with samples; what it returns, emptied, for one without.
@@ -41,7 +43,7 @@ class CollateOrEmpty:
             sample = self.dataset[self.index]
             once, twice = (self.wrapped_collator_fn([copy.deepcopy(sample) for _ in range(n)]) for n in (1, 2))
         except Exception as error:
-            raise ValueError(
+            raise CollateError(
                 f"data_loader: a batch of one sample could not be made, and Poisson sampling draws such batches: "
                 f"{type(error).__name__}: {error}"
             ) from error
@@ -83,7 +85,7 @@ class CollateOrEmpty:
             return None if value is None else type(value)()
         if isinstance(value, (Tensor, np.ndarray, Mapping, list, tuple)) and not isinstance(value, PackedSequence):
             return self._emptied(value, value)
-        raise ValueError(
+        raise CollateError(
             f"data_loader: collate_fn returned a {type(value).__name__}, of which no batch without samples can be made "
             f"as Poisson sampling draws them: return tensors, arrays, strings or numbers, in dicts, tuples or lists"
         )

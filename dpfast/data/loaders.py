@@ -21,6 +21,7 @@ from dpfast.data.empty_batch import CollateOrEmpty
 from dpfast.data.public_numbers import Public, check_fixed, check_inside, drawn_from
 from dpfast.data.sampling import PoissonBatches
 from dpfast.distributed.ranks import Ranks
+from dpfast.refusals import RepeatedSampleError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def distinct(batch: Any, dataset: Any) -> list[Any]:
         batch = batch.tolist()
     indices = [index.item() if hasattr(index, "item") else index for index in batch]
     if len(set(indices)) < len(indices):
-        raise ValueError(
+        raise RepeatedSampleError(
             f"data_loader: its sampler has put a sample into a batch more than once ({indices}), where it would count "
             f"as often. Use one that draws without replacement, or poisson_sampling=True"
         )

@@ -20,6 +20,7 @@ from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
 from dpfast.data.loaders import arguments_of, distinct
 from dpfast.data.sampling import PoissonBatches, split
+from dpfast.refusals import BatchOrderError, LoaderError, PaddingError
 
 OPACUS_WRAPS = opacus.utils.batch_memory_manager.wrap_data_loader  # its own, whatever is patched later
 
@@ -94,7 +95,9 @@ class PhysicalLoader(DataLoader):
 
     def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum, pad: bool = False):
         if loader.batch_sampler is None:
-            raise ValueError("data_loader has batch_size=None: its data set gives whole batches, which cannot be split")
+            raise LoaderError(
+                "data_loader has batch_size=None: its data set gives whole batches, which cannot be split"
+            )
         self.clipped_sum = clipped_sum
         self.rows = size if pad else None
         parts = PhysicalBatches(loader.batch_sampler, size, loader.dataset, clipped_sum)
@@ -112,7 +115,7 @@ class PhysicalLoader(DataLoader):
             while True:
                 # Persistent workers have one iterator, which another loop has begun anew.
                 if loop.left or (self._iterator is iterator and self._loop is not loop):
-                    raise ValueError(
+                    raise BatchOrderError(
                         "this loop over BatchMemoryManager's loader cannot go on: another one was begun in the middle "
                         "of it"
                     )
@@ -146,7 +149,7 @@ def padded(batch: Any, given: int, rows: int) -> Any:
         found = [x for x in tensors(batch) if x.dim() and x.shape[0] == given]
     if not found:
         shapes = [list(x.shape) for x in tensors(batch)]
-        raise ValueError(
+        raise PaddingError(
             f"pad=True: a batch of {given} samples has tensors of shapes {shapes}, none of which has the samples along "
             f"its first dimension: leave pad out, or have collate_fn return such tensors"
         )

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from dpfast.data.sampling import PoissonBatches, check_expected_batch_size, check_sample_rate
+from dpfast.refusals import LoaderError, RepeatedSampleError
 
 NO_REPLACEMENT = "draw without replacement, or leave the sampler out and use poisson_sampling=True"
 
@@ -61,7 +62,7 @@ class Public:
             return cls(sample_rate, max(1, round(1 / sample_rate)), expected_batch_size)
         steps = _length(loader)
         if not steps:
-            raise ValueError(
+            raise LoaderError(
                 "data_loader has no batches: its data set or its sampler's subset is empty, or has fewer samples than "
                 "a batch, and drop_last"
             )
@@ -72,7 +73,7 @@ def _length(loader: DataLoader) -> int:
     try:
         return len(loader)
     except TypeError as error:
-        raise ValueError(
+        raise LoaderError(
             f"data_loader: how many batches it has is not known ({error}), and with it the sample rate: give "
             f"sample_rate=, or a data set and a sampler that have a length"
         ) from error
@@ -109,12 +110,12 @@ def check_fixed(loader: DataLoader) -> None:
     name = type(sampler).__name__
     if isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
         if sampler.replacement:
-            raise ValueError(
+            raise RepeatedSampleError(
                 f"data_loader: its {name} draws with replacement, and would put a sample into a batch more than once, "
                 f"where it counts as often: {NO_REPLACEMENT}"
             )
         if isinstance(sampler, RandomSampler) and sampler.num_samples > len(sampler.data_source):
-            raise ValueError(
+            raise RepeatedSampleError(
                 f"data_loader: its {name} draws {sampler.num_samples} of {len(sampler.data_source)} samples, and would "
                 f"put some into a batch more than once: {NO_REPLACEMENT}"
             )
@@ -136,12 +137,12 @@ def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[
         ValueError: names a loader that has no such samples, or whose sampler means something else.
     """
     if isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
+        raise LoaderError(
             f"data_loader: its data set {type(loader.dataset).__name__} is an IterableDataset, whose samples cannot be "
             f"drawn by their index: use a map-style data set"
         )
     if loader.batch_sampler is None:
-        raise ValueError(
+        raise LoaderError(
             "data_loader has batch_size=None: its data set gives whole batches, and Poisson sampling draws samples: "
             "give the loader a batch size"
         )
@@ -149,7 +150,7 @@ def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[
     sampler = sampler_of(loader)
     name = type(sampler).__name__
     if isinstance(sampler, WeightedRandomSampler):
-        raise ValueError(
+        raise LoaderError(
             f"data_loader: its {name} draws some samples more often than others, and under Poisson sampling all have "
             f"the same rate: leave the sampler out, or weight the loss per sample"
         )
@@ -158,11 +159,11 @@ def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[
     if type(sampler) in (SequentialSampler, RandomSampler):
         whole = len(sampler.data_source)
         if whole > size:
-            raise ValueError(
+            raise LoaderError(
                 f"data_loader: its {name} is longer ({whole}) than its data set ({size}): give it the same"
             )
         if len(sampler) != whole and not sample_rate_given:
-            raise ValueError(
+            raise LoaderError(
                 f"data_loader: its {name} draws {len(sampler)} of {whole} samples in an epoch, so that the number of "
                 f"batches says nothing of the sample rate: give sample_rate= and expected_batch_size=, or leave "
                 f"num_samples out"
@@ -175,11 +176,11 @@ def drawn_from(loader: DataLoader, sample_rate_given: bool = False) -> Sequence[
         one_by_one = sampler.indices
     indices = [int(i) if hasattr(i, "item") else i for i in itertools.islice(one_by_one, size + 1)]
     if len(indices) > size:
-        raise ValueError(
+        raise LoaderError(
             f"data_loader: its {name} is longer than its data set of {size} samples: give each of them once"
         )
     if not indices:
-        raise ValueError(f"data_loader has no batches: its {name} gives no samples")
+        raise LoaderError(f"data_loader has no batches: its {name} gives no samples")
     _check_once(indices, name)
     check_inside(indices, loader.dataset, name)
     return sorted(indices) if all(isinstance(i, int) for i in indices) else indices
@@ -196,18 +197,18 @@ def check_inside(indices: Sequence[Any], dataset: Any, name: str) -> None:
         return
     if len(numbers) < len(indices) and (numbers or any(isinstance(i, float) for i in indices)):
         other = next(i for i in indices if not isinstance(i, int))
-        raise ValueError(
+        raise LoaderError(
             f"data_loader: its {name} gives {other!r}: a sample's index is a whole number, for all samples"
         )
     size = len(dataset) if hasattr(dataset, "__len__") and not hasattr(dataset, "keys") else None
     if outside := [i for i in numbers if i < 0 or (size is not None and i >= size)]:
         has = "no samples before the first" if size is None else f"samples 0 to {size - 1}"
-        raise ValueError(f"data_loader: its {name} gives {outside[0]}, and its data set has {has}")
+        raise LoaderError(f"data_loader: its {name} gives {outside[0]}, and its data set has {has}")
 
 
 def _check_once(indices: list[Any], name: str) -> None:
     if len(set(indices)) < len(indices):
-        raise ValueError(
+        raise RepeatedSampleError(
             f"data_loader: its {name} gives a sample more than once in an epoch, and it would count as often: "
             f"{NO_REPLACEMENT}"
         )

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from dpfast.distributed.ranks import Ranks
+from dpfast.refusals import RanksError
 
 
 class PoissonBatches(Sampler[list[int]]):
@@ -121,7 +122,7 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool, to_dr
         drawn = (batches.num_samples, batches.steps_per_epoch, batches.sample_rate, batches.seed, batches.step)
     elif ranks.world_size > 1 and not poisson_sampling:
         if not isinstance(sampler, DistributedSampler) or not (size % ranks.world_size == 0 or sampler.drop_last):
-            raise ValueError(
+            raise RanksError(
                 "data_loader with poisson_sampling=False on several ranks: a sample must be on one rank only. Give it "
                 "a torch.utils.data.DistributedSampler with drop_last=True (which repeats none), or use "
                 "poisson_sampling=True"
@@ -133,14 +134,14 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool, to_dr
     rows = ranks.gathered([float(int.from_bytes(digest, "little")), float(wrong)])
     if wrong:
         assert share is not None
-        raise ValueError(
+        raise RanksError(
             f"data_loader: its batches are the share of rank {share[0]} of {share[1]}, and this is rank {ranks.rank} "
             f"of {ranks.world_size}"
         )
     if any(row[1] for row in rows):
-        raise ValueError("data_loader: on another rank its batches are not that rank's share")
+        raise RanksError("data_loader: on another rank its batches are not that rank's share")
     if len({row[0] for row in rows}) > 1:
-        raise ValueError(
+        raise RanksError(
             "data_loader: the ranks' batches are no shares of the same one, so that a sample may be on two ranks: give "
             "the sampler the same seed, and the same step or epoch, and the loader the same data and batch size on all"
         )

@@ -19,12 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dpfast.refusals import RankLostError, RanksError
+
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's buckets
 T = TypeVar("T")
-
-
-class RankLostError(RuntimeError):
-    """A collective call did not come about: some rank has died or is stuck."""
 
 
 class Ranks:
@@ -143,25 +141,25 @@ def _sharded(module: nn.Module) -> Sharded:
     for name, p in module.named_parameters():
         if not isinstance(p, DTensor):
             if p.requires_grad:
-                raise ValueError(
+                raise RanksError(
                     f"module: parameter {name!r} is trained and not sharded: call fully_shard on the whole model too"
                 )
             continue
         if sum(isinstance(s, Shard) for s in p.placements) != 1 or not all(
             isinstance(s, Replicate) or s == Shard(0) for s in p.placements
         ):
-            raise ValueError(
+            raise RanksError(
                 f"module: parameter {name!r} is placed as {p.placements}: the fused mode knows shards along "
                 f"dimension 0, as fully_shard makes them by default"
             )
         meshes[p.device_mesh] = name
     if len(meshes) != 1:
-        raise ValueError(f"module: its parameters lie on {len(meshes)} device meshes: shard the model over one")
+        raise RanksError(f"module: its parameters lie on {len(meshes)} device meshes: shard the model over one")
     mesh = next(iter(meshes))
     if mesh.size() == dist.get_world_size():
         return Sharded()
     if mesh.ndim > 1:
-        raise ValueError("module: a mesh of several dimensions has to hold all ranks")
+        raise RanksError("module: a mesh of several dimensions has to hold all ranks")
     return Sharded(mesh.get_group())
 
 

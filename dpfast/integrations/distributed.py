@@ -19,6 +19,7 @@ from dpfast.checkpoints import read, written
 from dpfast.engine import PrivacyEngine
 from dpfast.optim.fused_update import MASTER, make_masters
 from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.refusals import CheckpointError
 
 PRIVACY_NAME = "privacy.pt"
 SHARDS = "shards"  # beside it, in a checkpoint of a Trainer whose model is sharded
@@ -114,11 +115,13 @@ def load_checkpoint(
     """
     path = Path(path)
     if not (path / PRIVACY_NAME).is_file():
-        raise ValueError(f"path={str(path)!r}: no whole checkpoint of private training is there (no {PRIVACY_NAME})")
+        raise CheckpointError(
+            f"path={str(path)!r}: no whole checkpoint of private training is there (no {PRIVACY_NAME})"
+        )
     privacy = read(path / PRIVACY_NAME, map_location="cpu")
     counted = joined(engine.accountant, privacy["accountant"])
     if len(privacy["max_grad_norms"]) != len(optimizer.max_grad_norms):
-        raise ValueError(
+        raise CheckpointError(
             f"path={str(path)!r}: saved with {len(privacy['max_grad_norms'])} clipping norms, and this optimizer has "
             f"{len(optimizer.max_grad_norms)}: give make_private the same clipping"
         )

@@ -26,6 +26,7 @@ from dpfast.integrations.pieces import announced, counts, pieces
 from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planning.planner import check_state as check_plan
+from dpfast.refusals import CheckpointError, LoaderError, TrainerSettingError
 
 
 class DPCallback(Callback):
@@ -93,7 +94,7 @@ class DPCallback(Callback):
         **private: Any,
     ):
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
-            raise ValueError(f"dataset={type(dataset).__name__}: Poisson sampling needs a length, and samples")
+            raise LoaderError(f"dataset={type(dataset).__name__}: Poisson sampling needs a length, and samples")
         for name, value in (("batch_size", batch_size), ("max_physical_batch_size", max_physical_batch_size or 1)):
             if value < 1:
                 raise ValueError(f"{name}={value}: give at least 1")
@@ -101,7 +102,7 @@ class DPCallback(Callback):
             raise ValueError(f"seed={seed} with secure_mode=True, whose keys no seed repeats: leave it out")
         for name in ("data_loader", "module", "optimizer", "poisson_sampling", "wrap_model", "criterion"):
             if name in private:
-                raise ValueError(f"{name}: DPCallback sets this itself; leave it out")
+                raise TrainerSettingError(f"{name}: DPCallback sets this itself; leave it out")
         steps = -(-len(dataset) // batch_size)
         target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "epochs": epochs}
         if noise_multiplier is None:
@@ -191,9 +192,11 @@ class DPCallback(Callback):
         ):
             if wrong:
                 value = getattr(trainer, name)
-                raise ValueError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
+                raise TrainerSettingError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
         if not pl_module.automatic_optimization:
-            raise ValueError("automatic_optimization=False: DPCallback needs Lightning's automatic optimisation")
+            raise TrainerSettingError(
+                "automatic_optimization=False: DPCallback needs Lightning's automatic optimisation"
+            )
         own = pl_module.configure_optimizers
         pl_module.configure_optimizers = _MadePrivate(own, self, pl_module)  # type: ignore[method-assign]
         pl_module.training_step = _Cut(_whole(pl_module.training_step), self, self._size)  # type: ignore[method-assign]
@@ -202,12 +205,12 @@ class DPCallback(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that it is the private optimizer that steps."""
         if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not self.optimizer:
-            raise ValueError(
+            raise TrainerSettingError(
                 "configure_optimizers must return one optimizer, alone or as the 'optimizer' of a dict; or what "
                 "callback.make_private(self, optimizer) returns"
             )
         if trainer.ckpt_path is not None and self._pending is None:
-            raise ValueError(
+            raise CheckpointError(
                 f"ckpt_path={trainer.ckpt_path!r} has no state of a DPCallback: that run was not accounted for. To "
                 f"start from its weights load them into the module"
             )
@@ -215,7 +218,7 @@ class DPCallback(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on from a checkpoint, if there is one."""
         if getattr(trainer.train_dataloader, "batch_sampler", None) is not self._batches:
-            raise ValueError("train_dataloader: train on callback.train_dataloader(), whose batches are accounted for")
+            raise LoaderError("train_dataloader: train on callback.train_dataloader(), whose batches are accounted for")
         state, self._pending = self._pending, None
         if state is not None:
             assert self.optimizer is not None and self.hooks is not None
@@ -251,13 +254,13 @@ class DPCallback(Callback):
         check_plan(state_dict["plan"])
         mine = (self._batches.num_samples, self._batches.steps_per_epoch)
         if tuple(state_dict["sampled"]) != mine:
-            raise ValueError(
+            raise CheckpointError(
                 f"ckpt_path: samples and steps per epoch are {mine}, and were {tuple(state_dict['sampled'])}: resume "
                 f"with the same dataset and batch_size"
             )
         held = sum(steps for *_, steps in state_dict["accountant"]["history"])
         if (done := self.steps_accounted()) > held:
-            raise ValueError(
+            raise CheckpointError(
                 f"ckpt_path: {done} steps were taken and the checkpoint accounts for {held} of them; the others would "
                 f"be forgotten. Resume from the last checkpoint"
             )
@@ -382,5 +385,7 @@ def _ignored(*args: Any, **kwargs: Any) -> None:
 def _loss(out: Any) -> Tensor:
     loss = out["loss"] if isinstance(out, dict) else out
     if not isinstance(loss, Tensor):
-        raise ValueError(f"training_step returned {out!r}: a step without a loss would be accounted for; return one")
+        raise TrainerSettingError(
+            f"training_step returned {out!r}: a step without a loss would be accounted for; return one"
+        )
     return loss

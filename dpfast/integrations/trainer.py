@@ -29,6 +29,7 @@ from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
 from dpfast.integrations.trainer_checkpoints import PRIVACY_NAME, ResumableTrainer
 from dpfast.optim.optimizer import FusedDPOptimizer
+from dpfast.refusals import BudgetError, CheckpointError, LoaderError, LossCouplesError, RanksError
 
 __all__ = ["PRIVACY_NAME", "DPArguments", "DPTrainer"]
 
@@ -102,13 +103,13 @@ class DPTrainer(ResumableTrainer):
             args._n_gpu = 1
         super().__init__(model, args, *positional, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
+            raise RanksError(
                 "accelerate was launched with DeepSpeed or FSDP: launch without, and shard the model with fully_shard"
             )
         self._task_loss = None if self.compute_loss_func is not None else task_loss(self.model)
         own = self.compute_loss_func is not None or type(self).compute_loss is not DPTrainer.compute_loss
         if self._task_loss is None and not own:
-            raise ValueError(
+            raise LossCouplesError(
                 f"model is a {type(self.model).__name__}, whose per-sample loss is not known: pass compute_loss_func, "
                 f"from (outputs, labels, num_items_in_batch) to losses [B]"
             )
@@ -134,7 +135,7 @@ class DPTrainer(ResumableTrainer):
     def _samples(self) -> int:
         data: Any = self.train_dataset
         if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not len(data):
-            raise ValueError(
+            raise LoaderError(
                 f"train_dataset={type(data).__name__}: Poisson sampling needs a data set with a length and samples"
             )
         return len(data)
@@ -240,7 +241,7 @@ class DPTrainer(ResumableTrainer):
             accountant=privacy.accountant,
         )
         if self._resumed is not None and sigma != self._resumed["noise_multiplier"]:
-            raise ValueError(
+            raise CheckpointError(
                 f"target_epsilon={privacy.target_epsilon} asks for noise_multiplier={sigma} with these arguments, and "
                 f"the checkpoint was trained with {self._resumed['noise_multiplier']}: resume with the arguments that "
                 f"it was trained with, or give noise_multiplier"
@@ -288,7 +289,7 @@ class DPTrainer(ResumableTrainer):
                 return torch.zeros((), device=self.args.device, requires_grad=True)
             losses = self._losses(model, part)
             if len(losses) != (seen := max(given, self._rows)):
-                raise ValueError(
+                raise LossCouplesError(
                     f"the loss has shape {list(losses.shape)} for a batch of {seen} samples: compute_loss and "
                     f"compute_loss_func must return one loss for each sample, [B]; one number for all couples them"
                 )
@@ -306,7 +307,7 @@ class DPTrainer(ResumableTrainer):
         with self.compute_loss_context_manager():
             losses = self.compute_loss(model, batch)
         if losses.dim() != 1:
-            raise ValueError(
+            raise LossCouplesError(
                 f"the loss has shape {list(losses.shape)}: compute_loss and compute_loss_func must return one loss for "
                 f"each sample, [B]; one number for all couples them"
             )
@@ -355,7 +356,7 @@ class DPTrainer(ResumableTrainer):
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial looks at the data, and choosing among them is not accounted for."""
-        raise ValueError("hyperparameter_search: its trials are not accounted for; search on public data")
+        raise BudgetError("hyperparameter_search: its trials are not accounted for; search on public data")
 
 
 class _Batches(PoissonBatches):

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from dpfast.amp import check_scale
+from dpfast.refusals import TrainerSettingError
 
 # Arguments of the Trainer under which the guarantee or the run would break, and what to do instead.
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -116,7 +117,7 @@ def check_arguments(args: TrainingArguments) -> None:
     for name, (bad, remedy) in REFUSED.items():
         value = getattr(args, name, None)
         if value is not None and bad(value) and (name != "hub_strategy" or args.push_to_hub):
-            raise ValueError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
+            raise TrainerSettingError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
 
 
 def check_reports(callbacks: Iterable[Any]) -> None:
@@ -130,7 +131,7 @@ def check_reports(callbacks: Iterable[Any]) -> None:
             for setting, uploads, remedy in UPLOADS.get(kind.__name__, ()):
                 value = os.environ.get(setting) if setting.isupper() else getattr(callback, setting, None)
                 if uploads(value):
-                    raise ValueError(
+                    raise TrainerSettingError(
                         f"{kind.__name__} with {setting}={value!r} would upload checkpoints, and a checkpoint has the "
                         f"noise's key: {remedy}, and upload the model that save_model() has written"
                     )

@@ -26,6 +26,7 @@ from dpfast.integrations.trainer_arguments import DPArguments, check_reports
 from dpfast.model.private_model import FusedHooks
 from dpfast.noise.stream import as_text, check_state
 from dpfast.planning.planner import check_state as check_plan
+from dpfast.refusals import CheckpointError
 
 STATE_NAME = "trainer_state.json"  # Transformers' own, which it writes last
 UNKNOWN = "cannot be told from others"  # of data, in the settings
@@ -101,7 +102,7 @@ class ResumableTrainer(Trainer):
                 samples, other batch sizes or an earlier time of this very trainer; or ``target_epsilon`` is spent.
         """
         if self.args.load_best_model_at_end and is_sharded(self.model):
-            raise ValueError(
+            raise CheckpointError(
                 "load_best_model_at_end=True: the checkpoints of a sharded model hold shards, which the Trainer passes "
                 "over at the end: leave it out, and take the best checkpoint yourself"
             )
@@ -113,7 +114,7 @@ class ResumableTrainer(Trainer):
             self._resumed = self._read(os.path.join(resume_from_checkpoint, PRIVACY_NAME))
             self._batch_seed = self._resumed["batch_seed"]
         elif self.privacy.target_epsilon is not None and self.steps_accounted():
-            raise ValueError(
+            raise CheckpointError(
                 f"target_epsilon={self.privacy.target_epsilon}: this trainer's first train() was planned to spend it; "
                 f"resume from a checkpoint, or give noise_multiplier, with which any number of runs adds up"
             )
@@ -121,7 +122,7 @@ class ResumableTrainer(Trainer):
 
     def _read(self, path: str) -> dict[str, Any]:
         if not os.path.isfile(path):
-            raise ValueError(
+            raise CheckpointError(
                 f"resume_from_checkpoint: there is no {path}; the checkpoint is of a run that was not accounted for, "
                 f"or was saved with save_only_model=True. To start from its weights load them into the model"
             )
@@ -132,12 +133,12 @@ class ResumableTrainer(Trainer):
         for name in ("num_samples", "steps_per_epoch"):
             mine = getattr(batches, name)
             if state[name] != mine:
-                raise ValueError(
+                raise CheckpointError(
                     f"resume_from_checkpoint: {name} is {mine}, and was {state[name]} in {path}: resume with the same "
                     f"train_dataset and the same batch size over all"
                 )
         if (done := self.steps_accounted()) > (held := sum(steps for *_, steps in state["accountant"]["history"])):
-            raise ValueError(
+            raise CheckpointError(
                 f"resume_from_checkpoint: this trainer has taken {done} steps and {path} accounts for {held} of them; "
                 f"the others would be forgotten. Resume from the last checkpoint"
             )

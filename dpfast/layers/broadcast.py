@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.layers.generic import Copies
+from dpfast.refusals import LayoutError
 
 Step = tuple[str, Callable[[Tensor], Tensor]]  # a name, and what is done to copies, samples first
 # Computed place by place from the parameter and numbers.

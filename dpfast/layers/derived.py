@@ -20,11 +20,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dpfast.capture.forms import Form, Instantiated
 from dpfast.capture.recorder import Recorder
-from dpfast.capture.refusals import ONE_BY_ONE, LayoutError
+from dpfast.capture.refusals import ONE_BY_ONE
 from dpfast.capture.shift import swapped
 from dpfast.capture.tap import Call
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.layers.base import Layer
+from dpfast.refusals import SamplesMeetError
 
 
 class FromParameters(Layer):
@@ -92,7 +93,7 @@ class Source:
                 continue
             seen.add(node)
             if hasattr(node, "variable") and id(node.variable) not in known:
-                raise LayoutError(
+                raise SamplesMeetError(
                     f"{self.name!r} is computed from more than the parameters {sorted(self.parameters.values())}, so "
                     f"its gradient cannot be told apart by sample. {ONE_BY_ONE}"
                 )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dpfast.capture.forms import Instantiated
-from dpfast.capture.refusals import ONE_BY_ONE, LayoutError
+from dpfast.capture.refusals import ONE_BY_ONE
 from dpfast.capture.tap import Call, accumulators, applied, reached
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.layers.generic import Copies
+from dpfast.refusals import TransformedError
 
 
 class InputGradient(torch.autograd.Function):
@@ -56,7 +57,7 @@ class InputGradient(torch.autograd.Function):
             try:
                 dG, dx, *by_sample = _differentiated(call, GG, G, x, points, copies, again)
             except (RuntimeError, NotImplementedError) as error:
-                raise LayoutError(
+                raise TransformedError(
                     f"layer {call.tap.name!r} ({type(call.tap.layer).__name__}): the gradient of its input gradient "
                     f"(create_graph=True) cannot be taken sample by sample ({error}). {ONE_BY_ONE}"
                 ) from error

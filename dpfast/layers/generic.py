@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from dpfast import layers
 from dpfast.capture.forms import Form, Instantiated
 from dpfast.capture.recorder import Recorder
-from dpfast.capture.refusals import ONE_BY_ONE, LayoutError, listed
+from dpfast.capture.refusals import ONE_BY_ONE, listed
 from dpfast.capture.shift import swapped
 from dpfast.capture.tap import Call
 from dpfast.capture.traced_tap import TracedTap
@@ -31,6 +31,7 @@ from dpfast.capture.trees import map_tensors, tensors
 from dpfast.capture.value_branches import all_branches
 from dpfast.layers.base import Layer
 from dpfast.layers.derived import Source, standing
+from dpfast.refusals import LayoutError, SamplesMeetError
 
 EXPERTS = (
     "Experts that loop over those that the batch hits can do without: "
@@ -153,7 +154,7 @@ class Generic:
             of_vmap = "vmap" in str(error) or "atching rule" in str(error)
             if isinstance(error, LayoutError) or not of_vmap:
                 raise
-            raise LayoutError(
+            raise SamplesMeetError(
                 f"{type(self.module).__name__} runs one sample at a time, for its parameters "
                 f"{listed(sorted(self.parameters.values()))} that no layer family serves, and vmap cannot run it: "
                 f"{error} "
@@ -176,7 +177,9 @@ class Generic:
         """``[B, *one sample's output]`` as the module would have returned it for the batch."""
         if x.dim() == 1:
             if self.whole_model is None:
-                raise LayoutError(f"{type(self.module).__name__} returned a scalar, which stands for the whole batch")
+                raise SamplesMeetError(
+                    f"{type(self.module).__name__} returned a scalar, which stands for the whole batch"
+                )
             return x.mean() if self.whole_model == "mean" else x.sum()  # a loss; compared with the model's own
         dim = self.batch_dim
         if x.dim() > 1 + dim and x.shape[1 + dim] == 1:

@@ -13,6 +13,7 @@ from dpfast.capture.forms import Form, Instantiated
 from dpfast.capture.recomputed import Recomputed
 from dpfast.capture.tap import Call, Tap
 from dpfast.layers.base import Layer
+from dpfast.refusals import OwnGradientError
 
 
 class Targets:
@@ -33,7 +34,9 @@ class HeadLoss(Layer):
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active():
-            raise RuntimeError("linear_cross_entropy with keep_logits=False has no second derivatives: keep the logits")
+            raise OwnGradientError(
+                "linear_cross_entropy with keep_logits=False has no second derivatives: keep the logits"
+            )
         weight, bias = params
         losses, normalisers = ops.head_losses(x, weight, bias, call.spec.targets)
         call.saved = (normalisers,)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.capture.tap import Tap
 from dpfast.layers.base import Layer
 from dpfast.layers.embedding_tables import Embedding
 from dpfast.layers.linear import Linear, Rows
+from dpfast.refusals import SamplesMeetError
 
 
 class Overridden(Layer):
@@ -59,7 +59,7 @@ class OverriddenEmbedding(Overridden, Embedding):
             sparse: bool = False,
         ) -> Tensor | None:
             if weight is module.weight and (max_norm is not None or scale_grad_by_freq or sparse):
-                raise LayoutError(
+                raise SamplesMeetError(
                     f"embedding {tap.name!r} looks its rows up with max_norm, scale_grad_by_freq or sparse, which have "
                     f"no per-sample gradient: leave these options out"
                 )

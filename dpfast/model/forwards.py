@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
-from dpfast.capture.refusals import LayoutError
 from dpfast.capture.shift import Shift
 from dpfast.capture.tap import Tap
 from dpfast.capture.trees import map_tensors, tensors
@@ -19,6 +18,7 @@ from dpfast.layers import Layer
 from dpfast.layers.derived import Source
 from dpfast.layers.generic import Generic
 from dpfast.layers.overridden import Overridden
+from dpfast.refusals import SamplesMeetError
 from dpfast.separation import aside, kept, same, without_autocast
 from dpfast.separation.state import Kept
 
@@ -117,7 +117,7 @@ class GenericForward(Forward):
                 expected = tensors(self.plain(*args, **kwargs))
             found = tensors(self.generic(self.plain, *args, **kwargs))
         if not same(expected, found):
-            raise LayoutError(f"{type(self.module).__name__} computes something else on one sample at a time")
+            raise SamplesMeetError(f"{type(self.module).__name__} computes something else on one sample at a time")
 
 
 class DerivedForward(Forward):

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.capture.trees import tensors
+from dpfast.refusals import LayoutError
 
 ADVICE = (
     "nodes are not samples, and one moves the others' gradients through its edges. If a graph is a sample, call the "

@@ -17,7 +17,7 @@ from torch._C._functorch import TransformType
 from dpfast.capture import running_pass
 from dpfast.capture.picked_rows import PickedRows
 from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
-from dpfast.capture.refusals import ONE_BY_ONE, BypassError, LayoutError, RowsError, refuse_gradient_hooks
+from dpfast.capture.refusals import ONE_BY_ONE, BypassError, refuse_gradient_hooks
 from dpfast.capture.shift import Shift, inside_checkpoint
 from dpfast.capture.traced_tap import batch_token
 from dpfast.capture.trees import map_tensors, packed_sequences, tensors
@@ -26,6 +26,15 @@ from dpfast.layers.generic import Generic
 from dpfast.model import graph_inputs
 from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.forwards import Forward, lend, on_nobody, trains
+from dpfast.refusals import (
+    BatchStatisticsError,
+    LayoutError,
+    LeftBehindError,
+    NotOneSampleError,
+    RowsError,
+    SamplesMeetError,
+    TransformedError,
+)
 from dpfast.separation import Check, Verdict, aside, kept, kind, noisy, same, unvarying, without_autocast
 from dpfast.separation.schedule import Schedule
 from dpfast.separation.texts import Left
@@ -130,7 +139,7 @@ class ModelForward(Forward):
         ):
             out = self._run_checked(args, kwargs)
         if one and len(sizes) > 1 and any(x.shape[self.batch_dim : self.batch_dim + 1] != (1,) for x in tensors(out)):
-            raise ValueError(
+            raise NotOneSampleError(
                 f"inputs of sizes {sizes} are no batch of one: use BatchMemoryManager(max_physical_batch_size=1)"
             )
         batch = recorder.batch_size
@@ -169,7 +178,9 @@ class ModelForward(Forward):
         recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
         recorder.new_layouts = set()
         if why := self._why_mixed(args, kwargs, lambda args, kwargs: module(*args, **kwargs)):
-            raise LayoutError(f"{why}, and a sharded model cannot be run sample by sample: use DistributedDataParallel")
+            raise SamplesMeetError(
+                f"{why}, and a sharded model cannot be run sample by sample: use DistributedDataParallel"
+            )
         self._agreed = True
 
     def _run_checked(self, args: Any, kwargs: Any) -> Any:
@@ -209,7 +220,7 @@ class ModelForward(Forward):
             self._state_seen = True
             with self._uncompiled():
                 if left := self._check(args, kwargs).state():
-                    raise LayoutError(left)
+                    raise LeftBehindError(left)
         if recorder.verifies and self.bare.served and not self.runs_by_sample:
             with self._uncompiled():
                 same_so = self.bare.computes_the_same(self._run, self.module, args, kwargs)
@@ -398,7 +409,7 @@ class ModelForward(Forward):
         """Inside of ``torch.func`` taps cannot record; and vmap hides how many samples a batch of one stands for."""
         around = running_pass.transforms()
         if around and (not self.recorder.alone or TransformType.Vmap in around):
-            raise LayoutError(
+            raise TransformedError(
                 f"{type(self.module).__name__} was called inside of torch.func.{around[-1].name.lower()}, where its "
                 f"samples cannot be followed: for gradients of its inputs use torch.autograd.grad(..., "
                 f"create_graph=True) on the batch, which is exact"
@@ -410,7 +421,7 @@ class ModelForward(Forward):
             self._normalising = [(n, m) for n, m in self.module.named_modules() if isinstance(m, kinds)]
         for name, module in self._normalising:
             if normalises_over_batch(module):
-                raise ValueError(
+                raise BatchStatisticsError(
                     f"{name} ({type(module).__name__}) normalises every sample by the others in its batch: call eval() "
                     f"on it, or replace it with opacus.validators.ModuleValidator.fix(model)"
                 )
@@ -419,24 +430,24 @@ class ModelForward(Forward):
         """Run by sample from now on, provided that this computes the same function."""
         recorder = self.recorder
         if not recorder.verifies or isinstance(why, Left):  # what is left behind is left by one sample, too
-            raise LayoutError(why)
+            raise (LeftBehindError if isinstance(why, Left) else SamplesMeetError)(why)
         hint = (
             f"{why}, so it cannot be told which gradient is whose. Inputs that all samples share (position ids, "
             f"masks) may have shape [1, ...]; layers must see the batch along one dimension"
         )
         if recorder.batch_size is None:
-            raise LayoutError(f"{hint}. {ONE_BY_ONE}")
+            raise SamplesMeetError(f"{hint}. {ONE_BY_ONE}")
         try:
             full_precision = without_autocast(self.module, args, kwargs)
             with aside(self.module), recorder.setting(shift=Shift()), full_precision as full:
                 self.runs_by_sample = self._same_by_sample(full) and self._same_by_sample(noisy(full))
         except Exception as error:
             self.runs_by_sample = False
-            raise LayoutError(
+            raise SamplesMeetError(
                 f"{hint}. Running the model sample by sample failed too ({error}). {ONE_BY_ONE}"
             ) from error
         if not self.runs_by_sample:
-            raise LayoutError(
+            raise SamplesMeetError(
                 f"{hint}. Run sample by sample, the model computes something else: its forward mixes samples (a mean "
                 f"over the batch), depends on the batch size, or draws random numbers. {ONE_BY_ONE}"
             )

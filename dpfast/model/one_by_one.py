@@ -17,6 +17,7 @@ from dpfast.capture.shift import swapped
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.layers.generic import Copies
 from dpfast.model.forwards import Forward, trains
+from dpfast.refusals import NotOneSampleError
 
 
 class OneByOneForward(Forward):
@@ -33,7 +34,7 @@ class OneByOneForward(Forward):
         recorder.start_forward()
         recorder.check_inside(self.name)
         if recorder.batch_size not in (0, 1):
-            raise ValueError(
+            raise NotOneSampleError(
                 f"module {self.name!r} ({type(self.module).__name__}) is trained at a physical batch of one, as "
                 f"make_private(..., max_physical_batch_size=1) has it, but got inputs of {recorder.batch_sizes}: "
                 f"iterate over BatchMemoryManager(max_physical_batch_size=1)"

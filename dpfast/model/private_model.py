@@ -14,7 +14,6 @@ from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks, GradSa
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
-from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -32,6 +31,7 @@ from dpfast.model.forwards import DerivedForward, Forward, GenericForward, Layer
 from dpfast.model.one_by_one import OneByOneForward
 from dpfast.model.sampled_forward import SampledForward, own_sampler
 from dpfast.model.unsupported import problems
+from dpfast.refusals import AlreadyPrivateError, UnservedModuleError
 from dpfast.separation import Verdict
 
 
@@ -80,7 +80,7 @@ class FusedHooks(AbstractGradSampleHooks):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
         if isinstance(vars(m).get("forward"), Forward):
-            raise ValueError("this model is already private; call cleanup() or to_standard_module() first")
+            raise AlreadyPrivateError("this model is already private; call cleanup() or to_standard_module() first")
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         self.clipped_sum = ClippedSum(parameter_names(m), clipping or Clipping.flat(1.0), loss_reduction)
         self.clipped_sum.verifies = self.clipped_sum.needs_model = True
@@ -128,7 +128,7 @@ class FusedHooks(AbstractGradSampleHooks):
                 below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
                 generic = Generic(module, below, self.clipped_sum, batch_dim, sources=sources)
                 if self.clipped_sum.ranks.sharded and generic.trains:
-                    raise UnsupportedModuleError(
+                    raise UnservedModuleError(
                         f"{name or 'the model'} ({type(module).__name__}): no layer family serves its parameters, and "
                         f"vmap, which could, does not know parameters that fully_shard has gathered. Freeze it with "
                         f"requires_grad_(False), or use DistributedDataParallel"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from dpfast.capture.forms import Form, Instantiated
 from dpfast.capture.recorder import Recorder
-from dpfast.capture.refusals import LayoutError
 from dpfast.capture.shift import swapped
 from dpfast.capture.tap import Call
 from dpfast.capture.traced_tap import TracedTap
 from dpfast.capture.trees import tensors
 from dpfast.layers.base import Layer
 from dpfast.model.forwards import Forward, trains
+from dpfast.refusals import GradSamplerError, InputChangedError
 
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
@@ -46,7 +46,7 @@ class SampledForward(Forward):
         if recorder.paused or not trains(self.module):
             return self.untapped(recorder, *args, **kwargs)
         if recorder.token is not None:
-            raise LayoutError(
+            raise GradSamplerError(
                 f"layer {self.name!r} has a grad sampler of its own, {self.sampler.__qualname__}, and is a part of "
                 f"what runs one sample at a time: take the sampler out of GradSampleHooks.GRAD_SAMPLERS; the layer is "
                 f"then served without it"
@@ -56,7 +56,7 @@ class SampledForward(Forward):
         with swapped([self.module], dict(zip(params, values, strict=True))):
             out = self.plain(*args, **kwargs)
         if not isinstance(out, Tensor):
-            raise LayoutError(
+            raise GradSamplerError(
                 f"layer {self.name!r} returns {type(out).__name__}, and its grad sampler is called with the gradient "
                 f"of one tensor: return a tensor, or take the sampler out of GradSampleHooks.GRAD_SAMPLERS"
             )
@@ -83,7 +83,7 @@ class _Output(Layer):
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form]]:
         if [x._version for x in self.activations] != self.versions:
-            raise RuntimeError(
+            raise InputChangedError(
                 f"the input of layer {self.of.name!r} was modified in place after its forward (as in x += layer(x)), "
                 f"and its grad sampler {self.of.sampler.__qualname__} computes with it: leave the input as it was"
             )
@@ -92,7 +92,7 @@ class _Output(Layer):
             samples = found.get(self.params[k])
             if samples is None or samples.shape != (call.batch, *params[k].shape):
                 given = "none" if samples is None else f"one of shape {list(samples.shape)}"
-                raise LayoutError(
+                raise GradSamplerError(
                     f"the grad sampler {self.of.sampler.__qualname__} of layer {self.of.name!r} was to return "
                     f"per-sample gradients of shape {[call.batch, *params[k].shape]} for a parameter, and returned "
                     f"{given}"

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.capture.strangers import Strangers
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.closing import closed
 from dpfast.clipping.compiled_backward import mark_backward
+from dpfast.refusals import LayoutError
 
 # Clipped sums by parameter, tensors of its own and which samples are lost, to what takes the place of the sums.
 UpdateFunction = Callable[[Mapping[Any, Tensor], Sequence[Tensor], Tensor], list[Tensor]]

@@ -16,6 +16,7 @@ import torch
 from dpfast.distributed.ranks import Ranks
 from dpfast.ops import KEY_WORDS, Noise
 from dpfast.reference.rounding import rounded_up
+from dpfast.refusals import CheckpointError, ReplayedNoiseError
 
 # The secure mode works in whole steps of this many bits below the noise's standard deviation.
 GRID_BITS = 24
@@ -101,7 +102,7 @@ class NoiseStream:
         """What :meth:`next` raises. A process that was forked off lets go of its parent's key, a step that was set
         back of its own."""
         if recorder := _recorder():
-            raise RuntimeError(
+            raise ReplayedNoiseError(
                 f"step: it is being recorded by {recorder}, which would replay the noise of this one step on other "
                 f"batches, and account for none of them: call optimizer.step() outside of it"
             )
@@ -233,15 +234,15 @@ def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
 def check_state(state: Any) -> tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]:
     """Key, step and rounding key of a noise state, or a ValueError that says what is wrong with it."""
     if not isinstance(state, Mapping):
-        raise ValueError(f"noise state: a mapping was expected, not {type(state).__name__}")
+        raise CheckpointError(f"noise state: a mapping was expected, not {type(state).__name__}")
     step = state.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= 1 << 32:
-        raise ValueError(f"noise state: step={step!r} is no step counter; is the checkpoint from another library?")
+        raise CheckpointError(f"noise state: step={step!r} is no step counter; is the checkpoint from another library?")
     words = []
     for name, length in (("key", KEY_WORDS), ("rounding_key", 2)):
         value = state.get(name)
         fits = isinstance(value, (tuple, list)) and len(value) == length
         if value is not None and not (fits and all(type(word) is int and 0 <= word < 1 << 32 for word in value)):
-            raise ValueError(f"noise state: {name} must be {length} words of 32 bits")  # not shown: it is a secret
+            raise CheckpointError(f"noise state: {name} must be {length} words of 32 bits")  # not shown: it is a secret
         words.append(None if value is None else tuple(value))
     return words[0], step, words[1]

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from dpfast.capture.shift import Shift
 from dpfast.ops import compute_dtype, is_native
+from dpfast.refusals import CheckpointError
 
 
 class Ascent:
@@ -208,22 +209,24 @@ class Ascending:
             return
         if not isinstance(state, Mapping) or state.get("ascent") != type(self.ascent).__name__:
             found = state.get("ascent") if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"ascent state: of {found!r}, and this optimizer has {self.ascent!r}")
+            raise CheckpointError(f"ascent state: of {found!r}, and this optimizer has {self.ascent!r}")
         if self.ascent is not None and (name := self.ascent.scaled_by):
             settings = state.get("settings")
             check_number(
                 f"ascent state: settings: {name}", settings.get(name) if isinstance(settings, Mapping) else None
             )
         if isinstance(self.ascent, DiSK) and state.get("settings") != asdict(self.ascent):
-            raise ValueError(f"ascent state: of {state.get('settings')}, and this optimizer has {self.ascent!r}")
+            raise CheckpointError(f"ascent state: of {state.get('settings')}, and this optimizer has {self.ascent!r}")
         shapes = {name: p.shape for p, name in self.names.items()}
         for key in ("shifts", "filtered"):
             kept = state.get(key)
             if not isinstance(kept, Mapping):
-                raise ValueError(f"ascent state: {key} must be a mapping of names to tensors")
+                raise CheckpointError(f"ascent state: {key} must be a mapping of names to tensors")
             for name, value in kept.items():
                 if not isinstance(value, Tensor) or shapes.get(name) != value.shape:
-                    raise ValueError(f"ascent state: {key}[{name!r}] does not fit the model's parameter of that name")
+                    raise CheckpointError(
+                        f"ascent state: {key}[{name!r}] does not fit the model's parameter of that name"
+                    )
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on where :meth:`state_dict` was taken; None starts afresh, with a step of DP-SGD.
@@ -247,7 +250,7 @@ class Ascending:
 
         kept = [] if state is None else [x for key in ("shifts", "filtered") for x in state[key].values()]
         if not all(bool(x.isfinite().all()) for x in kept):
-            raise ValueError("ascent state: it has numbers that are not finite")
+            raise CheckpointError("ascent state: it has numbers that are not finite")
         scale = 1.0
         if state is not None and (name := self.ascent.scaled_by):
             scale = getattr(self.ascent, name) / state["settings"][name] if state["settings"][name] else 0.0

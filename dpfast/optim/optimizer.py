@@ -22,6 +22,7 @@ from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.copies import accountant_of, copied, pickled
 from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
 from dpfast.optim.step_checks import agree, check_low_precision, check_noise_multiplier, look_for_bypass, refuse_step
+from dpfast.refusals import ParametersChangedError, ReplacedMethodError
 
 PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
 StepHook = Callable[[DPOptimizer], None]
@@ -79,7 +80,7 @@ class FusedDPOptimizer(DPOptimizer):
         other = clipped_sum.optimizer() if clipped_sum.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         if other is not None and set(other.all_parameters()) != mine:
-            raise ValueError(
+            raise ParametersChangedError(
                 "optimizer: another private optimizer of this model has other parameters than this one, and the two "
                 "would end each other's logical batches; delete it, or use one optimizer with param groups"
             )
@@ -156,7 +157,7 @@ class FusedDPOptimizer(DPOptimizer):
         given: Any = param_group["params"]
         added: list[Any] = [given] if isinstance(given, torch.Tensor) else list(given)
         if strange := [list(p.shape) for p in added if p not in self.clipped_sum.names]:
-            raise ValueError(
+            raise ParametersChangedError(
                 f"add_param_group: parameters of shapes {strange} are none of the model given to make_private, so "
                 f"nothing clips their gradients: give make_private a model that has them"
             )
@@ -272,7 +273,7 @@ class FusedDPOptimizer(DPOptimizer):
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale, and account; False if this call only ends a physical batch."""
         if self.ascending.moves:
-            raise ValueError("pre_step: the ascent has to see the whole of a step; call step()")
+            raise ReplacedMethodError("pre_step: the ascent has to see the whole of a step; call step()")
         keeps, self.keep_summed_grad = self.keep_summed_grad, True
         try:
             return self._pre_step()
@@ -331,7 +332,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _check_own_parts(self) -> None:
         if self.ranks.world_size > 1 or self.adaptive is not None:
-            raise ValueError(
+            raise ReplacedMethodError(
                 "step: a method of the optimizer was replaced (one of add_noise, scale_grad, clip_and_accumulate), "
                 "which cannot be done on several ranks, or with clipping='adaptive': both go through dpfast's own noise"
             )
@@ -358,7 +359,7 @@ class FusedDPOptimizer(DPOptimizer):
             self.clip_and_accumulate()
             if self._put_aside and any(p.summed_grad is not None for p in self.params):
                 if not whole:
-                    raise ValueError(
+                    raise ReplacedMethodError(
                         "step: clip_and_accumulate was replaced, and has made sums of the last physical batch alone: "
                         "have it call the optimizer's own, or train without BatchMemoryManager"
                     )

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dpfast.capture.refusals import listed
 from dpfast.distributed.ranks import local
 from dpfast.optim.fused_update import LOW_PRECISION, why_not_fused
+from dpfast.refusals import BypassedLayersError, NothingToReleaseError, ParametersChangedError, RanksError, ScalerError
 
 
 def refuse_step(optimizer: Any) -> None:
@@ -20,12 +21,12 @@ def refuse_step(optimizer: Any) -> None:
         ValueError: there is no backward pass to release, gradients were not cleared, or parameters were added.
     """
     if optimizer.__dict__.pop("found_inf", None) is not None:  # left there after a refusal, it would refuse every step
-        raise ValueError(
+        raise ScalerError(
             "step: torch's GradScaler follows the gradients of the batch, unclipped, and these were clipped with "
             "its scale on them: use dpfast.amp.GradScaler(optimizer)"
         )
     if optimizer.stepped:
-        raise ValueError(
+        raise NothingToReleaseError(
             "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees "
             "you must call optimizer.zero_grad() on each step"
         )
@@ -35,12 +36,12 @@ def refuse_step(optimizer: Any) -> None:
     nothing = not (sums.waits_for_step or (sums.batches.tried and sums.used))
     sums.end_physical_batch()
     if sums.evaluated and not sums.accumulated:
-        raise ValueError(
+        raise NothingToReleaseError(
             "step: the only backward since the last step was of the model in eval() mode, whose gradients are not "
             "clipped and not used; call model.train() before the forward of a training step"
         )
     if nothing and not sums.batches.empty and any(p.requires_grad for p in optimizer.all_parameters()):
-        raise ValueError(
+        raise NothingToReleaseError(
             "step: no backward pass of the private model has ended since the last step, and there is nothing to "
             "release but noise. Call loss.backward() first, of an output of the model that make_private has "
             "returned, with its hooks in place. For a batch without samples, which is a step too, take it from "
@@ -58,7 +59,7 @@ def refuse_unknown_parameters(optimizer: Any) -> None:
         names = listed(
             optimizer.clipped_sum.names.get(p, f"of shape {list(p.shape)}, none of the model's") for p in unknown
         )
-        raise ValueError(
+        raise ParametersChangedError(
             f"step: parameters {names} were added to the wrapped optimizer itself, so they are not clipped. Take "
             f"them out of optimizer.original_optimizer.param_groups again, and call add_param_group of the private "
             f"optimizer, which make_private returned"
@@ -104,14 +105,14 @@ def agree(optimizer: Any) -> None:
     for name, values in zip(alike, list(zip(*rows, strict=True))[len(mine) :], strict=True):
         if len(set(values)) > 1:
             shown = "" if "key" in name or "set" in name else f": {list(values)}"
-            raise ValueError(
+            raise RanksError(
                 f"step: {name} differs between the ranks{shown}. Load the same checkpoint, and change the same "
                 f"settings, on all of them"
             )
     sensitivities, accumulated, unclipped, bypassed, *_ = zip(*rows, strict=True)
     if any(bypassed):
         name = list(clipped_sum.names.values())[int(max(bypassed)) - 1]
-        raise RuntimeError(
+        raise BypassedLayersError(
             f"parameter {name!r} got a gradient outside of its own module's forward, which nobody has clipped: the "
             f"loss computes with it (for an L2 penalty use the optimizer's weight_decay), or other code does (call "
             f"the module that owns it), or set requires_grad_(False)"

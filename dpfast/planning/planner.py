@@ -26,6 +26,7 @@ import torch
 from dpfast.planning.logits import fit
 from dpfast.planning.rates import rates_of
 from dpfast.planning.unmeasured import Rates
+from dpfast.refusals import CheckpointError
 
 WAYS = ("ghost", "norm-GEMM", "instantiate")  # those that there is a choice of
 DEFAULT_FRACTION = 0.10  # of the memory that is in use when a backward pass starts
@@ -249,7 +250,7 @@ def check_state(state: Mapping[str, list[Any]]) -> list[tuple[str, Shape, str]]:
             if not (type(layer) is str and type(nbytes) is int and type(stored) is bool):
                 raise ValueError(f"no choice for logits: {(layer, nbytes, stored)}")
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
+        raise CheckpointError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
     return choices
 
 

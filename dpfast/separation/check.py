@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.capture.recorder import Recorder
-from dpfast.capture.refusals import LayoutError, listed
+from dpfast.capture.refusals import listed
 from dpfast.capture.shift import Shift
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.capture.value_branches import all_branches
+from dpfast.refusals import LayoutError
 from dpfast.separation import answers
 from dpfast.separation.draws import Draws
 from dpfast.separation.experiment import Experiment

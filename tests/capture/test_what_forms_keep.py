@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dpfast import ops
 from dpfast.capture.forms import LEAST, MOST_WAITING, OuterProduct, PositionSum, forms_of, memory_of
-from dpfast.capture.refusals import LayoutError
 from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.sums_of_forms import clipped_sums
+from dpfast.refusals import LayoutError
 from tests.helpers import BF16, F32, assert_exact, make_private, mse, sse
 
 B, T, D = 5, 4, 6

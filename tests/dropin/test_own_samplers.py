@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import nn
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.model.forwards import GenericForward
+from dpfast.refusals import LayoutError
 from tests import oracle
 from tests.helpers import SLACK, make_private, mse
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dpfast import PrivacyEngine
 from dpfast.data.sampling import PoissonBatches
-from dpfast.distributed.ranks import RankLostError, Ranks, Replicated, _buckets
+from dpfast.distributed.ranks import Ranks, Replicated, _buckets
+from dpfast.refusals import RankLostError
 from tests.integrations.processes import Processes
 
 STEPS, N, PER_EPOCH, SEED = 6, 24, 8, 21

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.layers.broadcast import BareParameter
+from dpfast.refusals import LayoutError
 from tests.helpers import BF16, F16, F32, F64, SLACK, assert_exact, distance, make_private, mse, run_fused, sse, sums_of
 from tests.layers.test_bare_parameters import B, D, T, Uses, rows, targets
 from tests.oracle import Verdict

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpfast.capture.refusals import LayoutError
+from dpfast.refusals import LayoutError
 from tests.helpers import (
     F64,
     assert_exact,

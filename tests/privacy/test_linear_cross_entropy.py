@@ -11,10 +11,10 @@ import dpfast
 from dpfast import head_losses
 from dpfast.capture.forms import Factored, Instantiated
 from dpfast.capture.recomputed import Recomputed
-from dpfast.capture.refusals import LayoutError
 from dpfast.layers.head import can_recompute
 from dpfast.losses import linear_cross_entropy
 from dpfast.planning import logits, planner
+from dpfast.refusals import LayoutError
 from tests.helpers import BF16, F16, F32, F64, assert_sensitivity, make_private, run_fused, sums_of
 from tests.privacy.heads import KEEPS, LM, B, D, T, V, added, batch, judge, small_chunks
 from tests.privacy.judging import TIGHT, Private, refuse

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpfast.distributed.ranks import RankLostError
 from dpfast.integrations.distributed import whole_state
 from dpfast.integrations.finetune import checkpoint, model, privacy, result
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
@@ -17,6 +16,7 @@ from dpfast.integrations.finetune.data import Collate, Rows, Samples, class_name
 from dpfast.integrations.finetune.processes import Place, sharded, take_place
 from dpfast.integrations.finetune.trainer import FinetuneTrainer, Run
 from dpfast.integrations.replayed import fingerprint
+from dpfast.refusals import RankLostError
 
 # Of these the model that comes out depends: a resumed run must have the same.
 DECISIVE = (

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from dpfast.capture.refusals import LayoutError
 from dpfast.integrations.finetune import fit
 from dpfast.integrations.finetune.callbacks import Ending, Interruption, Progress, TensorBoard
 from dpfast.integrations.finetune.checkpoint import FOLDER, KEEP
@@ -30,6 +29,7 @@ from dpfast.integrations.trainer import DPArguments, DPTrainer
 from dpfast.integrations.trainer_arguments import check_reports
 from dpfast.integrations.trainer_checkpoints import newest_whole
 from dpfast.losses import causal_lm_loss, sequence_classification_loss
+from dpfast.refusals import LayoutError
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
