@@ -53,6 +53,10 @@ class RowsError(LayoutError):
     """A layer got rows that are not as many of each sample."""
 
 
+class RuleError(ValueError):
+    """What a user's own rule for a layer returned is not the layer's per-sample gradients."""
+
+
 class BypassError(RuntimeError):
     """Parameters were used outside of the modules that own them, past their taps."""
 
