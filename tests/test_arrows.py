@@ -21,7 +21,7 @@ import dpfast
 
 ROOT = Path(dpfast.__file__).parent
 LEVELS = [
-    {"reference", "native", "distributed", "losses", "arguments", "version"},
+    {"reference", "native", "distributed", "losses", "arguments", "tables", "version"},
     {"ops"},
     {"planning"},
     {"capture"},

@@ -60,9 +60,11 @@ class RuleCheck:
         self.seen: dict[Any, int] = {}
 
     def compare(
-        self, given: Any, needed: Sequence[int], G: Tensor, params: Sequence[Any], points: Sequence[Any]
+        self, given: Any, dim: int, needed: Sequence[int], G: Tensor, params: Sequence[Any], points: Sequence[Any]
     ) -> None:
         """Raise, if this is a backward to look at and the rule is wrong there; ``given`` is what the forward got.
+
+        ``dim`` is the batch dimension, also of what it returned.
 
         Raises:
             RuleError: naming the layer, the parameter and how far off it is.
@@ -79,11 +81,11 @@ class RuleCheck:
                 if not len(some):
                     return  # nothing comes back that a rule could be wrong about
                 spread = torch.linspace(0, len(some) - 1, min(len(some), MOST_ROWS), device=G.device)
-                self._compare(given, needed, G, params, points, some[spread.round().long()])
+                self._compare(given, dim, needed, G, params, points, some[spread.round().long()])
         self.seen[kind] = count
 
-    def _compare(self, given: Any, needed: Any, G: Tensor, params: Any, points: Any, index: Tensor) -> None:
-        dim, inputs = self.of.batch_dim, tensors(given)
+    def _compare(self, given: Any, dim: int, needed: Any, G: Tensor, params: Any, points: Any, index: Tensor) -> None:
+        inputs = tensors(given)
         by_row = [k for k, x in enumerate(inputs) if x.dim() > dim and x.shape[dim] == len(G)]
         wrong = ""
         for cut in dict.fromkeys((tuple(by_row), tuple(by_row[:1]))):  # a mask may have as many rows by chance
@@ -129,7 +131,7 @@ class RuleCheck:
             args, kwargs = rows.picked(index[r : r + 1], few.dtype)
             with torch.enable_grad(), of.recorder.setting(paused=True), of.holding(params, own):
                 out = of.plain(*args, **kwargs)
-                out = out.movedim(of.batch_dim, 0) if out.dim() > of.batch_dim else out
+                out = out.movedim(rows.dim, 0)
                 found = torch.autograd.grad(out, own, few[r : r + 1].to(out.dtype), allow_unused=True)
             for gradients, p, g in zip(by_row, own, found, strict=True):
                 gradients.append((torch.zeros_like(p) if g is None else g).flatten().double())
@@ -138,7 +140,7 @@ class RuleCheck:
     def _found(self, rows: _Rows, few: Tensor, params: Any, values: Any, index: Tensor) -> list[Tensor]:
         """The same of the rule; NaN where it has returned nothing of use."""
         of, n = self.of, len(index)
-        activations = of.samples_first(rows.picked(index, few.dtype), n)
+        activations = of.samples_first(rows.picked(index, few.dtype), n, rows.dim)
         forms = [
             as_form(given, p, n, n)
             for given, p in zip(of.returned(activations, few, params, values), values, strict=True)

@@ -14,6 +14,7 @@ from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from dpfast.capture.forms import Factored, Form, OuterProduct, Waiting
+from dpfast.capture.picked_rows import owners_of
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.refusals import LayoutError, RuleError
 from dpfast.capture.shift import swapped
@@ -111,15 +112,22 @@ class SampledForward(Forward):
                 f"{self.what} is called with the gradient of one tensor, and the layer returns {type(out).__name__}: "
                 f"return a tensor, or {self.without}"
             )
-        return TracedTap(recorder, _Output(self, args, kwargs), self.name, self.batch_dim)(out, *params)
+        if recorder.row_order is not None or (recorder.follows_rows and owners_of(out) is not None):
+            raise LayoutError(
+                f"{self.what} would be given rows in another order than the samples', as they are picked by values or "
+                f"packed: {self.without}"
+            )
+        return TracedTap(recorder, _Output(self, args, kwargs, out), self.name, self.batch_dim)(out, *params)
 
     def holding(self, params: Sequence[Any], values: Sequence[Tensor]) -> Any:
         """Within, ``values`` are in the places of the module's own ``params``."""
         return swapped([holder for _, holder in self.holders], dict(zip(params, values, strict=True)))
 
-    def samples_first(self, given: Any, rows: int) -> list[Tensor]:
-        """The tensors that the forward was called with; one row that all share once for each of ``rows``."""
-        dim = self.batch_dim
+    def samples_first(self, given: Any, rows: int, dim: int) -> list[Tensor]:
+        """The tensors that the forward was called with, from batch dimension ``dim``; one row that all share for each.
+
+        There are ``rows`` of them.
+        """
         first = [x.detach().movedim(dim, 0) if x.dim() > dim else x.detach() for x in tensors(given)]
         return [x.expand(rows, *x.shape[1:]) if x.dim() > 1 and len(x) == 1 else x for x in first]
 
@@ -145,9 +153,11 @@ class SampledForward(Forward):
 class _Output(Layer):
     """The layer's output as it is; the rule is called with what flows back into it."""
 
-    def __init__(self, of: SampledForward, args: Any, kwargs: Any):
-        self.of, self.args, self.kwargs = of, args, kwargs
-        self.versions = [x._version for x in tensors((args, kwargs))]
+    def __init__(self, of: SampledForward, args: Any, kwargs: Any, out: Tensor):
+        self.of, self.given = of, (args, kwargs)
+        self.versions = [x._version for x in tensors(self.given)]
+        self.dim = of.batch_dim if out.dim() > 2 else 0  # [B, p] has no other, as in every layer
+        self.least_dims = min(2, out.dim())  # type: ignore[misc]
 
     def forward(self, call: Call, x: Tensor, *params: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active():  # to be differentiated twice
@@ -161,18 +171,18 @@ class _Output(Layer):
         self, call: Call, needed: Sequence[int], G: Tensor, x: Tensor, *params: Any
     ) -> Iterator[tuple[int, Form | Waiting]]:
         of = self.of
-        if [x._version for x in tensors((self.args, self.kwargs))] != self.versions:
+        if [x._version for x in tensors(self.given)] != self.versions:
             raise RuntimeError(
                 f"the input of layer {of.name!r} was modified in place after its forward (as in x += layer(x)), "
                 f"and {of.what} computes with it: leave the input as it was"
             )
-        activations = of.samples_first((self.args, self.kwargs), len(G))
+        activations = of.samples_first(self.given, len(G), self.dim)
         returned = of.returned(activations, G, call.params, params)
         found = {k: as_form(returned[k], params[k], len(G), call.batch) for k in needed}
         for k, form in found.items():
             if form is None:
                 raise RuleError(f"{of.what} {wrong_shape(returned[k], len(G), params[k])}")
         if of.check is not None:
-            of.check.compare((self.args, self.kwargs), needed, G, call.params, params)
+            of.check.compare(self.given, self.dim, needed, G, call.params, params)
         for k, form in found.items():
             yield k, call.planned(form) if isinstance(form, (OuterProduct, Factored)) else form  # type: ignore[misc]

@@ -20,6 +20,7 @@ from tests.helpers import (
     F32,
     F64,
     assert_exact,
+    assert_exact_or_refused,
     check_layer,
     make_private,
     mse,
@@ -189,9 +190,39 @@ def test_rows_of_several_positions_and_shared_ones(rule):
         check_layer(Flat(), (torch.randn(4, 5, 4),), F64)
 
 
+class Second(nn.Module):
+    """Ids and layers with the batch second, and a head that sees no positions any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner, self.head = Table(), Mine(), Mine(3, 2)
+
+    def forward(self, ids):
+        return self.head(self.inner(self.table(ids)).tanh().mean(0)).unsqueeze(0)
+
+
 def test_the_batch_second():
-    model = nn.Sequential(Mine(), nn.Tanh(), Mine(3, 2))
-    check_layer(model, (torch.randn(6, 4, 4),), F64, batch_first=False)
+    check_layer(nn.Sequential(Mine(), nn.Tanh(), Mine(3, 2)), (torch.randn(6, 4, 4),), F64, batch_first=False)
+    check_layer(Second(), (torch.randint(7, (5, 4)),), F64, batch_first=False, empty=False)
+
+
+class Picked(nn.Module):
+    """An expert sees the rows that values pick: as many as there happen to be, and in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert, self.head = nn.Linear(4, 4), Mine(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        picked = (x[:, 0] > 0).nonzero().flatten()
+        picked = picked[x[picked, 1].argsort()]
+        return self.head(x.index_add(0, picked, self.expert(x[picked])))
+
+
+def test_rows_that_are_picked():
+    """Which row is whose is known of the output alone: refused by name, or exact; never another sample's."""
+    assert_exact_or_refused(Picked(), (torch.randn(6, 4),), torch.randn(6, 2), mse, "expert")
 
 
 def changed(**parts):
