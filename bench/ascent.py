@@ -21,6 +21,7 @@ from bench import measure
 from bench.methods import fixed_loader, quiet_peers
 from bench.record import Record, title_of
 from bench.workloads import Workload, sequence_loss, workloads
+from dpfast import tables
 
 THREADS = 2
 TARGET = 1.03
@@ -126,7 +127,7 @@ def table(found: dict[str, Any]) -> str:
         over = [f"{ratio['median']:.3f}", f"{ratio['p20']:.3f} to {ratio['p80']:.3f}"]
         rows.append([one["name"], f"{time['median']:.1f}", *over, f"{share['median']:.4f}"])
     header = ["way", "ms a step", "over DP-SGD", "p20 to p80", "own share"]
-    return f"{found['workload']}\n\n{measure.markdown_table(header, rows)}\n\ntarget of DPSAT: at most {TARGET}"
+    return f"{found['workload']}\n\n{tables.markdown(header, rows)}\n\ntarget of DPSAT: at most {TARGET}"
 
 
 def report(data: dict[str, Any]) -> str:

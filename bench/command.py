@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import math
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from bench.record import RecordError, Run, read
 from bench.suites import Options
 from bench.workloads import workloads
 
+logger = logging.getLogger(__name__)
 # Seconds of timing loops by default; one that times nothing runs only by name.
 SUITES = {"kernels": 40.0, "layers": 40.0, "models": 90.0, "host": 10.0, "static": 0.0}
 TIMED = [name for name, seconds in SUITES.items() if seconds]
@@ -49,7 +51,11 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--method", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seconds", type=float, help=f"timing loops of one suite (default: {DEFAULTS})")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where records, tables and plots go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where records, tables and plots go (default: bench/out; with --report beside the record)",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the newest run like this one that was not finished"
     )
@@ -64,12 +70,14 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Exit status 1 if dpfast was wrong or the device died, 2 for a bad request, 130 after an interruption."""
     asked = _arguments(arguments)
+    if asked.out is None:
+        asked.out = asked.report.parent if asked.report else ROOT / "bench" / "out"
     quiet_peers()
     torch.set_num_threads(THREADS)
     kept = "" if asked.report else f": all that was measured is in {asked.out}; --resume goes on with it"
     with signals.interruptible():
         try:
-            return _measure(asked) if asked.report is None else _report(asked.report)
+            return _measure(asked) if asked.report is None else _report(asked.report, asked.out)
         except RecordError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -99,9 +107,9 @@ def _measure(asked: argparse.Namespace) -> int:
     for option in ("model", "method"):
         others = [suite for suite, its in options.items() if not getattr(its, f"{option}s")]
         if getattr(asked, option) and others:
-            print(f"note: --{option} says nothing to {' and '.join(others)}", file=sys.stderr)
+            logger.warning("--%s says nothing to %s", option, " and ".join(others))
     if asked.seconds is not None and (others := [suite for suite in options if suite not in TIMED]):
-        print(f"note: --seconds says nothing to {' and '.join(others)}", file=sys.stderr)
+        logger.warning("--seconds says nothing to %s", " and ".join(others))
     right = [_run(suite, options[suite], run, configurations[suite]) for suite in options]
     return 0 if all(right) else 1
 
@@ -195,17 +203,18 @@ def _run(name: str, options: Options, run: Run, configuration: dict[str, Any]) -
         right = suite.run(record, options)
         record.finish(options.device, right)
     finally:
-        _show(record.path, read(record.path))
+        _show(record.path, read(record.path), record.path.parent)
     return right
 
 
-def _report(path: Path) -> int:
+def _report(path: Path, folder: Path) -> int:
     data = read(path)
     name = data["configuration"]["suite"]
     if name not in TABLES:
         raise RecordError(f"{path} is of the suite {name!r}, which has no tables; {', '.join(TABLES)} have")
+    _can_write(folder)
     try:
-        _show(path, data)
+        _show(path, data, folder)
     except OSError as error:
         raise RecordError(f"the tables of {path} cannot be written: {error}") from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:  # a file that anybody may have made
@@ -213,11 +222,12 @@ def _report(path: Path) -> int:
     return 0
 
 
-def _show(path: Path, data: dict[str, Any]) -> None:
-    """Print a record's tables; leave them and its plots beside it."""
+def _show(path: Path, data: dict[str, Any], folder: Path) -> None:
+    """Print a record's tables; leave them and its plots in ``folder``."""
     suite = importlib.import_module(TABLES[data["configuration"]["suite"]])
     text = suite.report(data)
-    path.with_suffix(".md").write_text(text + "\n")
-    plots = suite.draw(data, path.with_suffix(""))
+    written = folder / f"{path.stem}.md"
+    written.write_text(text + "\n")
+    plots = suite.draw(data, written.with_suffix(""))
     print(text)
-    print("\n" + "\n".join(f"written: {one}" for one in (path, path.with_suffix(".md"), *plots)))
+    print(f"\nrecord: {path}\n" + "\n".join(f"written: {one}" for one in (written, *plots)))

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bench.measure import ROOT, markdown_table, percentiles, spread
+from bench.measure import ROOT, percentiles, spread
+from dpfast import tables
 
 OPS = Path(__file__).with_name("test_ops.py")
 SIDES = ("base", "now")
@@ -248,7 +249,7 @@ def table(found: Found) -> str:
     lines = [
         f"{word.capitalize()} by more than the spread: {', '.join(ops) or 'none'}." for word, ops in changed.items()
     ]
-    return "\n\n".join([markdown_table(header, rows), RULE, *lines])
+    return "\n\n".join([tables.markdown(header, rows), RULE, *lines])
 
 
 def _cell(times: Times) -> str:

@@ -25,12 +25,25 @@ from bench.methods import METHODS, Trainer, prepare, quiet_peers
 from bench.plots import Result, draw_demo
 from bench.tasks import TASKS, Task
 from bench.workloads import VARIANTS, sequence_loss
+from dpfast import tables
 
 THREADS = 2
 DELTA_TEXT = "1e-5"
 DELTA = float(DELTA_TEXT)
 SCORES = 10  # how often a run is scored on the test data
 PNG = measure.ROOT / "bench" / "out" / "demo.png"
+ABOUT = """\
+{tasks}.
+Each is trained {ways}: the same steps in turns, on {threads} threads, for some minutes.
+Nothing is downloaded. At the end come a table of time, memory, test score and ε, and a plot.
+"""
+NEXT = """
+What next?
+  a script for Opacus, with no line changed    python -m dpfast run train.py
+  a model of your own, before it is trained    print(dpfast.check_sensitivity(model, loss, batch, max_grad_norm=1.0))
+  scripts to start from                        examples/, for instance: python examples/image_cnn.py
+  what is promised, and what cannot be seen    docs/guarantee.md
+"""
 
 
 def memory_job(task: str, method: str, noise_multiplier: float) -> Callable[[bool], Callable[[], measure.Step]]:
@@ -195,6 +208,13 @@ def rows(task: Task, found: list[Result]) -> list[list[str]]:
     return cells
 
 
+def about(names: list[str], methods: list[str]) -> str:
+    """What is about to be done."""
+    tasks = " and a ".join(TASKS[name].title.removeprefix("a ") for name in names)
+    ways = ", ".join({"nonprivate": "without privacy"}.get(m, f"privately with {METHODS[m].title}") for m in methods)
+    return ABOUT.format(tasks=f"A {tasks}", ways=ways, threads=THREADS)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -202,6 +222,7 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_peers()
     torch.set_num_threads(THREADS)
+    print(about(arguments.tasks, ["nonprivate", *arguments.methods]), flush=True)
     drawn, table = [], []
     for name in arguments.tasks:
         task = TASKS[name]
@@ -210,13 +231,14 @@ def main() -> int:
         found = results(task, train(task, ["nonprivate", *arguments.methods]))
         table += rows(task, found)
         drawn.append((task.title, task.score, found))
-    print(f"\n{measure.markdown_table(HEADER, table)}\n")
+    print(f"\n{tables.markdown(HEADER, table)}\n")
     print(
         f"ε at δ = {DELTA_TEXT}; one sample is one image, or one sequence of 128 bytes. Ratios are taken step by step."
     )
     PNG.parent.mkdir(parents=True, exist_ok=True)
     draw_demo(drawn, PNG, f"ε at δ = {DELTA_TEXT}")
     print(f"plot: {PNG.relative_to(measure.ROOT)}")
+    print(NEXT)
     return 0
 
 

@@ -25,6 +25,7 @@ from bench import measure, memory
 from bench.methods import quiet_peers
 from bench.record import Record, title_of
 from bench.workloads import sequence_loss, workloads
+from dpfast import tables
 
 RANKS = 2
 TARGET_TIME, TARGET_MEMORY = 1.2, 1.2
@@ -166,7 +167,7 @@ def report(data: dict[str, Any]) -> str:
         for row in data["suite"].get("rows", [])
     ]
     header = ("workload", "two ranks", "non-private, s", "private", "growth of the larger rank, MiB", "private")
-    return f"## Two ranks\n\n{title_of(data)}\n\n{measure.markdown_table(header, cells)}"
+    return f"## Two ranks\n\n{title_of(data)}\n\n{tables.markdown(header, cells)}"
 
 
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What every measurement shares: clocks that take turns, percentiles, paired ratios, failures as rows, Markdown."""
+"""What every measurement shares: clocks that take turns, percentiles, paired ratios, failures as rows."""
 
 from __future__ import annotations
 
@@ -214,13 +214,3 @@ def prefixed(value: float, unit: str) -> str:
     """Three digits with the unit's prefix."""
     scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
     return f"{value / scale:.3g} {prefix}{unit}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import TABLES
-from bench.measure import ROOT, markdown_table, spread
+from bench.measure import ROOT, spread
 from bench.methods import METHODS
 from bench.plots import gap
 from bench.record import read, title_of
 from bench.workloads import VARIANTS
+from dpfast import tables
 
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 RECORDS = ROOT / "bench" / "results"
@@ -103,7 +104,7 @@ def compared(data: dict[str, Any], methods: Sequence[str], names: dict[str, str]
         rows = {row["method"]: row for row in part["rows"]}
         cells = [_cell(rows.get(method), method, letters) for method in methods]
         lines.append([part["title"] if names is None else names[name], *cells])
-    table = markdown_table(["time, memory", *(METHODS[method].title for method in methods)], lines)
+    table = tables.markdown(["time, memory", *(METHODS[method].title for method in methods)], lines)
     notes = [f"({letter}) {VARIANTS[variant]}" for variant, letter in letters.items()]
     return table, f"{'; '.join(notes)}: as the model is written, the method cannot train it, or is wrong on it."
 

@@ -98,7 +98,7 @@ def _curves(axes: Axes, results: Sequence[Result], score: str, note: str) -> Non
 
 def draw_demo(tasks: Sequence[tuple[str, str, Sequence[Result]]], path: Path, note: str) -> None:
     """One row a task: step time and memory as ratios to non-private, and the score."""
-    size = (13, 3.3 * len(tasks))
+    size = (10.4, 3.1 * len(tasks))
     layout = ConstrainedLayoutEngine(hspace=0.09, wspace=0.04)
     figure, grid = plt.subplots(len(tasks), 3, figsize=size, squeeze=False, layout=layout)
     for (title, score, results), (time, memory, curve) in zip(tasks, grid, strict=True):
@@ -115,7 +115,7 @@ def draw_demo(tasks: Sequence[tuple[str, str, Sequence[Result]]], path: Path, no
         memory.set_yticklabels([])
         memory.set_xlabel("peak memory growth, × non-private")
         _curves(curve, results, score, note)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=180)
     plt.close(figure)
 
 
@@ -125,7 +125,9 @@ def _memory_text(one: Result) -> str:
     return f"{one.memory_ratio:.2f} ({one.memory_mib:.0f} MiB)"
 
 
-CUT = 6.0  # longer bars end here; their figure is written at the end
+CUT = 6.0  # an axis that would be longer ends a third further on; bars that are longer than that run out of it
+ROOM = 1.35  # of the longest bar, for the figure beside it
+WIDTH = 4.6  # inches of a panel: two of them at README's width show eight points as ten pixels
 
 
 def gap(row: Mapping[str, Any]) -> str:
@@ -147,51 +149,58 @@ def draw_ratios(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Pa
     groups = [(title, its) for title, its in groups if any("time_ratio" in row or row["error"] for row in its)]
     if not groups:
         return []
-    columns = min(3, len(groups))
+    columns = min(2, len(groups))
     lines, tallest = -(-len(groups) // columns), max(len(its) for _, its in groups)
     figure, grid = plt.subplots(
         lines,
         columns,
-        figsize=(5.4 * columns, (0.8 + 0.23 * max(tallest, 4)) * lines + 0.6),
+        figsize=(WIDTH * columns, (0.85 + 0.21 * max(tallest, 4)) * lines + 0.9),
         squeeze=False,
         layout="constrained",
     )
     far = max((row["time_ratio"]["p80"] for _, its in groups for row in its if "time_ratio" in row), default=1.0)
+    end = ROOM * min(max(far, 1.0), CUT)
     for axes, (title, its) in zip(grid.flat, groups, strict=False):
         for place, row in enumerate(its):
-            _ratio_bar(axes, place, row)
-        axes.set_title("\n".join(textwrap.wrap(title, 66)), fontsize=8, loc="left")
-        axes.set_yticks(range(len(its)), [METHODS[row["method"]].title for row in its], fontsize=7.5)
+            _ratio_bar(axes, place, row, end)
+        axes.set_title("\n".join(textwrap.wrap(title, 46)), fontsize=8.5, loc="left")
+        names = ["\n".join(textwrap.wrap(METHODS[row["method"]].title, 20)) for row in its]
+        axes.set_yticks(range(len(its)), names, fontsize=8, linespacing=0.85)
         axes.set_ylim(tallest - 0.4, -0.6)
-        axes.set_xlim(0, 1.35 * min(max(far, 1.0), CUT))
+        axes.set_xlim(0, end)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", labelsize=7.5)
+        axes.tick_params(axis="x", labelsize=8)
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
     what = (
-        "step time, × non-private training; bars: median, whiskers: p20–p80, ▸: cut, in brackets: another model variant"
+        "step time, × non-private training; bars: median, whiskers: p20–p80, ▸: longer than the axis, "
+        "in brackets: another model variant"
     )
-    figure.supxlabel("\n".join(textwrap.wrap(what, 45 * columns)), fontsize=9)
-    caption(figure, note, 75 * columns)
-    return _written(figure, path, dpi=120)
+    figure.supxlabel("\n".join(textwrap.wrap(what, 52 * columns)), fontsize=9)
+    caption(figure, note, 66 * columns)
+    return _written(figure, path, dpi=180)
 
 
-def _ratio_bar(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+def _ratio_bar(axes: Axes, place: int, row: Mapping[str, Any], end: float) -> None:
     """A bar with its whisker and its figure, or in their place the word for why there is none."""
     if "time_ratio" not in row:
         axes.annotate(gap(row), (0, place), xytext=(4, 0), **_BESIDE, style="italic", color="#555555", bbox=_BLANK)
         return
     ratio, colour = row["time_ratio"], COLOURS[row["method"]]
-    median, p20, p80 = (min(ratio[name], CUT) for name in ("median", "p20", "p80"))
+    median, p20, p80 = (ratio[name] for name in ("median", "p20", "p80"))
     axes.barh(place, median, color=colour, height=0.75, edgecolor="black", linewidth=0.3)
     axes.hlines(place, p20, p80, color="black", linewidth=1)
-    text = f"{ratio['median']:.2f}" + ("" if row["variant"] == "plain" else f" ({row['variant']})")
-    axes.annotate(f"▸ {text}" if ratio["median"] > CUT else text, (max(p80, median), place), xytext=(4, 0), **_BESIDE)
+    text = f"{median:.2f}" + ("" if row["variant"] == "plain" else f" ({row['variant']})")
+    if max(p80, median) <= end / ROOM:
+        axes.annotate(text, (max(p80, median), place), xytext=(4, 0), **_BESIDE)
+        return
+    text = f"{text} ▸" if median > end else text  # within the bar, as there is no room beside it
+    axes.annotate(text, (min(median, end), place), xytext=(-4, 0), ha="right", **_BESIDE, bbox=_BLANK)
 
 
-_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 _BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind a text that something would cross
 
 
@@ -224,14 +233,14 @@ def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, 
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(
-        lines, columns, figsize=(6.4 * columns, 4.2 * lines + 0.4), squeeze=False, layout="constrained"
+        lines, columns, figsize=(WIDTH * columns, 3.4 * lines + 0.6), squeeze=False, layout="constrained"
     )
     for axes, (title, grows, curves) in zip(grid.flat, panels, strict=False):
         for curve in curves:
             _growth_curve(axes, curve)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.margins(0.09)  # room for the ways beside the axes
+        axes.margins(0.12, 0.15)  # room for the ways beside the axes
         axes.set_xticks(sorted({x for curve in curves for x, _ in curve.points}))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
@@ -243,8 +252,8 @@ def draw_growth(panels: Sequence[tuple[str, str, Sequence[Curve]]], path: Path, 
         axes.legend(frameon=False, fontsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    caption(figure, note, 90 * columns)
-    return _written(figure, path, dpi=130)
+    caption(figure, note, 66 * columns)
+    return _written(figure, path, dpi=180)
 
 
 def _growth_curve(axes: Axes, curve: Curve) -> None:
@@ -258,11 +267,11 @@ def _growth_curve(axes: Axes, curve: Curve) -> None:
             axes.annotate(
                 way,
                 point,
-                xytext=(0, 7),
+                xytext=(-3, 8),
                 textcoords="offset points",
-                fontsize=7.5,
+                fontsize=8,
                 color=colour,
-                ha="center",
+                ha="left",
                 va="bottom",
                 bbox=_BLANK,
                 zorder=4,

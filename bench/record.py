@@ -6,11 +6,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ import dpfast
 from bench import signals
 from bench.measure import ROOT
 
+logger = logging.getLogger(__name__)
 SOURCES = ("dpfast", "kernels", "csrc", "bench")  # folders that decide a figure ...
 KINDS = (".py", ".cpp", ".cu", ".h")  # ... by files of these kinds
 LIBRARIES = ("torch", "triton", "opacus", "numpy", "fastDP", "transformers", "peft")
@@ -94,7 +95,7 @@ class Run:
     def resumed(cls, folder: Path, device: torch.device, wanted: Mapping[str, dict[str, Any]]) -> Run:
         """The newest run that lacks something of the suites wanted (name: configuration), and was as this one would be.
 
-        A file that is no record is skipped, and named on stderr.
+        A file that is no record is skipped, and named in the log.
 
         Raises:
             RecordError: there is none. It names the newest unfinished record of another kind, and what differs.
@@ -105,7 +106,7 @@ class Run:
                 try:
                     data = read(path)
                 except RecordError as error:
-                    print(f"skipped: {error}", file=sys.stderr)
+                    logger.warning("skipped: %s", error)
                     continue
                 started = str(data.get("run") or data["machine"].get("date"))
                 runs.setdefault(started, {})[name] = Record(path, data)

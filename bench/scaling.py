@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.measure import markdown_table
+from dpfast import tables
 
 GIB = 1 << 30
 LINK = 50e9  # bytes per second that a GPU sends between nodes
@@ -93,7 +93,7 @@ def main() -> None:
     header = ("model", "GPUs", "state, GiB", "gathered, GiB", "scattered, GiB", "scatter, s", "noise, M elements")
     for lora in (False, True):
         print(f"\n### {'LoRA rank 16' if lora else 'All parameters'}, per rank and physical batch\n")
-        print(markdown_table(header, rows(lora)))
+        print(tables.markdown(header, rows(lora)))
     print("\n### Kept until the pass ends, per GPU\n")
     header = (
         "model",
@@ -114,7 +114,7 @@ def main() -> None:
         ]
         for model in MODELS
     ]
-    print(markdown_table(header, cells))
+    print(tables.markdown(header, cells))
 
 
 if __name__ == "__main__":

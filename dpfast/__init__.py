@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from dpfast.dropin.registry import register as register
     from dpfast.dropin.registry import unregister as unregister
     from dpfast.engine import PrivacyEngine as PrivacyEngine
+    from dpfast.layers.own_rules import Product as Product
+    from dpfast.layers.register import register_layer as register_layer
     from dpfast.optim.ascent import DPSAT as DPSAT
     from dpfast.optim.ascent import DiSK as DiSK
     from dpfast.optim.ascent import DPSATMomentum as DPSATMomentum
@@ -45,12 +47,14 @@ _HOMES = {
     "Global": "dpfast.clipping.functions",
     "PSAC": "dpfast.clipping.functions",
     "PrivacyEngine": "dpfast.engine",
+    "Product": "dpfast.layers.own_rules",
     "SensitivityReport": "dpfast.analysis.sensitivity",
     "check_sensitivity": "dpfast.analysis.sensitivity",
     "explain": "dpfast.analysis.explain",
     "graphed": "dpfast.recorded",
     "patch_opacus": "dpfast.dropin.patch",
     "register": "dpfast.dropin.registry",
+    "register_layer": "dpfast.layers.register",
     "unpatch_opacus": "dpfast.dropin.patch",
     "unregister": "dpfast.dropin.registry",
     "wrap_data_loader": "dpfast.data.physical_batches",
@@ -68,12 +72,14 @@ __all__ = [
     "DiSK",
     "Global",
     "PrivacyEngine",
+    "Product",
     "SensitivityReport",
     "check_sensitivity",
     "explain",
     "graphed",
     "patch_opacus",
     "register",
+    "register_layer",
     "unpatch_opacus",
     "unregister",
     "wrap_data_loader",

@@ -87,6 +87,12 @@ class GradSamplerError(LayoutError):
     topic = "grad-samplers"
 
 
+class RuleError(Refusal, ValueError):
+    """What a user's own rule for a layer returned is not the layer's per-sample gradients."""
+
+    topic = "grad-samplers"
+
+
 class NotOneSampleError(Refusal, ValueError):
     """A model that is trained one sample at a time was given several."""
 

@@ -22,7 +22,7 @@ import dpfast
 ROOT = Path(dpfast.__file__).parent
 LEVELS = [
     {"refusals"},
-    {"reference", "native", "distributed", "arguments", "version"},
+    {"reference", "native", "distributed", "arguments", "tables", "version"},
     {"ops"},
     {"planning"},
     {"capture"},

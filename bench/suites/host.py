@@ -22,6 +22,7 @@ from bench.suites import Options
 from bench.suites.models import draw_bars, heading, reasons, rows_of, targets
 from bench.turns import Part, usable
 from bench.workloads import Workload
+from dpfast import tables
 
 KINDS = ("nonprivate", "dpfast", "hooks", "ghost")  # where none are named
 HEADER = ("method", "step, ms (p20–p80)", "× non-private (p20–p80)", "operators", "× non-private", "waits")
@@ -89,7 +90,7 @@ def _section(suite: dict[str, Any], part: Part) -> str:
     rows = rows_of(suite, part)
     lines = [line for row in rows for line in targets(row)]
     lines += [line for row in rows for line in (*_waits(row), *reasons(row))]
-    text = measure.markdown_table(HEADER, [_cells(row) for row in rows]) if rows else "Nothing measured yet."
+    text = tables.markdown(HEADER, [_cells(row) for row in rows]) if rows else "Nothing measured yet."
     return "\n\n".join([f"### {part['title']}", text, *(["\n".join(lines)] if lines else [])])
 
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from bench import roofline
 from bench.measure import (
     free_memory,
-    markdown_table,
     paired_ratios,
     percentiles,
     prefixed,
@@ -35,6 +34,7 @@ from bench.roofline_plot import draw_roofline
 from bench.suites import Options, kernel_cases, memory_cases, noise_cases, planner_cases
 from bench.suites.kernel_cases import SIZES, SMALL, UNTIMED, WEIGHT, Case, CaseSet, Sizes, wrong
 from bench.suites.planner_cases import planned
+from dpfast import tables
 from dpfast.planning.clock import on_device
 
 UNITS = {"flops": "FLOP/s", "bytes": "B/s"}
@@ -154,7 +154,7 @@ def report(data: dict[str, Any]) -> str:
 def _table(rows: list[dict[str, Any]]) -> str:
     cells = [_cells(row) for row in rows]
     kept = [k for k in range(len(HEADER)) if k == 0 or any(row[k] for row in cells)]
-    return markdown_table([HEADER[k] for k in kept], [[row[k] for k in kept] for row in cells])
+    return tables.markdown([HEADER[k] for k in kept], [[row[k] for k in kept] for row in cells])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

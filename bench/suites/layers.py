@@ -21,6 +21,7 @@ from bench.side_by_side import measure_work, summary
 from bench.suites import Options
 from bench.suites.models import draw_bars, heading, reasons, roof_line, rows_of, section
 from bench.workloads import FULL, Workload
+from dpfast import tables
 
 KINDS = ("nonprivate", "dpfast", "hooks", "functorch", "ghost", "fastdp", "flashdp")
 GROWING = ("nonprivate", "dpfast", "hooks", "ghost")  # of a sweep, where none are named
@@ -105,7 +106,7 @@ def _ratios(first: str, suite: dict[str, Any], parts: dict[str, Any]) -> str:
             timed = "time_ratio" in row
             line.append(", ".join([measure.spread(row["time_ratio"]), *row.get("ways", [])]) if timed else gap(row))
         lines.append(line)
-    return measure.markdown_table([first, "non-private, ms", *(METHODS[name].title for name in used)], lines)
+    return tables.markdown([first, "non-private, ms", *(METHODS[name].title for name in used)], lines)
 
 
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:

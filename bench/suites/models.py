@@ -18,6 +18,7 @@ from bench.roofline import in_words, peaks
 from bench.side_by_side import measure_work, summary
 from bench.suites import Options
 from bench.workloads import FULL, VARIANTS, Workload, workloads
+from dpfast import tables
 
 HEADER = (
     "method",
@@ -114,7 +115,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line a row; columns where nobody has anything are left out."""
     lines = [cells(row) for row in rows]
     kept = [k for k in range(len(HEADER)) if any(line[k] for line in lines)]
-    return measure.markdown_table([HEADER[k] for k in kept], [[line[k] for k in kept] for line in lines])
+    return tables.markdown([HEADER[k] for k in kept], [[line[k] for k in kept] for line in lines])
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import markdown_table, percentiles, turns_of, why_not
+from bench.measure import percentiles, turns_of, why_not
 from bench.suites.kernel_cases import UNTIMED, gradients, relative_error, wrong
+from dpfast import tables
 from dpfast.capture.forms import Factored, by
 from dpfast.planning import planner
 from dpfast.planning.clock import on_device
@@ -114,7 +115,7 @@ def over_budget(row: dict[str, Any]) -> bool:
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The table, and how often the planner was right."""
-    table = markdown_table(
+    table = tables.markdown(
         ("weight", "way", "predicted ms", "measured ms", "predicted / measured", ""), [cells(row) for row in rows]
     )
     chosen = [row for row in rows if row["chosen"] and "seconds" in row]

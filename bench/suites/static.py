@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from bench import predicted
 from bench.machine_code import looked_at
-from bench.measure import markdown_table, prefixed
+from bench.measure import prefixed
 from bench.record import Record, title_of
 from bench.suites import Options
 from bench.suites.static_cases import SHAPES, SMALL
+from dpfast import tables
 
 NOTE = "Predicted from machine code, not measured: nothing here has run on a GPU."
 FEW = ("noise",)  # the families of a small run
@@ -183,7 +184,7 @@ def _shapes(shapes: Mapping[str, Any]) -> str:
                 row["verdict"],
             ]
         )
-    return markdown_table(header, rows)
+    return tables.markdown(header, rows)
 
 
 def _plans(plans: Mapping[str, Any]) -> str:
@@ -193,7 +194,7 @@ def _plans(plans: Mapping[str, Any]) -> str:
     ]
     assumed = f"an ordinary product at an assumed {GEMM / 1e12:g} TFLOP/s; linear layers alone, the head left out"
     header = ("model", *LAYERS, "time / ordinary, predicted")
-    return f"{markdown_table(header, rows)}\n\n{next(iter(plans.values()))['rates']}; {assumed}."
+    return f"{tables.markdown(header, rows)}\n\n{next(iter(plans.values()))['rates']}; {assumed}."
 
 
 def _kernels(kernels: Mapping[str, Any]) -> str:
@@ -213,7 +214,7 @@ def _kernels(kernels: Mapping[str, Any]) -> str:
                 most = f"{share:.0%}, by {limit}" if next(iter(its.values())) else ""
             figures = [str(row["registers"]), str(row["shared"] // 1024), str(row["occupancy"])]
             rows.append([key, row["kernel"], *figures, loop, clocks, most, "; ".join(remarks)])
-    return markdown_table(header, rows)
+    return tables.markdown(header, rows)
 
 
 def draw(data: dict[str, Any], stem: Path) -> list[Path]:

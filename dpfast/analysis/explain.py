@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpfast import tables
 from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, OuterProduct, by
 from dpfast.capture.graph_calls import INSIDE
 from dpfast.capture.recomputed import Recomputed
@@ -43,7 +44,7 @@ def explain(model: nn.Module, batch: Any) -> str:
     plain = model._module if isinstance(model, FusedModule) else model
     planner = model.clipped_sum.planner if isinstance(model, FusedModule) else Planner()
     planner = Planner(planner.memory_budget, planner.pins)
-    rows: list[tuple[str, ...]] = [_COLUMNS]
+    rows: list[tuple[str, ...]] = []
     total, unmeasured = [0.0, 0.0, 0], dict[str, None]()
     with torch.no_grad():
         forms, separation = _forms(plain, batch)
@@ -56,9 +57,7 @@ def explain(model: nn.Module, batch: Any) -> str:
                 sizes = map(str, (plan.T, plan.d, plan.p, plan.way))
                 rows.append((part, *sizes, *_numbers(plan.seconds, took, plan.kept)))
     rows.append(("total", "", "", "", "", *_numbers(*total)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    table = "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    table = tables.plain(rows, _COLUMNS)
     table += "".join(f"\npredicted with {rates}" for rates in unmeasured)
     table += f"\n{separation}" if separation else ""
     table += _compiled(model) if isinstance(model, FusedModule) else ""

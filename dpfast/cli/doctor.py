@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from dpfast import native
+from dpfast import native, tables
 from dpfast.arguments import Parser
 from dpfast.native import allocator, build, cache
 from dpfast.version import __version__
@@ -49,13 +50,8 @@ def report(strict: bool) -> int:
 
 
 def section(title: str, rows: Iterable[Sequence[str]]) -> None:
-    """Print ``rows`` as columns, each as wide as its longest entry."""
-    print(title)
-    table = [tuple(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  " + "  ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    """Print ``rows`` as columns, below their title."""
+    print(f"{title}\n{textwrap.indent(tables.plain(rows), '  ')}\n")
 
 
 def versions() -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from dpfast.layers.embedding_tables import Embedding, EmbeddingBag
 from dpfast.layers.linear import Linear, TransposedLinear
 from dpfast.layers.normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
 from dpfast.layers.overridden import OVERRIDDEN
+from dpfast.layers.own_rules import own_rule
 from dpfast.layers.rms_norm import as_rms_norm
 from dpfast.layers.rnn import UNSERVED, Recurrent
 
@@ -42,20 +43,25 @@ FAMILIES: tuple[Layer, ...] = (
 _BY_TYPE: dict[Any, Layer] = {cls: layer for layer in FAMILIES for cls in layer.types}
 
 
+def family_of_class(cls: type[nn.Module]) -> Layer | None:
+    """The family that serves modules of this very class, with its own forward; None where that depends on more."""
+    return _BY_TYPE.get(cls) or _BY_TYPE.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
 def family(module: nn.Module) -> Layer | None:
-    """The family that serves ``module``, or None.
+    """The family that serves ``module``, or None; None as well where its user has registered a rule for it.
 
     A subclass is served like its base class if it has kept the base class's forward, or is of a family that looks for
     its op in another one; a module whose parameters are not plain ones of its own (parametrised, weight-normed,
     patched) is not.
     """
     bases: tuple[Any, ...] = type(module).__mro__
-    if torch.nn.utils.parametrize.is_parametrized(module):
+    if torch.nn.utils.parametrize.is_parametrized(module) or own_rule(module) is not None:
         return None
     forward = vars(module).get("forward")
     if forward is not None and not type(forward).__module__.startswith("dpfast."):
         return None
-    known = {cls: _BY_TYPE.get(cls) or _BY_TYPE.get(f"{cls.__module__}.{cls.__qualname__}") for cls in bases}
+    known = {cls: family_of_class(cls) for cls in bases}
     base = next((cls for cls in bases if known[cls] is not None), None)
     if base is None:
         return as_rms_norm(module)
@@ -91,4 +97,4 @@ def exact_alone(module: nn.Module) -> bool:
     return layer is None or layer.exact_alone(module)
 
 
-__all__ = ["FAMILIES", "Layer", "exact_alone", "family", "refusal"]
+__all__ = ["FAMILIES", "Layer", "exact_alone", "family", "family_of_class", "refusal"]

@@ -25,11 +25,12 @@ from dpfast.distributed.ranks import Ranks
 from dpfast.layers import OpacusAttention, Recurrent, family
 from dpfast.layers.derived import Parametrized, sources_of
 from dpfast.layers.generic import Generic
+from dpfast.layers.own_rules import own_rule
 from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.counted_forward import CountedForward
 from dpfast.model.forwards import DerivedForward, Forward, GenericForward, LayerForward
 from dpfast.model.one_by_one import OneByOneForward
-from dpfast.model.sampled_forward import SampledForward, own_sampler
+from dpfast.model.sampled_forward import SampledForward, holders, owned
 from dpfast.model.unsupported import problems
 from dpfast.refusals import AlreadyPrivateError, UnservedModuleError
 from dpfast.separation import Verdict
@@ -96,7 +97,7 @@ class FusedHooks(AbstractGradSampleHooks):
         max_physical_batch_size, loss_reduction = self._max_physical_batch_size, self.loss_reduction
         root, batch_dim = self._module, 0 if self.batch_first else 1
         batch_dims = _batch_dims(root, batch_dim)
-        served, loose = _split_parameters(root)
+        served, loose, ruled = _split_parameters(root)
         self.clipped_sum.model = root
         self.clipped_sum.alone = max_physical_batch_size == 1 and not self.clipped_sum.ranks.sharded
         sources = sources_of(root)
@@ -117,15 +118,25 @@ class FusedHooks(AbstractGradSampleHooks):
                 forward = OneByOneForward(module, name, self.clipped_sum) if needs_forward else None
             elif module in inside:
                 forward = DerivedForward(module, made[module], self.clipped_sum) if module in made else None
-            elif own and (sampler := own_sampler(module)) is not None:
-                forward = SampledForward(module, sampler, self.clipped_sum, name, batch_dims.get(module, batch_dim))
+            elif ruled_here := owned(holders(module)):
+                if self.clipped_sum.ranks.sharded and len(ruled_here) < len([*module.parameters()]):
+                    raise UnservedModuleError(
+                        f"{name or 'the model'} ({type(module).__name__}) has a rule of register_layer and modules "
+                        f"with parameters below it, which fully_shard would gather for the comparison of the rule on "
+                        f"some ranks only. Register a class for the part that has no modules, or use "
+                        f"DistributedDataParallel"
+                    )
+                forward = SampledForward(module, self.clipped_sum, name, batch_dims.get(module, batch_dim))
             elif module in served and layer is not None:
                 tap = TracedTap(
                     self.clipped_sum, layer, name or type(module).__name__, batch_dims.get(module, batch_dim)
                 )
                 forward = LayerForward(module, layer, tap)
             elif needs_forward:
-                below = {p: n for p, n in loose.items() if any(p is q for q in module.parameters())}
+                inside_it = {*module.parameters()}
+                below, rules = ({p: n for p, n in some.items() if p in inside_it} for some in (loose, ruled))
+                if any(p.requires_grad for p in below):
+                    below |= rules
                 generic = Generic(module, below, self.clipped_sum, batch_dim, sources=sources)
                 if self.clipped_sum.ranks.sharded and generic.trains:
                     raise UnservedModuleError(
@@ -141,7 +152,9 @@ class FusedHooks(AbstractGradSampleHooks):
                 self._forwards.append(forward)
         inner = next((forward for forward in self._forwards if forward.module is root), None)
         self._forwards = [forward for forward in self._forwards if forward is not inner]
-        by_sample = Generic(root, loose, self.clipped_sum, batch_dim, whole_model=loss_reduction, sources=sources)
+        by_sample = Generic(
+            root, loose | ruled, self.clipped_sum, batch_dim, whole_model=loss_reduction, sources=sources
+        )
         model = CountedForward(root, inner, by_sample, bare, batch_dim, one_by_one=max_physical_batch_size == 1)
         self._model_forward = model
         self._forwards.append(model)
@@ -301,22 +314,32 @@ def _batch_dims(root: nn.Module, batch_dim: int) -> dict[nn.Module, int]:
     return dims
 
 
-def _split_parameters(root: nn.Module) -> tuple[set[nn.Module], dict[nn.Parameter, str]]:
-    """Modules that a family or a sampler of the user's serves, and the parameters that only the generic path can serve.
+def _split_parameters(
+    root: nn.Module,
+) -> tuple[set[nn.Module], dict[nn.Parameter, str], dict[nn.Parameter, str]]:
+    """Modules that a family or a rule of the user's serves; the parameters that only the generic path can serve; and
+    those of registered rules, which it serves where samples run one at a time.
 
     One that a served module owns too counts as served: should the unserved owner use it, that is found out in the
     first forward, and it goes through both; its uses add up in the clipped sum.
     """
     served: set[nn.Module] = set()
     loose: dict[nn.Parameter, str] = {}
+    ruled: dict[nn.Parameter, str] = {}
+    taken: set[nn.Parameter] = set()
     for prefix, module in root.named_modules():
         layer = family(module)
         known = layer is not None and (module._parameters or isinstance(layer, (Recurrent, OpacusAttention)))
-        if known or (module._parameters and own_sampler(module) is not None):
+        if own := owned(holders(module)):
             served.add(module)
-            continue
-        for name, p in module._parameters.items():
-            if p is not None:
-                loose.setdefault(p, f"{prefix}.{name}" if prefix else name)
-    taken = {p for module in served for p in module._parameters.values()}
-    return served, {p: name for p, name in loose.items() if p not in taken}
+            taken |= set(own.values())
+            if own_rule(module) is not None:
+                ruled |= {p: f"{prefix}.{name}" if prefix else name for name, p in own.items()}
+        elif known:
+            served.add(module)
+            taken |= {p for p in module._parameters.values() if p is not None}
+        else:
+            for name, p in module._parameters.items():
+                if p is not None:
+                    loose.setdefault(p, f"{prefix}.{name}" if prefix else name)
+    return served, {p: name for p, name in loose.items() if p not in taken}, ruled

@@ -116,12 +116,12 @@ def test_without_git_the_sources_tell(before, now, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', '{"finished": false}', "\x00"])
-def test_a_file_that_is_no_record_is_skipped(text, tmp_path, capsys):
+def test_a_file_that_is_no_record_is_skipped(text, tmp_path, caplog):
     good = begun(tmp_path)
     bad = tmp_path / "models-cpu-99990101-000000.json"
     bad.write_text(text)
     assert resumed(tmp_path).records["models"].path == good.path
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert line.startswith(f"skipped: {bad} is no record")
     assert bad.read_text() == text
 

@@ -7,7 +7,7 @@ from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import nn
 
 from dpfast.model.forwards import GenericForward
-from dpfast.refusals import LayoutError
+from dpfast.refusals import LayoutError, RuleError
 from tests import oracle
 from tests.helpers import SLACK, make_private, mse
 
@@ -113,7 +113,7 @@ def test_results_that_are_none(called, returned):
         {layer.scale: G[1:], layer.shift: G} if returned else {}
     )
     model, *_ = make_private(net(), size=5)
-    with pytest.raises(LayoutError, match=r"grad sampler .* of layer '1'.*\[5, 3\]"):
+    with pytest.raises(RuleError, match=r"grad sampler .* of layer '1'.*\[5, 3\]"):
         F.mse_loss(model(torch.randn(5, 4)), torch.randn(5, 2)).backward()
 
 

@@ -15,6 +15,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dpfast import tables
 from dpfast.engine import PrivacyEngine
 
 DELTA = 1e-4  # below one over the size of every training set here
@@ -51,12 +52,9 @@ class Table:
 
     def __str__(self) -> str:
         """Markdown, in columns that line up as plain text too."""
-        rows = [list(self.columns), *map(list, self.rows)]
-        widths = [max(len(row[k]) for row in rows) for k in range(len(self.columns))]
-        lines = ["| " + " | ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
-        lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
         notes = [f"- {note}" for note in self.notes]
-        return "\n".join([f"## {self.title}", "", *lines, "", *notes, *([""] if notes else [])])
+        table = tables.markdown(self.columns, self.rows)
+        return "\n".join([f"## {self.title}", "", table, "", *notes, *([""] if notes else [])])
 
 
 def mean_error(values: Iterable[float]) -> tuple[float, float]:
