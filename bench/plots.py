@@ -261,13 +261,13 @@ def _growth_curve(axes: Axes, curve: Curve) -> None:
     colour, label = COLOURS[curve.method], ", ".join([METHODS[curve.method].title, *dict.fromkeys(curve.gaps)])
     x, y = zip(*curve.points, strict=True) if curve.points else ((), ())
     axes.plot(x, y, color=colour, marker=MARKS[curve.method], markersize=5, linewidth=1.5, label=label)
-    before = ""
+    before, raised = "", False
     for point, way in zip(curve.points, curve.ways, strict=True):
         if way and way != before:
             axes.annotate(
                 way,
                 point,
-                xytext=(-3, 8),
+                xytext=(-3, 18 if raised else 8),  # two that follow each other do not meet
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,
@@ -276,4 +276,5 @@ def _growth_curve(axes: Axes, curve: Curve) -> None:
                 bbox=_BLANK,
                 zorder=4,
             )
+            raised = not raised
         before = way

@@ -51,7 +51,7 @@ def own_rule(module: nn.Module) -> OwnRule | None:
     if forward is not None and not type(forward).__module__.startswith("dpfast."):
         return None
     for cls in type(module).__mro__:
-        if getattr(cls, "forward", None) is not type(module).forward:
+        if "forward" in vars(cls) and vars(cls)["forward"] is not type(module).forward:
             return None
         for registered, rule in reversed(RULES.values()):
             if registered is cls:

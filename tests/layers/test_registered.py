@@ -413,7 +413,11 @@ def test_gradients_of_gradients_are_refused():
         g.square().sum().backward()
 
 
-class Kept(Mine):
+class Named:
+    """As ``fully_shard`` puts before a module's class."""
+
+
+class Kept(Named, Mine):
     pass
 
 
