@@ -135,6 +135,11 @@ class Graphed:
         self.entry, self.recorder = hooks._model_forward, hooks.clipped_sum
         if self.recorder.ranks.sharded or self.recorder.alone:
             raise ValueError("graphed: models that are sharded, or trained one sample at a time, cannot be recorded")
+        if self.recorder.by_unit:
+            raise ValueError(
+                "graphed: units of several rows (make_private's units= or augmentations=) differ from batch to batch, "
+                "and a recorded step cannot; use the model without graphed"
+            )
         if optimizer is not None and getattr(optimizer, "clipped_sum", None) is not self.recorder:
             raise ValueError(
                 f"graphed: optimizer is a {type(optimizer).__name__} that is not this model's; give the one that "

@@ -1,0 +1,72 @@
+"""Which unit each row of a forward is of, where several rows are clipped as one.
+
+A row that is taken for another unit's would let that unit contribute twice. So nothing is guessed here: rows are known
+by where they lie in what the loader gave, or by their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dpfast.capture.which_samples import PADDING, ForwardPass, Samples, keys
+
+UNKNOWN = (
+    "make_private(units=...) or (augmentations=...): it cannot be told which unit the rows of this backward pass are "
+    "of, so nothing of it was summed. Take the batch from the loader that make_private has returned, or from "
+    "dpfast.BatchMemoryManager around it, and give the model its rows as they are, moved to a device at most. What "
+    "changes values (normalising, augmenting), or picks and reorders rows, belongs into the data set, into collate_fn "
+    "or into the model's forward"
+)
+
+
+def settle(forward: ForwardPass) -> None:
+    """The forward runs: where its rows are known by their number alone, their values are to show that order."""
+    if forward.counted and any(samples.units is not None for samples in forward.group):
+        forward.counted = not (len(forward.group) == 1 and _has_values_of(forward, forward.group[0]))
+
+
+def units_of(passing: Iterable[ForwardPass]) -> list[Any]:
+    """The unit of each row of a backward pass; None for a row that no sample is in.
+
+    Raises:
+        ValueError: nothing shows which these are.
+    """
+    found = [_units(forward) for forward in passing if forward.batch != 0]
+    if None in found or any(rows != found[0] for rows in found):
+        raise ValueError(UNKNOWN)
+    return found[0] or [] if found else []
+
+
+def _units(forward: ForwardPass) -> list[Any] | None:
+    if forward.rows is None or not forward.group or any(samples.units is None for samples in forward.group):
+        return None
+    owners = [owner for samples in forward.group for owner in samples.owners]
+    if forward.whole != len(owners):
+        return None
+    if forward.counted and len({owner for owner in owners if owner[0] != PADDING}) > 1:
+        return None
+    return [None if owners[row][0] == PADDING else owners[row] for row in forward.rows]
+
+
+def _has_values_of(forward: ForwardPass, samples: Samples) -> bool:
+    """Whether some input has, row by row, the values that the loader gave, and none has them in another order.
+
+    Rows that are alike tell nothing of their order, if all of them are.
+    """
+    assert forward.rows is not None
+    shown = False
+    for given, dim in forward.given:
+        x, pairs = given.unchanged(), []
+        for theirs in (held.unchanged() for held in samples.rows):
+            if x is None or theirs is None or theirs.dim() <= dim or theirs.shape[dim] != len(samples):
+                continue
+            if x.numel() * len(samples) != theirs.numel() * x.shape[dim] or x.shape[dim] != len(forward.rows):
+                continue
+            its = keys(theirs.to(x.dtype), dim)
+            pairs.append((keys(x, dim), [its[row] for row in forward.rows]))
+        if any(mine == its and len(set(its)) > 1 for mine, its in pairs):
+            shown = True
+        elif any(mine != its and sorted(mine) == sorted(its) for mine, its in pairs):
+            return False
+    return shown

@@ -1,0 +1,39 @@
+"""Rows of one user are clipped as one: exact against one user at a time, and within C without any of them."""
+
+import pytest
+import torch
+
+from tests.helpers import F32, run_fused
+from tests.privacy.users import IDS, Users, examine_users
+from tests.zoo import every_layer, loss_of, specimen
+
+
+@every_layer
+def test_every_layer(name):
+    model, inputs, target = specimen(name, B=len(IDS))
+    examine_users(model, inputs, target, loss_of(name), IDS)
+
+
+@pytest.mark.parametrize("ids", [[0] * 6, [0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1], ["b", "a", "b", "a", "b", "a"]])
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "tied GPT"])
+def test_users_of_many_and_of_few_rows(name, ids):
+    model, inputs, target = specimen(name, B=6)
+    examine_users(model, inputs, target, loss_of(name), ids)
+
+
+@pytest.mark.parametrize(
+    "name", ["Linear", "Linear on sequences", "Conv2d", "LayerNorm", "bare parameters", "tied GPT"]
+)
+def test_in_float32(name):
+    model, inputs, target = specimen(name, B=len(IDS), dtype=F32)
+    examine_users(model, inputs, target, loss_of(name), IDS, leave_out=False)
+
+
+@every_layer
+def test_units_of_one_row_are_samples(name):
+    model, inputs, target = specimen(name, B=4)
+    users = Users(model, inputs, target, range(4), 0.1)
+    sums = users.backward(loss_of(name))
+    plain = run_fused(model, (inputs, target), loss_of(name), 0.1)
+    torch.testing.assert_close(users.wrapped.per_sample_gradient_norms, plain.norms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums, plain.sums, rtol=1e-12, atol=1e-14)
