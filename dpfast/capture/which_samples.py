@@ -233,6 +233,7 @@ class ForwardPass:
         if self.opaque or not (in_order or (telling and all(len(places) == 1 for places in possible))):
             return False
         self.group, self.whole = (samples,), len(samples)
+        self.counted = any(len(places) > 1 for places in possible)
         self.rows = range(len(samples)) if in_order else [row for (row,) in possible]
         return True
 

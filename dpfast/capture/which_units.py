@@ -32,19 +32,19 @@ def units_of(passing: Iterable[ForwardPass]) -> list[Any]:
     Raises:
         ValueError: nothing shows which these are.
     """
-    found = [_units(forward) for forward in passing if forward.batch != 0]
-    if None in found or any(rows != found[0] for rows in found):
+    found = [_units(forward) for forward in passing]
+    if not found or None in found or any(rows != found[0] for rows in found):
         raise ValueError(UNKNOWN)
-    return found[0] or [] if found else []
+    return found[0] or []
 
 
 def _units(forward: ForwardPass) -> list[Any] | None:
-    if forward.rows is None or not forward.group or any(samples.units is None for samples in forward.group):
+    if forward.batch == 0:
+        return []
+    if forward.rows is None or forward.counted or not forward.group:
         return None
     owners = [owner for samples in forward.group for owner in samples.owners]
-    if forward.whole != len(owners):
-        return None
-    if forward.counted and len({owner for owner in owners if owner[0] != PADDING}) > 1:
+    if forward.whole != len(owners) or any(samples.units is None for samples in forward.group):
         return None
     return [None if owners[row][0] == PADDING else owners[row] for row in forward.rows]
 
@@ -52,8 +52,9 @@ def _units(forward: ForwardPass) -> list[Any] | None:
 def _has_values_of(forward: ForwardPass, samples: Samples) -> bool:
     """Whether some input has, row by row, the values that the loader gave, and none has them in another order.
 
-    Rows that are alike tell nothing of their order, if all of them are.
+    Rows that are alike tell nothing of their order, if all of them are and there are several units.
     """
+    several = len({*(samples.units or ())}) > 1
     assert forward.rows is not None
     shown = False
     for given, dim in forward.given:
@@ -65,7 +66,7 @@ def _has_values_of(forward: ForwardPass, samples: Samples) -> bool:
                 continue
             its = keys(theirs.to(x.dtype), dim)
             pairs.append((keys(x, dim), [its[row] for row in forward.rows]))
-        if any(mine == its and len(set(its)) > 1 for mine, its in pairs):
+        if any(mine == its and (not several or len(set(its)) > 1) for mine, its in pairs):
             shown = True
         elif any(mine != its and sorted(mine) == sorted(its) for mine, its in pairs):
             return False

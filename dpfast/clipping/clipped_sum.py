@@ -20,7 +20,7 @@ from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder, between_passes
 from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import ForwardPass, leaves_gradients
-from dpfast.capture.which_units import units_of
+from dpfast.capture.which_units import UNKNOWN, units_of
 from dpfast.clipping.at_once import Ended, end_at_once
 from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted, whole_forms
 from dpfast.clipping.grad_samples import gradients, keep_grad_sample
@@ -167,7 +167,7 @@ class ClippedSum(Recorder):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
         if (recorded or ended) and narrowed and self.loss_is_mean:
             self._check_mean(narrowed, self._common_batch(recorded) if ended is None else ended.batch)
-        kinds = self._kinds() if self.by_unit and taken else []
+        kinds = self._kinds(taken) if self.by_unit and taken else []
         padding = self._admit(bool(taken or ended))
         try:
             if ended is None:
@@ -178,9 +178,16 @@ class ClippedSum(Recorder):
             self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
 
-    def _kinds(self) -> list[Alike]:
-        """The units of the running pass."""
-        return kinds_of(units_of(self.passing) if self.units is None else self.units)
+    def _kinds(self, taken: Mapping[nn.Parameter, list[Form | Waiting]]) -> list[Alike]:
+        """The units of the running pass.
+
+        Raises:
+            ValueError: it cannot be told which these are.
+        """
+        units = units_of(self.passing) if self.units is None else self.units
+        if len(units) != self._common_batch(taken):
+            raise ValueError(UNKNOWN)
+        return kinds_of(units)
 
     def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:
         if size > 1:

@@ -18,6 +18,7 @@ from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, Insta
 from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted
 from dpfast.clipping.grad_samples import gradients
 from dpfast.ops import compute_dtype, index_of
+from dpfast.planning.planner import Planner
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,18 @@ def kinds_of(owners: Sequence[Any]) -> list[Alike]:
     ]
 
 
-def regrouped(form: Form, kind: Alike, setting: Setting, name: str) -> Form:
+def of_units(forms: Sequence[Form], kind: Alike, planner: Planner, name: str) -> list[Form]:
+    """The forms of one parameter, whose samples are rows, as forms whose samples are the units of one kind.
+
+    What has more positions now may be cheaper to write out; of a parameter with several forms the kinds stay.
+    """
+    regrouped = [_regrouped(form, kind) for form in forms]
+    if len(regrouped) == 1 and kind.each > 1 and isinstance(one := regrouped[0], (Factored, Convolved)):
+        return [by(one, planner.choose(name, one.shape))]
+    return regrouped
+
+
+def _regrouped(form: Form, kind: Alike) -> Form:
     """The sums over the rows of each unit, in a form whose samples are the units."""
     if isinstance(form, Instantiated):
         return _summed(form, kind)
@@ -80,11 +92,9 @@ def regrouped(form: Form, kind: Alike, setting: Setting, name: str) -> Form:
         return EmbeddingRows(kind.of(form.ids).flatten(1, 2), kind.of(form.G).flatten(1, 2), form.rows)
     if isinstance(form, Convolved):
         x, G = (kind.of(side.unflatten(0, (form.batch, -1))).flatten(0, 2) for side in (form.x, form.G))
-        whole: Convolved | Factored = Convolved(x, G, form.weight, form.geometry, len(kind.units), form.plan)
-    else:
-        A, G = (kind.of(side).transpose(1, 2).flatten(2, 3) for side in (form.A, form.G))
-        whole = Factored(A, G, form.rows, form.row, form.plan)
-    return whole if kind.each == 1 else by(whole, setting.planner.choose(name, whole.shape))
+        return Convolved(x, G, form.weight, form.geometry, len(kind.units), form.plan)
+    A, G = (kind.of(side).transpose(1, 2).flatten(2, 3) for side in (form.A, form.G))
+    return Factored(A, G, form.rows, form.row, form.plan)
 
 
 def _summed(form: Instantiated, kind: Alike) -> Instantiated:
@@ -115,10 +125,7 @@ def clipped_units(
     parts: list[tuple[Form, Tensor]] = []
     owners: list[Any] = []
     for kind in kinds:
-        its = [
-            [regrouped(form, kind, setting, setting.names[p]) for form in each]
-            for p, each in zip(params, forms, strict=True)
-        ]
+        its = [of_units(each, kind, setting.planner, setting.names[p]) for p, each in zip(params, forms, strict=True)]
         scales = Scales(setting.scales.of_norms / kind.each, setting.scales.of_weights / kind.each)
         found = factors_of(its, groups, device, setting._replace(scales=scales), thresholds)
         more, of_more = weighted(params, its, groups, found.factors, scales.of_weights)

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Subset
 
 from dpfast.data.public_numbers import Public, batch_size_of, drawn_from
+from dpfast.data.row_order import check_order
 from dpfast.data.sampling import PoissonBatches, check_expected_batch_size, check_sample_rate
 
 
@@ -103,6 +104,7 @@ def public_numbers_of_units(
     if sample_rate is not None:
         check_sample_rate(sample_rate)
     indices = drawn_from(loader, sample_rate is not None)
+    check_order(loader, indices)
     if isinstance(asked.units, Units):
         units = asked.units
     elif asked.units is None:
