@@ -23,7 +23,9 @@ UNKNOWN = (
 def settle(forward: ForwardPass) -> None:
     """The forward runs: where its rows are known by their number alone, their values are to show that order."""
     if forward.counted and any(samples.units is not None for samples in forward.group):
-        forward.counted = not (len(forward.group) == 1 and _has_values_of(forward, forward.group[0]))
+        given = forward.group[0]
+        as_many = len(forward.group) == 1 and forward.whole == len(given)
+        forward.counted = not (as_many and _has_values_of(forward, given))
 
 
 def units_of(passing: Iterable[ForwardPass]) -> list[Any]:

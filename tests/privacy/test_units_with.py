@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,3 +344,10 @@ def test_check_sensitivity_refuses_units_that_are_none(units):
         dpfast.check_sensitivity(
             nn.Linear(4, 2), nn.MSELoss(), (torch.randn(3, 4), torch.randn(3, 2)), 0.1, units=units
         )
+
+
+def test_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "units.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/units.md", "exec"), {})
+    assert re.search(r"user-level epsilon \d", capsys.readouterr().out)
