@@ -56,19 +56,20 @@ def _has_values_of(forward: ForwardPass, samples: Samples) -> bool:
 
     Rows that are alike tell nothing of their order, if all of them are and there are several units.
     """
-    several = len({*(samples.units or ())}) > 1
     assert forward.rows is not None
+    several = len({*(samples.units or ())}) > 1
+    real = [k for k, row in enumerate(forward.rows) if row < len(samples.indices)]  # and not padding
     shown = False
     for given, dim in forward.given:
         x, pairs = given.unchanged(), []
         for theirs in (held.unchanged() for held in samples.rows):
-            if x is None or theirs is None or theirs.dim() <= dim or theirs.shape[dim] != len(samples):
+            if x is None or theirs is None or x.numel() * len(samples) != theirs.numel() * x.shape[dim]:
                 continue
-            if x.numel() * len(samples) != theirs.numel() * x.shape[dim] or x.shape[dim] != len(forward.rows):
-                continue
-            its = keys(theirs.to(x.dtype), dim)
-            pairs.append((keys(x, dim), [its[row] for row in forward.rows]))
-        if any(mine == its and (not several or len(set(its)) > 1) for mine, its in pairs):
+            for along in {0, dim}:  # a loader may have the batch first, and the model not
+                if theirs.dim() > along and theirs.shape[along] == len(samples):
+                    its = keys(theirs.to(x.dtype), along)
+                    pairs.append((keys(x, dim), [its[row] for row in forward.rows]))
+        if any(mine == its and (not several or len({its[k] for k in real}) > 1) for mine, its in pairs):
             shown = True
         elif any(mine != its and sorted(mine) == sorted(its) for mine, its in pairs):
             return False

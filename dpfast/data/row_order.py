@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, default_collate
 
 from dpfast.capture.trees import tensors
@@ -33,7 +34,7 @@ def check_order(loader: DataLoader, indices: Sequence[Any]) -> None:
             f"data_loader: {count} samples could not be collated: {type(error).__name__}: {error}"
         ) from error
     for one, other in zip(forth, back, strict=False):
-        if not one.dim() or one.shape != other.shape:
+        if not one.dim() or one.shape != other.shape or one.layout != torch.strided:
             continue
         for dim in (k for k in range(min(2, one.dim())) if one.shape[k] == count):
             mine, theirs = keys(one, dim), keys(other, dim)

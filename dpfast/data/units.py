@@ -38,6 +38,14 @@ class Units:
     most: int
     copies: int = 1
 
+    def __post_init__(self) -> None:
+        indices = [index for rows in self.rows for index in rows]
+        if not self.rows or not all(self.rows) or len({*indices}) < len(indices):
+            raise ValueError("units: each needs a row at least, and no row may be of two of them")
+        for name, value in (("rows_per_unit", self.most), ("augmentations", self.copies)):
+            if not _is_count(value):
+                raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import F32, run_fused
+from tests.helpers import F32, SLACK, run_fused
 from tests.privacy.users import IDS, Users, examine_users
 from tests.zoo import every_layer, loss_of, specimen
 
@@ -27,6 +27,18 @@ def test_users_of_many_and_of_few_rows(name, ids):
 def test_in_float32(name):
     model, inputs, target = specimen(name, B=len(IDS), dtype=F32)
     examine_users(model, inputs, target, loss_of(name), IDS, leave_out=False)
+
+
+@pytest.mark.parametrize("name", ["Linear", "Linear on sequences", "Conv2d", "LayerNorm", "bare parameters"])
+def test_rows_that_nearly_cancel(name):
+    """What is summed of a user is within C, though what its rows add up to is a millionth of each of them."""
+    model, (x,), target = specimen(name, B=3, dtype=F32)
+    with torch.no_grad():
+        out, away = model(x), 1e3 * torch.randn_like(target)
+    y = torch.cat([out + away, out - away * (1 + 1e-6)])
+    users = Users(model, (torch.cat([x, x]),), y, [0] * 6, 1e-3)
+    sums = users.backward(loss_of(name))
+    assert sum(s.double().square().sum() for s in sums.values()).sqrt() <= 1e-3 * SLACK
 
 
 @every_layer

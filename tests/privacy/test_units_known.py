@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from tests.helpers import mse, sums_of
+import dpfast
+from tests.helpers import F64, mse, sums_of
+from tests.oracle import Verdict
+from tests.privacy.judging import Called
 from tests.privacy.users import IDS, Users, everyone
 from tests.zoo import specimen
 
@@ -59,6 +62,43 @@ def test_rows_that_may_be_anybodys(users, change):
     users.optimizer.zero_grad()
     mse(users.wrapped(*x), y).backward()
     assert any(s.any() for s in sums_of(users.model).values())
+
+
+class Sequences(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):  # [T, B, 3]
+        return self.b(torch.tanh(self.a(x)).mean(0))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.contiguous, lambda x: x, lambda x: x[:, [1, 0, 3, 2]]])
+def test_a_batch_that_is_the_second_dimension(change):
+    model, x, y = Sequences().double(), torch.randn(4, 6, 3, dtype=F64), torch.randn(4, 2, dtype=F64)
+    private, _, loader = everyone(TensorDataset(x, y), [0, 1, 0, 1], model, 0.1, batch_first=False)
+    x, y = next(iter(loader))
+    if change(x.transpose(0, 1))[0, 0].equal(x[0, 0]):
+        mse(private(change(x.transpose(0, 1))), y).backward()
+        plain = Called(model, lambda model, x: model(x.transpose(0, 1)))
+        Verdict(plain, (x,), y, mse, 0.1, units=[[0, 1], [2, 3]]).check_norms(private.per_sample_gradient_norms)
+    else:
+        with pytest.raises(ValueError, match=UNKNOWN):
+            mse(private(change(x.transpose(0, 1))), y).backward()
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_copies_of_physical_batches(users, pad):
+    rows = 0
+    with dpfast.BatchMemoryManager(
+        data_loader=users.loader, max_physical_batch_size=4, optimizer=users.optimizer, pad=pad
+    ) as parts:
+        for x, y in parts:
+            mse(users.wrapped(x.clone()), y).backward()
+            rows += len(users.wrapped.per_sample_gradient_norms)
+            users.optimizer.step()
+            users.optimizer.zero_grad()
+    assert rows == 4
 
 
 def test_rows_that_are_all_alike_tell_no_order():
