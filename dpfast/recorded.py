@@ -286,7 +286,7 @@ class Graphed:
         """Whether the model is one whose layers tell the samples apart, by tensors alone, as its clipping does."""
         by_rows = self.entry.runs_by_sample or self.recorder.follows_rows
         fixed = is_fixed(self.recorder.clipping) and not self.recorder.batches.forwards
-        by_rows = by_rows or self.recorder.keeps_grad_samples
+        by_rows = by_rows or self.recorder.keeps_grad_samples or self.recorder.by_unit
         return self.model.training and not by_rows and fixed
 
     def _kind(self, batch: Sequence[Any]) -> Any:

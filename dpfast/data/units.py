@@ -174,6 +174,8 @@ def _column(name: str, dataset: Any, indices: Sequence[Any]) -> list[Any]:
     if isinstance(columns, (list, tuple)):
         if name not in columns:
             raise ValueError(f"units={name!r}: the data set has no such column; it has {list(columns)}")
+        if hasattr(dataset, "with_format"):  # the format may leave the column out, as nothing to train on
+            dataset = dataset.with_format(None)
         column = dataset[name]
         column = column.tolist() if hasattr(column, "tolist") else list(column)
         return [column[index] for index in indices]

@@ -229,6 +229,23 @@ def test_a_graphed_step_is_refused():
         dpfast.graphed(users.wrapped, lambda model, x, y: mse(model(x), y), users.optimizer)
 
 
+def test_a_graphed_step_of_a_model_that_gets_units_later_runs_as_it_is_written():
+    model, inputs, target = specimen("Linear", B=len(IDS))
+    dataset = TensorDataset(*inputs, target)
+    private, optimizer, loader = make_private(model, data_loader=DataLoader(dataset, batch_size=len(IDS)))
+    step = dpfast.graphed(private, lambda model, x, y: mse(model(x), y))
+    for _ in range(3):
+        step(*next(iter(loader)))
+        optimizer.zero_grad()
+    private, optimizer, loader = everyone(dataset, IDS, private, 0.1, optimizer=optimizer)
+    for _ in range(3):
+        replays = step.replays
+        step(*next(iter(loader)))
+        Verdict(model, inputs, target, mse, 0.1, units=rows_of(IDS)).check_sums(sums_of(model))
+        optimizer.zero_grad()
+        assert step.replays == replays
+
+
 class Random(Dataset):
     """Every look at a sample is another view of it."""
 

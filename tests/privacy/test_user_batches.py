@@ -162,6 +162,20 @@ def test_ids_of_users(ids, how):
     assert private.batch_sampler.units.rows == want
 
 
+@pytest.mark.parametrize("given", [None, "torch", "numpy"])
+def test_ids_of_a_column_that_the_format_leaves_out(given):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"x": torch.randn(4, 3).tolist(), "user": [1, 2, 1, 2]})
+    data.set_format(given, columns=None if given is None else ["x"])
+    loader = DataLoader(data, batch_size=1)
+    *_, private = make_private(
+        nn.Linear(3, 1), data_loader=loader, poisson_sampling=True, units="user", rows_per_unit=4
+    )
+    assert private.batch_sampler.units.rows == [[0, 2], [1, 3]]
+    with pytest.raises(ValueError, match="has no such column; it has"):
+        make_private(nn.Linear(3, 1), data_loader=loader, poisson_sampling=True, units="person", rows_per_unit=4)
+
+
 class ByIdentity:
     pass
 
