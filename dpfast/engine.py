@@ -29,6 +29,8 @@ from dpfast.clipping.thresholds import Clipping
 from dpfast.data.criterion import PerSampleCriterion
 from dpfast.data.loaders import poisson_loader, public_numbers, watched
 from dpfast.data.sampling import PoissonBatches, check_shares, system_generator
+from dpfast.data.units import asked_for
+from dpfast.data.user_batches import UserBatches
 from dpfast.distributed.ranks import Ranks, model_and_ranks
 from dpfast.model.private_model import FusedHooks, FusedModule, check_public_state, parameter_names
 from dpfast.model.unsupported import problems
@@ -132,6 +134,9 @@ class PrivacyEngine(OpacusEngine):
         public_state: Sequence[str] = (),
         expected_batch_size: int | float | None = None,
         sample_rate: float | None = None,
+        units: Any = None,
+        rows_per_unit: int | None = None,
+        augmentations: int = 1,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Make training objects private; see ``opacus.PrivacyEngine.make_private`` for what is not said here.
@@ -185,6 +190,16 @@ class PrivacyEngine(OpacusEngine):
                 sampling it is what the accountant is told.
             data_loader: under Poisson sampling its batches are drawn from the samples that its sampler would give in an
                 epoch, each with the same probability. Without, a batch that holds a sample twice is refused.
+            units: what is protected and clipped as one, where that is not a row: an id for each sample of the data set
+                (a list or a tensor), or the name of the column or key in which samples have theirs, such as
+                ``"user_id"``. Rows with equal ids are one unit. Poisson sampling then draws units, and a unit's
+                gradient, the mean over its rows in the batch, is clipped once. The loader's batch size, the expected
+                batch size, the sample rate and N all count units. See ``docs/units.md``.
+            rows_per_unit: with ``units``, the most rows that a step takes of a unit, drawn anew each time; a public
+                number.
+            augmentations: how often the data set is asked for each sample of a batch, so that its random transforms
+                are drawn as often. These rows stand one after the other, and the mean of their gradients is clipped
+                once (De et al. 2022). ε does not change.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)``.
@@ -200,6 +215,8 @@ class PrivacyEngine(OpacusEngine):
             fused_only |= dict(keep_grad_samples=keep_grad_samples or None)
             fused_only |= dict(expected_batch_size=expected_batch_size, sample_rate=sample_rate)
             fused_only |= dict(clipping_fn=None if clipping_fn == "abadi" else clipping_fn)
+            fused_only |= dict(units=units, rows_per_unit=rows_per_unit)
+            fused_only |= dict(augmentations=None if augmentations == 1 else augmentations)
             self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
             return super().make_private(
                 module=module,
@@ -231,6 +248,14 @@ class PrivacyEngine(OpacusEngine):
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: use 'mean' or 'sum'")
         check_noise_multiplier(noise_multiplier)
+        asked = asked_for(
+            units,
+            rows_per_unit,
+            augmentations,
+            poisson_sampling=poisson_sampling,
+            rand_on_empty=rand_on_empty,
+            alone=max_physical_batch_size == 1,
+        )
         wrapped = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
         check_low_precision(low_precision, wrapped)
         check_ascent(ascent, wrapped, low_precision)
@@ -258,7 +283,7 @@ class PrivacyEngine(OpacusEngine):
             criterion = nn.CrossEntropyLoss()  # as in Opacus
         gives_criterion = grad_sample_mode is not None and criterion is not None
         per_sample = PerSampleCriterion(criterion, loss_reduction) if gives_criterion else None
-        public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate)
+        public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate, asked)
         if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
             raise LoaderError(
                 "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
@@ -269,6 +294,7 @@ class PrivacyEngine(OpacusEngine):
         private_loader = self._private_loader(data_loader, drawn, public, rand_on_empty, ranks)
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.clipped_sum.planner = planner
+        hooks.clipped_sum.by_unit = isinstance(private_loader.batch_sampler, UserBatches)
         hooks.clipped_sum.keeps_grad_samples = keep_grad_samples
         if any(p.device.type == "cpu" for p in model.parameters()):
             allocator.keep_freed_memory()
@@ -383,7 +409,18 @@ class PrivacyEngine(OpacusEngine):
 
         if not self._is_opacus(grad_sample_mode):
             asked = {name: kwargs.get(name) for name in ("expected_batch_size", "sample_rate")}
-            public, _ = public_numbers(data_loader, kwargs.get("poisson_sampling", True), **asked)
+            poisson = kwargs.get("poisson_sampling", True)
+            of_units = asked_for(
+                kwargs.get("units"),
+                kwargs.get("rows_per_unit"),
+                kwargs.get("augmentations", 1),
+                poisson_sampling=poisson,
+                rand_on_empty=kwargs.get("rand_on_empty", False),
+                alone=kwargs.get("max_physical_batch_size") == 1,
+            )
+            public, drawn = public_numbers(data_loader, poisson, **asked, asked=of_units)
+            if of_units is not None and of_units.units is not None:
+                kwargs["units"] = drawn  # ids are read from the data set once
             rate, steps = public.sample_rate, public.steps
         elif not (steps := len(data_loader)):
             raise LoaderError("data_loader has no batches: its data set has fewer samples than a batch, and drop_last")

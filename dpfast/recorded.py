@@ -138,6 +138,11 @@ class Graphed:
             raise RecordingError(
                 "graphed: models that are sharded, or trained one sample at a time, cannot be recorded"
             )
+        if self.recorder.by_unit:
+            raise RecordingError(
+                "graphed: units of several rows (make_private's units= or augmentations=) differ from batch to batch, "
+                "and a recorded step cannot; use the model without graphed"
+            )
         if optimizer is not None and getattr(optimizer, "clipped_sum", None) is not self.recorder:
             raise RecordingError(
                 f"graphed: optimizer is a {type(optimizer).__name__} that is not this model's; give the one that "
@@ -284,7 +289,7 @@ class Graphed:
         """Whether the model is one whose layers tell the samples apart, by tensors alone, as its clipping does."""
         by_rows = self.entry.runs_by_sample or self.recorder.follows_rows
         fixed = is_fixed(self.recorder.clipping) and not self.recorder.batches.forwards
-        by_rows = by_rows or self.recorder.keeps_grad_samples
+        by_rows = by_rows or self.recorder.keeps_grad_samples or self.recorder.by_unit
         return self.model.training and not by_rows and fixed
 
     def _kind(self, batch: Sequence[Any]) -> Any:

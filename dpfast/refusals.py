@@ -93,6 +93,12 @@ class RuleError(Refusal, ValueError):
     topic = "grad-samplers"
 
 
+class UnitsError(Refusal, ValueError):
+    """It cannot be told which rows are of one unit, or what would keep them together is not given."""
+
+    topic = "units"
+
+
 class NotOneSampleError(Refusal, ValueError):
     """A model that is trained one sample at a time was given several."""
 

@@ -86,16 +86,18 @@ def per_sample_gradients(
     dtype: torch.dtype = torch.float64,
     batch_dim: int = 0,
     loss_scale: float = 1.0,
+    units: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """``{name: [B, *shape]}`` for each trainable parameter; tied parameters once, under their first name.
 
-    A ``loss_scale`` multiplies the loss and, in float64, is divided out again.
+    A ``loss_scale`` multiplies the loss and, in float64, is divided out again. With ``units``, the rows of each, all of
+    a unit's rows are run at once: a loss that is a mean over its batch then has the mean gradient of the rows.
     """
     twin = pristine(model, dtype)
     params = {n: p for n, p in twin.named_parameters() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {n: [] for n in params}
-    for i in range(batch_size(inputs, batch_dim)):
-        x, y = cast(take((inputs, target), [i], batch_dim), dtype)
+    for unit in [[i] for i in range(batch_size(inputs, batch_dim))] if units is None else units:
+        x, y = cast(take((inputs, target), unit, batch_dim), dtype)
         twin.zero_grad(set_to_none=True)
         loss = loss_fn(twin(*x), y)
         (loss if loss_scale == 1 else loss * loss_scale).backward()
@@ -161,12 +163,13 @@ class Verdict:
     max_grad_norm: float | Mapping[str, float] | None = None  # None: the median of the norms
     groups: Mapping[str, str] | None = None
     batch_dim: int = 0
+    units: Sequence[Sequence[int]] | None = None  # rows of each; None: every row is one
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self):
         args = (self.model, self.inputs, self.target, self.loss_fn)
         self.dtype = next(p.dtype for p in self.model.parameters())
-        self.grads = per_sample_gradients(*args, torch.float64, self.batch_dim)
+        self.grads = per_sample_gradients(*args, torch.float64, self.batch_dim, units=self.units)
         self.norms = norms_of(self.grads)
         if self.max_grad_norm is None:  # some samples clipped, some not; a lone sample is clipped
             finite = self.norms[self.norms.isfinite() & (self.norms > 0)]
@@ -179,7 +182,7 @@ class Verdict:
         self.ulps = FLOOR_ULPS * torch.finfo(self.dtype).eps
         computed = torch.promote_types(self.dtype, torch.float32)  # norms and sums are never made in less
         self.certificate = CERTIFICATE_ULPS * torch.finfo(computed).eps
-        self.same = [per_sample_gradients(*args, probe, self.batch_dim, scale) for scale in LOSS_SCALES]
+        self.same = [per_sample_gradients(*args, probe, self.batch_dim, scale, self.units) for scale in LOSS_SCALES]
         self.sums = clipped_sum(self.grads, self.max_grad_norm, self.groups)
 
     def norm_tolerance(self) -> float:

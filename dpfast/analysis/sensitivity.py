@@ -17,6 +17,7 @@ from dpfast.capture.refusals import listed
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.clipping.thresholds import Clipping, check_threshold
 from dpfast.data.criterion import PerSampleCriterion, PerSampleLoss
+from dpfast.data.units import ids_of
 from dpfast.model.model_forward import normalises_over_batch
 from dpfast.model.private_model import FusedHooks, FusedModule
 from dpfast.refusals import LayoutError
@@ -39,6 +40,8 @@ class SensitivityReport:
             samples are independent.
         worst_sample: index of the sample with the largest move.
         left_out: how many samples were left out in turn.
+        unit: what was left out: ``"sample"``, or ``"unit"`` where several samples are one; the other attributes are
+            then of units, which are counted in the order in which they appear.
         cause: the likely cause in words, with the operator and the module; empty if ok.
         proof: what the operators of model and loss prove, whatever the values are, and what was only tried.
     """
@@ -51,14 +54,15 @@ class SensitivityReport:
     left_out: int
     cause: str
     proof: str = ""
+    unit: str = "sample"
 
     def __str__(self) -> str:
         verdict = "holds" if self.ok else "is BROKEN"
         lines = [
             f"sensitivity check: the guarantee {verdict} on this batch",
-            f"  left out {self.left_out} samples in turn; the clipped sum moved by at most {self.largest_move:.6g} "
-            f"(sample {self.worst_sample}), allowed {self.sensitivity:.6g}",
-            f"  other samples' gradient norms changed by at most {100 * self.largest_change:.3g} %",
+            f"  left out {self.left_out} {self.unit}s in turn; the clipped sum moved by at most "
+            f"{self.largest_move:.6g} ({self.unit} {self.worst_sample}), allowed {self.sensitivity:.6g}",
+            f"  other {self.unit}s' gradient norms changed by at most {100 * self.largest_change:.3g} %",
         ]
         lines += [f"  likely cause: {self.cause}"] if self.cause else []
         return "\n".join([*lines, *(f"  {line}" for line in self.proof.splitlines())])
@@ -73,6 +77,7 @@ def check_sensitivity(
     batch_first: bool = True,
     loss_reduction: str = "mean",
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    units: Sequence[Any] | Tensor | None = None,
 ) -> SensitivityReport:
     """Run ``model`` and ``loss_fn`` on a real batch, noise off, with every sample left out in turn.
 
@@ -94,12 +99,15 @@ def check_sensitivity(
         loss_reduction: how the loss is reduced over the batch.
         collate_fn: the loader's, from a list of rows to a batch. Rows that are left are collated anew, which finds out
             whether a sample's gradient depends on what it is collated with, as under padding to the longest.
+        units: an id for each sample of the batch, as in ``make_private(units=...)``. Samples with equal ids are then
+            clipped as one, and left out together.
 
     Returns:
         A report; ``print(report)`` tells all of it.
 
     Raises:
-        ValueError: ``max_grad_norm`` is no threshold, or ``batch`` has fewer than two samples.
+        ValueError: ``max_grad_norm`` is no threshold, ``batch`` has fewer than two samples or units, or ``units`` are
+            not an id for each sample.
     """
     C = check_threshold("max_grad_norm", max_grad_norm)
     dim = 0 if batch_first else 1
@@ -111,6 +119,9 @@ def check_sensitivity(
     if not sizes or sizes[0] < 2:
         raise ValueError(f"batch: leaving one out needs tensors with at least two samples, got {sizes[:1] or 'none'}")
     count = sizes[0]
+    ids = None if units is None else ids_of(units, range(count), range(count))
+    if ids is not None and len({*ids}) < 2:
+        raise ValueError(f"units: leaving one out needs at least two of them, and all samples are of {ids[0]!r}")
 
     def part(keep: Sequence[int]) -> Any:
         if collate_fn is not None:
@@ -118,7 +129,7 @@ def check_sensitivity(
                 return collate_fn([rows[i] for i in keep])
         return batch if len(keep) == count else _select(batch, torch.tensor(keep), count, dim)
 
-    run = _Runner(model, loss_fn, loss_reduction, batch_first, C)
+    run = _Runner(model, loss_fn, loss_reduction, batch_first, C, ids)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = run.leave_out(part, count, replayed=collate_fn is None)
@@ -134,7 +145,15 @@ def check_sensitivity(
         proof += "\nnot tried: whether a sample depends on what it is collated with (collate_fn draws random numbers)"
     left_out = found.left_out[worst]
     return SensitivityReport(
-        ok, found.moves[worst], C, max(found.changes), left_out, len(found.moves), cause, proof.strip()
+        ok,
+        found.moves[worst],
+        C,
+        max(found.changes),
+        left_out,
+        len(found.moves),
+        cause,
+        proof.strip(),
+        "sample" if ids is None else "unit",
     )
 
 
@@ -152,7 +171,9 @@ class _Found:
 class _Runner:
     """The clipped sum and the norms of a batch, on a private copy of the model, in training."""
 
-    def __init__(self, model: nn.Module, loss_fn: Any, loss_reduction: str, batch_first: bool, C: float):
+    def __init__(
+        self, model: nn.Module, loss_fn: Any, loss_reduction: str, batch_first: bool, C: float, ids: list[Any] | None
+    ):
         self.twin = pristine_copy(model._module if isinstance(model, FusedModule) else model).train()
         for module in self.twin.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -161,6 +182,8 @@ class _Runner:
             self.twin, batch_first=batch_first, loss_reduction=loss_reduction, clipping=Clipping.flat(C)
         )
         self.hooks.public_state = [name for name, _ in self.twin.named_buffers()]  # told of below, not refused
+        self.ids = ids  # of the units that samples are of; None: each is one
+        self.hooks.clipped_sum.by_unit = ids is not None
         self.loss_fn, self.loss_reduction, self.batch_dim = loss_fn, loss_reduction, 0 if batch_first else 1
         self.shapes: tuple[Any, ...] = ()
         self.met = self.refused = self.proof = ""
@@ -169,8 +192,9 @@ class _Runner:
         """Every sample in turn; ``replayed``: the others have the shapes that they had beside it."""
         whole = part(range(count))
         self._look(whole, count)
-        spread = {round(i * (count - 1) / (MOST_LEFT_OUT - 1)) for i in range(MOST_LEFT_OUT)}
-        left_out = list(range(count)) if count <= MOST_LEFT_OUT else sorted(spread)
+        units = count if self.ids is None else len({*self.ids})
+        spread = {round(i * (units - 1) / (MOST_LEFT_OUT - 1)) for i in range(MOST_LEFT_OUT)}
+        left_out = list(range(units)) if units <= MOST_LEFT_OUT else sorted(spread)
         try:
             return self._compared(part, whole, count, left_out, replayed)
         except RuntimeError:
@@ -186,16 +210,18 @@ class _Runner:
         self.twin.train(replayed)
         self.hooks.clipped_sum.needs_model = replayed  # without random numbers gradients count in eval() too
         found = _Found(left_out, [], [], [], 0.0)
+        ids = range(count) if self.ids is None else self.ids
+        names = [*dict.fromkeys(ids)]
         for seed in range(SEEDS if replayed else 1):
             draws = Draws(count)
-            everything, norms = self._run(whole, seed, draws if replayed else nullcontext())
+            everything, norms = self._run(whole, range(count), seed, draws if replayed else nullcontext())
             found.size = max(found.size, float(torch.linalg.vector_norm(everything)))
             for i in left_out[seed :: SEEDS if replayed else 1]:
-                keep = [j for j in range(count) if j != i]
+                keep = [j for j in range(count) if ids[j] != names[i]]
                 played = draws.playing(torch.tensor(keep)) if replayed else nullcontext()
-                total, rest = self._run(part(keep), seed, played)
+                total, rest = self._run(part(keep), keep, seed, played)
                 found.moves.append(float(torch.linalg.vector_norm(everything - total)))
-                ratio = (rest + 1e-30) / (norms[torch.tensor(keep)] + 1e-30)
+                ratio = (rest + 1e-30) / (norms[torch.arange(len(names)) != i] + 1e-30)
                 found.changes.append(float((ratio - 1).abs().nan_to_num(0, 0, 0).max()))
                 found.ratios.append(ratio)
         found.left_out = [
@@ -234,8 +260,12 @@ class _Runner:
         gaps = f"no proof beyond {listed(sorted(lost))}" if lost else "proved to keep samples apart"
         self.proof += f"\nmodel and loss: {self.met or gaps}"
 
-    def _run(self, batch: Any, seed: int, draws: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
-        """Clipped sum ``[n]`` and norms ``[B]``."""
+    def _run(
+        self, batch: Any, samples: Sequence[int], seed: int, draws: AbstractContextManager[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Clipped sum ``[n]`` and norms ``[B]`` of a batch of these ``samples``."""
+        if self.ids is not None:
+            self.hooks.clipped_sum.units = [self.ids[k] for k in samples]
         for p in self.twin.parameters():
             p.summed_grad = None  # type: ignore[attr-defined]
         with own_random_numbers(seed), torch.enable_grad(), draws:

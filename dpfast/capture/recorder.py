@@ -74,6 +74,7 @@ class Recorder:
         self.row_order: Tensor | None = None  # sample of each row, while a packed sequence runs through an RNN
         self.copied: Callable[[Tensor], Tensor] | None = None  # a proof is to know of copies of bare parameters
         self.follows_rows = False  # the model picks rows of samples: whose they are is noted
+        self.by_unit = False  # rows are clipped together with those of their unit, which the loader's samples tell
         self.paused = False  # layers run their own forward, untapped
         self.evaluating = False  # the last forward was in eval(): its gradients are not for training
         self.evaluated = False  # and some reached a parameter since the last step

@@ -101,16 +101,20 @@ class Samples:
     rows: tuple[Rows, ...] = ()
     loop: Any = None  # the one in which they were given: a list that has something in it once it has ended
     padding: int = 0  # rows behind them that no sample is in
+    units: Sequence[Any] | None = None  # what each is clipped together with; None: it is clipped alone
+    copies: int = 1  # rows that each index has, one after the other
 
     def __len__(self) -> int:
         return len(self.indices) + self.padding
 
     @classmethod
-    def given(cls, dataset: Any, indices: Sequence[Any], loop: Any = None) -> Samples:
+    def given(
+        cls, dataset: Any, indices: Sequence[Any], loop: Any = None, units: Sequence[Any] | None = None, copies: int = 1
+    ) -> Samples:
         """Those of ``dataset`` with these indices; of a ``Subset``, the samples of what it is a subset of."""
         while isinstance(dataset, Subset):
             dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
-        return cls(id(dataset), indices, loop=loop)
+        return cls(id(dataset), indices, loop=loop, units=units, copies=copies)
 
     def as_in(self, batch: Any) -> Samples:
         """The same, in the tensors of ``batch``."""
@@ -124,8 +128,20 @@ class Samples:
     @property
     def names(self) -> list[Any]:
         """What tells its samples from all others."""
-        padding = [(PADDING, id(self.indices), k) for k in range(self.padding)]
-        return [*((self.dataset, index) for index in self.indices), *padding]
+        if self.copies == 1:
+            return [*((self.dataset, index) for index in self.indices), *self._padding]
+        return [*((self.dataset, index, k % self.copies) for k, index in enumerate(self.indices)), *self._padding]
+
+    @property
+    def owners(self) -> list[Any]:
+        """What tells the units of its rows from all others: samples, where these are clipped alone."""
+        if self.units is None:
+            return self.names
+        return [*((self.dataset, "unit", unit) for unit in self.units), *self._padding]
+
+    @property
+    def _padding(self) -> list[Any]:
+        return [(PADDING, id(self.indices), k) for k in range(self.padding)]
 
 
 class ForwardPass:
@@ -140,6 +156,7 @@ class ForwardPass:
         self.group: tuple[Samples, ...] = ()  # all its samples are of these; empty if no loader has said
         self.rows: Sequence[int] | None = None  # which of the group's rows, in order, if that is known
         self.whole = 0  # rows that the group has
+        self.counted = False  # which are known only by how many there are, and not by memory or values
         self.repeats = False  # some sample is in it more than once
         self.calls: Counter[str] = Counter()  # of its tapped layers, by their names
         self.astray = False  # it is over another batch than the physical one that waits
@@ -197,10 +214,10 @@ class ForwardPass:
         if rows is None:
             return
         if first and rows >= self.whole:
-            self.rows, self.whole = range(rows), rows
+            self.rows, self.whole, self.counted = range(rows), rows, True
         elif not any(self._named_by(samples) for samples in reversed(group)):
             if rows >= self.whole and not self._is_permuted():
-                self.rows, self.whole = range(rows), rows  # another view of them
+                self.rows, self.whole, self.counted = range(rows), rows, True  # another view of them
             else:
                 self._part_of_a_view()
 
@@ -218,6 +235,7 @@ class ForwardPass:
         if self.opaque or not (in_order or (telling and all(len(places) == 1 for places in possible))):
             return False
         self.group, self.whole = (samples,), len(samples)
+        self.counted = any(len(places) > 1 for places in possible)
         self.rows = range(len(samples)) if in_order else [row for (row,) in possible]
         return True
 
@@ -235,7 +253,7 @@ class ForwardPass:
             fits = rows.base != rows.place and rows.base.shape[along] == self.whole
             where.append(places(rows.place, rows.base, dim) if fits else None)
         if where and not self.opaque and where[0] is not None and all(each == where[0] for each in where):
-            self.rows = where[0]
+            self.rows, self.counted = where[0], True
 
     def _alike(self, samples: Samples) -> tuple[list[set[int]], bool]:
         """For each row the rows of the loader's batch with its values; whether chance cannot have made them equal."""
@@ -287,7 +305,7 @@ class ForwardPass:
         return order is not None and len(set(order)) < len(order)
 
     def _samples(self) -> set[Any]:
-        known = [name for samples in self.group for name in samples.names]
+        known = [owner for samples in self.group for owner in samples.owners]
         if self.rows is None or self.whole != len(known):
             return set(known)
         return {known[row] for row in self.rows}

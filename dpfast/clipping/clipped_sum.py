@@ -20,16 +20,18 @@ from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder, between_passes
 from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import ForwardPass, leaves_gradients
+from dpfast.capture.which_units import UNKNOWN, units_of
 from dpfast.clipping.at_once import Ended, end_at_once
 from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted, whole_forms
 from dpfast.clipping.early import EarlySums, summed_up
-from dpfast.clipping.grad_samples import keep_grad_sample
+from dpfast.clipping.grad_samples import gradients, keep_grad_sample
 from dpfast.clipping.samples_once import Batches
 from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
+from dpfast.clipping.units import Alike, clipped_units, kinds_of, mean_gradients
 from dpfast.distributed.ranks import Ranks, local
 from dpfast.ops import compute_dtype, index_of
-from dpfast.refusals import MeanIn16BitsError, PassChangedError, SecondBackwardError
+from dpfast.refusals import MeanIn16BitsError, PassChangedError, SecondBackwardError, UnitsError
 
 if TYPE_CHECKING:
     from dpfast.capture.tap import Call
@@ -46,7 +48,8 @@ class ClippedSum(Recorder):
 
     Guarantee: in every backward pass a sample's contribution to the concatenation of all ``summed_grad`` is at most
     ``clipping.sensitivity`` in L2, the rounding of its norm and of its own terms included, for any values of
-    activations and backprops, and whatever torch allows in products (see :mod:`dpfast.reference.precision`). A sample
+    activations and backprops, and whatever torch allows in products (see :mod:`dpfast.reference.precision`). Where
+    :attr:`by_unit` is set, read "unit" for "sample": the mean gradient of its rows is clipped as one. A sample
     whose norm is not finite, or of such a size that its product with a factor is no float32 number, contributes exact
     zeros; it is counted in :attr:`nonfinite_samples` and warned of once. (Of several groups one may be summed before
     the others' norms are known, see :mod:`dpfast.clipping.early`: a sample lost in those is in its sum, clipped.)
@@ -79,6 +82,7 @@ class ClippedSum(Recorder):
         self.batches = Batches()
         self.counts_unclipped = False  # adaptive clipping wants to know
         self.keeps_grad_samples = False  # in ``p.grad_sample``, as Opacus does
+        self.units: Sequence[Any] | None = None  # of each row, where no loader tells
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
         self._ended: Ended | None = None  # what a compiled graph's end has summed in the running pass
@@ -161,7 +165,8 @@ class ClippedSum(Recorder):
             self._sum_early(call, [p for p, _ in forms if self.tracked is None or p in self.tracked])
 
     def _sum_early(self, call: Call, params: Sequence[nn.Parameter]) -> None:
-        unusual = self.source or self._untrusted or self.ranks.sharded or self.keeps_grad_samples
+        kept = self.ranks.sharded or self.keeps_grad_samples or self.by_unit
+        unusual = self.source or self._untrusted or kept
         if unusual or self.closing is not None or self.batches.forwards > 1 or self.model is None:
             return
         held = {p: self._forms[p] for p in params}
@@ -200,15 +205,27 @@ class ClippedSum(Recorder):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
         if (recorded or ended) and narrowed and self.loss_is_mean:
             self._check_mean(narrowed, self._common_batch(recorded) if ended is None else ended.batch)
+        kinds = self._kinds(taken) if self.by_unit and taken else []
         padding = self._admit(bool(taken or ended))
         try:
             if ended is None:
-                self._sum_up(recorded, batch, padding)
+                self._sum_up(recorded, batch, padding, kinds)
             else:
                 self._add(ended, padding)
         except BaseException:
             self.drop()  # a part of the sums may be there: retried, a sample would count twice
             raise
+
+    def _kinds(self, taken: Mapping[nn.Parameter, list[Form | Waiting]]) -> list[Alike]:
+        """The units of the running pass.
+
+        Raises:
+            ValueError: it cannot be told which these are.
+        """
+        units = units_of(self.passing) if self.units is None else self.units
+        if len(units) != self._common_batch(taken):
+            raise UnitsError(UNKNOWN)
+        return kinds_of(units)
 
     def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:
         if size > 1:
@@ -250,11 +267,16 @@ class ClippedSum(Recorder):
         self.batches.drop()
 
     def _sum_up(
-        self, recorded: dict[nn.Parameter, list[Form | Waiting]], batch: int | None, padding: list[int]
+        self,
+        recorded: dict[nn.Parameter, list[Form | Waiting]],
+        batch: int | None,
+        padding: list[int],
+        kinds: Sequence[Alike],
     ) -> None:
         self._count_pass(self.clipping.sensitivity)
         if not recorded:
-            self.per_sample_gradient_norms = torch.zeros(batch or 0)
+            units = sum(len(kind.units) for kind in kinds)
+            self.per_sample_gradient_norms = torch.zeros(units if self.by_unit else batch or 0)
             if self.ranks.sharded:
                 self._share([], [])
             return
@@ -266,14 +288,20 @@ class ClippedSum(Recorder):
             forms = whole_forms(recorded, setting)
             recorded.clear()
             groups = [self.clipping.group_of(p) for p in params]
-            found = factors_of(forms, groups, device, setting, self.clipping.on(device))
-            if padding:
-                found.factors.index_fill_(1, index_of(tuple(padding), device), 0.0)
-            self.report(found, setting.scales.of_norms, padding)
+            thresholds, scale = self.clipping.on(device), setting.scales.of_norms
+            if self.by_unit:
+                found, parts, owners = clipped_units(params, forms, groups, kinds, setting, thresholds)
+                padding = []  # is of no unit
+            else:
+                found = factors_of(forms, groups, device, setting, thresholds)
+                if padding:
+                    found.factors.index_fill_(1, index_of(tuple(padding), device), 0.0)
+                parts, owners = weighted(params, forms, groups, found.factors, setting.scales.of_weights)
+            self.report(found, scale, padding)
             if self.keeps_grad_samples:
                 for p, its in zip(params, forms, strict=True):
-                    keep_grad_sample(p, its, setting.scales.of_norms, padding)
-            parts, owners = weighted(params, forms, groups, found.factors, setting.scales.of_weights)
+                    samples = mean_gradients(its, kinds) if self.by_unit else gradients(its, padding)
+                    keep_grad_sample(p, samples * scale)
             forms.clear()  # what a sum was made of can go
             if self.ranks.sharded:
                 self._share(owners, parts)
@@ -289,7 +317,8 @@ class ClippedSum(Recorder):
     def can_end_at_once(self, graph: GraphCalls) -> bool:
         """Whether the forms of ``graph`` are for sure all that the running pass records, and are trusted."""
         alone = self.ends_at_once and self.last_source == graph.name and not self.sources
-        plain = not (self.observer or self.ranks.sharded or self.keeps_grad_samples) and self.batches.forwards <= 1
+        kept = self.ranks.sharded or self.keeps_grad_samples or self.by_unit
+        plain = not (self.observer or kept) and self.batches.forwards <= 1
         trains = self.tracked is None or not self.tracked.isdisjoint(graph.trained)
         return alone and plain and trains and (not self.verifies or graph.layouts <= self.verified)
 

@@ -11,20 +11,20 @@ from dpfast.capture.forms import Form, written
 from dpfast.ops import index_of
 
 
-def keep_grad_sample(p: Any, forms: Sequence[Form], scale: float, padding: Sequence[int]) -> None:
-    """Put ``g_i`` of a backward pass, ``[B, *p.shape]``, into ``p.grad_sample``; those of several passes are a list.
-
-    Args:
-        forms: what the gradients are the sum of, of the loss times 1 / ``scale``.
-        padding: rows of the batch that no sample is in, which are left out.
-    """
+def gradients(forms: Sequence[Form], padding: Sequence[int] = ()) -> torch.Tensor:
+    """What ``forms`` add up to, ``[B, *]``, without the rows ``padding``, which no sample is in."""
     samples = written(forms[0])
     for form in forms[1:]:
         samples = samples + written(form)
     if padding:
         rows = [row for row in range(len(samples)) if row not in padding]
         samples = samples.index_select(0, index_of(tuple(rows), samples.device))
-    samples = (samples * scale).view(-1, *p.shape).to(p.dtype)
+    return samples
+
+
+def keep_grad_sample(p: Any, samples: torch.Tensor) -> None:
+    """Put ``g_i`` of a backward pass, ``[B, *]``, into ``p.grad_sample``; those of several passes are a list."""
+    samples = samples.view(-1, *p.shape).to(p.dtype)
     before = getattr(p, "grad_sample", None)
     if before is None:
         p.grad_sample = samples

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpfast.capture.trees import tensors
 from dpfast.capture.which_samples import ForwardPass, Samples
+from dpfast.capture.which_units import settle
 from dpfast.refusals import BatchOrderError, PaddingError, RepeatedSampleError, SecondBackwardError
 
 RECENT = 8  # batches that are remembered: a loop may read ahead
@@ -288,6 +289,7 @@ class Batches:
                 forward.taken_for(new or old, first=bool(new))
             left = [samples for samples in new if samples not in forward.group]
             self.taken = [*left, *forward.group]
+        settle(forward)
         self.given += [samples for samples in new if samples not in self.given]
         self.forwards += 1
         self.forwarded, self.empty = True, forward.batch == 0

@@ -20,14 +20,26 @@ from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.data.empty_batch import CollateOrEmpty
 from dpfast.data.public_numbers import Public, check_fixed, check_inside, drawn_from
 from dpfast.data.sampling import PoissonBatches
+from dpfast.data.units import Asked, Units, public_numbers_of_units
+from dpfast.data.user_batches import UserBatches
 from dpfast.distributed.ranks import Ranks
 from dpfast.refusals import RepeatedSampleError
 
 logger = logging.getLogger(__name__)
 
 
-def distinct(batch: Any, dataset: Any) -> list[Any]:
+def drawn_samples(batches: Any, dataset: Any, indices: Sequence[Any], loop: Any = None) -> Samples:
+    """The samples of a batch that ``batches`` has drawn, with their units where it draws units."""
+    if not isinstance(batches, UserBatches):
+        return Samples.given(dataset, indices, loop)
+    units = [batches.unit_of(index) for index in indices]
+    return Samples.given(dataset, indices, loop, units, batches.copies)
+
+
+def distinct(batch: Any, dataset: Any, copies: int = 1) -> list[Any]:
     """The indices of a batch, which samplers give as lists, arrays or tensors of numbers, or lists of tensors.
+
+    ``copies`` is how often each is there, one after the other.
 
     Raises:
         ValueError: one is there twice, or is none of a sample of ``dataset``.
@@ -35,7 +47,7 @@ def distinct(batch: Any, dataset: Any) -> list[Any]:
     if hasattr(batch, "tolist"):
         batch = batch.tolist()
     indices = [index.item() if hasattr(index, "item") else index for index in batch]
-    if len(set(indices)) < len(indices):
+    if len(set(indices)) * copies < len(indices):
         raise RepeatedSampleError(
             f"data_loader: its sampler has put a sample into a batch more than once ({indices}), where it would count "
             f"as often. Use one that draws without replacement, or poisson_sampling=True"
@@ -89,7 +101,7 @@ class WatchedLoader(DataLoader):
         try:
             for batch in super().__iter__():
                 if drawn:  # a loader class of the user's own may draw elsewhere: nothing is known of its samples
-                    samples = Samples.given(self.dataset, drawn.popleft(), ended)
+                    samples = drawn_samples(self.batch_sampler, self.dataset, drawn.popleft(), ended)
                     for clipped_sum in self.watchers.clipped_sums:
                         clipped_sum.batches.give(samples, batch)
                 yield batch
@@ -114,7 +126,7 @@ class _Noting(Sampler[list[Any]]):
 
     def _draw(self, drawn: deque[list[Any]]) -> Iterator[list[Any]]:
         for batch in self.batches:
-            indices = distinct(batch, self.dataset)
+            indices = distinct(batch, self.dataset, getattr(self.batches, "copies", 1))
             drawn.append(indices)
             yield indices
 
@@ -169,15 +181,18 @@ def public_numbers(
     poisson_sampling: bool,
     expected_batch_size: int | float | None = None,
     sample_rate: float | None = None,
-) -> tuple[Public, Sequence[Any] | None]:
+    asked: Asked | None = None,
+) -> tuple[Public, Sequence[Any] | Units | None]:
     """The run's public numbers, and what to draw Poisson batches from; None if those of ``loader`` are to be used.
 
     All that needs a sample rate or a number of steps takes it from here: sampler, accountant, update, and the search
-    for a noise multiplier.
+    for a noise multiplier. Where units are ``asked`` for, all of them count units.
 
     Raises:
         ValueError: a number that is none, or a loader that cannot be sampled from; nothing is changed.
     """
+    if asked is not None:
+        return public_numbers_of_units(loader, asked, expected_batch_size, sample_rate)
     private = isinstance(loader, PoissonLoader) or isinstance(loader.batch_sampler, PoissonBatches)
     drawn = drawn_from(loader, sample_rate is not None) if poisson_sampling and not private else None
     public = Public.of(loader, expected_batch_size, sample_rate)
@@ -188,14 +203,14 @@ def public_numbers(
 
 def poisson_loader(
     loader: DataLoader,
-    indices: Sequence[Any],
+    drawn: Sequence[Any] | Units,
     public: Public,
     *,
     secure_generator: Any = None,
     rand_on_empty: bool = False,
     ranks: Ranks,
 ) -> PoissonLoader:
-    """The samples ``indices`` of ``loader``'s data set, each in each batch with the same probability.
+    """What is ``drawn`` of ``loader``'s data set, samples or units, each in each batch with the same probability.
 
     On several ranks it gives this rank's share of common batches, whose seed is rank 0's: of the operating system if
     there is a ``secure_generator``, else from the loader's generator or torch's global one.
@@ -203,23 +218,23 @@ def poisson_loader(
     Raises:
         ValueError: no batch without samples can be made.
     """
-    collate = CollateOrEmpty(loader.collate_fn, loader.dataset, indices[0], rand_on_empty)
+    first = drawn.rows[0][0] if isinstance(drawn, Units) else drawn[0]
+    collate = CollateOrEmpty(loader.collate_fn, loader.dataset, first, rand_on_empty)
     collate([])
     generator = secure_generator or loader.generator
-    if ranks.world_size == 1:
-        batches: Any = PoissonSampler(indices, public.sample_rate, public.steps, generator)
+    if ranks.world_size == 1 and not isinstance(drawn, Units):
+        batches: Any = PoissonSampler(drawn, public.sample_rate, public.steps, generator)
         return PoissonLoader(loader, batches, public, collate, generator)
     seed = secrets.randbits(128)
     if secure_generator is None:
         words = torch.randint(0, 1 << 32, (4,), generator=loader.generator).tolist()
         seed = sum(word << 32 * k for k, word in enumerate(words))
-    batches = PoissonBatches(
-        len(indices),
-        public.steps,
-        seed=ranks.from_rank(0, seed),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        sample_rate=public.sample_rate,
-        indices=None if isinstance(indices, range) else indices,
+    share: dict[str, Any] = dict(
+        seed=ranks.from_rank(0, seed), rank=ranks.rank, world_size=ranks.world_size, sample_rate=public.sample_rate
     )
+    if isinstance(drawn, Units):
+        batches = UserBatches(drawn, public.steps, **share)
+    else:
+        indices = None if isinstance(drawn, range) else drawn
+        batches = PoissonBatches(len(drawn), public.steps, indices=indices, **share)
     return PoissonLoader(loader, batches, public, collate, generator)

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from dpfast.capture.trees import map_tensors, tensors
-from dpfast.capture.which_samples import Samples
 from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
-from dpfast.data.loaders import arguments_of, distinct
+from dpfast.data.loaders import arguments_of, distinct, drawn_samples
 from dpfast.data.sampling import PoissonBatches, split
+from dpfast.data.user_batches import UserBatches
 from dpfast.refusals import BatchOrderError, LoaderError, PaddingError
 
 OPACUS_WRAPS = opacus.utils.batch_memory_manager.wrap_data_loader  # its own, whatever is patched later
@@ -38,14 +38,16 @@ def wrap_data_loader(*, data_loader: DataLoader, max_batch_size: int, optimizer:
     clipped_sum = getattr(optimizer, "clipped_sum", None)
     if not isinstance(clipped_sum, ClippedSum):
         return OPACUS_WRAPS(data_loader=data_loader, max_batch_size=max_batch_size, optimizer=optimizer)
-    check_size("max_batch_size", max_batch_size)
+    check_size("max_batch_size", max_batch_size, data_loader.batch_sampler)
     return PhysicalLoader(data_loader, max_batch_size, clipped_sum)
 
 
-def check_size(name: str, size: Any) -> None:
-    """Refuse what is no size of a physical batch."""
+def check_size(name: str, size: Any, batches: Any) -> None:
+    """Refuse what is no size of a physical batch of ``batches``, whose units it never splits."""
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"{name}={size!r}: give a whole number of at least 1")
+    if isinstance(batches, UserBatches):
+        batches.check_fits(name, int(size))
 
 
 class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
@@ -59,6 +61,9 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     sum, so that they contribute exactly nothing. Shapes then never change, and what is compiled for them is compiled
     once. A mean over the batch in the loss is over all rows. The model must get the rows in the loader's order: in
     another one samples would be left out and zeros trained on, at no cost in privacy.
+
+    A unit of several rows (``make_private(units=...)``) is in one physical batch as a whole, so that the size must be
+    at least the rows of the largest.
 
     All ranks run equally many physical batches, some of them empty. A model after ``fully_shard`` needs that: its ranks
     gather parameters together in every forward and backward.
@@ -76,7 +81,7 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
             if self.pad:
                 raise ValueError("pad=True: the fused mode has it, and this optimizer is of another one")
             return super().__enter__()
-        check_size("max_physical_batch_size", self.max_physical_batch_size)
+        check_size("max_physical_batch_size", self.max_physical_batch_size, self.data_loader.batch_sampler)
         self.optimizer.abandon()
         return PhysicalLoader(self.data_loader, self.max_physical_batch_size, clipped_sum, self.pad)
 
@@ -206,7 +211,8 @@ class PhysicalBatches(Sampler[list[Any]]):
         for parts in self._logical_batches():
             batch = LogicalBatch()
             for k, part in enumerate(parts):
-                yield Piece(batch, k == 0, k == len(parts) - 1, Samples.given(self.dataset, part), loop), part
+                samples = drawn_samples(self.batches, self.dataset, part)
+                yield Piece(batch, k == 0, k == len(parts) - 1, samples, loop), part
 
     def _logical_batches(self) -> Iterator[Sequence[list[Any]]]:
         if isinstance(self.batches, PoissonBatches):
@@ -222,7 +228,8 @@ class PhysicalBatches(Sampler[list[Any]]):
         """About: of Poisson batches it is known only how large they are on average."""
         size = getattr(self.batches, "batch_size", None)
         if size is None and hasattr(self.batches, "sample_rate"):
-            size = self.batches.sample_rate * self.batches.num_samples / getattr(self.batches, "world_size", 1)
+            rows = getattr(self.batches, "num_rows", self.batches.num_samples)  # of all its samples or units
+            size = self.batches.sample_rate * rows / getattr(self.batches, "world_size", 1)
         if not size or not isinstance(size, (int, float)):
             return len(self.batches)
         if isinstance(self.batches, BatchSampler):

@@ -57,7 +57,7 @@ class Public:
         if own is not None and sample_rate is not None and sample_rate != own:
             raise ValueError(f"sample_rate={sample_rate!r}: data_loader is Poisson-sampled already, at {own!r}")
         if expected_batch_size is None:
-            expected_batch_size = known.expected_batch_size if known is not None else _batch_size(loader)
+            expected_batch_size = known.expected_batch_size if known is not None else batch_size_of(loader)
         if sample_rate is not None and own is None:
             return cls(sample_rate, max(1, round(1 / sample_rate)), expected_batch_size)
         steps = _length(loader)
@@ -79,7 +79,7 @@ def _length(loader: DataLoader) -> int:
         ) from error
 
 
-def _batch_size(loader: DataLoader) -> int | None:
+def batch_size_of(loader: DataLoader) -> int | None:
     """Of all ranks together; None if the loader does not say."""
     batches: Any = loader.batch_sampler
     size = loader.batch_size if loader.batch_size is not None else getattr(batches, "batch_size", None)

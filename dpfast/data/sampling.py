@@ -120,6 +120,7 @@ def check_shares(loader: DataLoader, ranks: Ranks, poisson_sampling: bool, to_dr
     if isinstance(batches, PoissonBatches):
         share = (batches.rank, batches.world_size)
         drawn = (batches.num_samples, batches.steps_per_epoch, batches.sample_rate, batches.seed, batches.step)
+        to_draw = (*to_draw, getattr(batches, "units", None))
     elif ranks.world_size > 1 and not poisson_sampling:
         if not isinstance(sampler, DistributedSampler) or not (size % ranks.world_size == 0 or sampler.drop_last):
             raise RanksError(

@@ -89,5 +89,5 @@ def head_losses(tap: Tap, hidden: Tensor, weight: Any, bias: Any, targets: Tenso
 def can_recompute(tap: Tap, hidden: Tensor) -> bool:
     """Whether the rows of ``hidden`` are the samples, each once and in order, and nothing else is to be minded."""
     recorder = tap.recorder
-    plain = recorder.token is None and recorder.row_order is None and not recorder.follows_rows
+    plain = recorder.token is None and recorder.row_order is None and not (recorder.follows_rows or recorder.by_unit)
     return plain and not recorder.ranks.sharded and tap.batch_dim == 0 and len(hidden) == recorder.batch_size

@@ -18,6 +18,7 @@ EXAMPLES = {
     "federated_nvflare.py": ("nvflare",),
     "finetune_nemo.py": ("nemo_safe_synthesizer", "prv_accountant", "opt_einsum", "peft", "datasets"),
     "tabular_mostlyai.py": ("mostlyai",),
+    "user_level.py": (),
 }
 
 
@@ -40,7 +41,7 @@ def epsilon_of(steps: int, noise_multiplier: float, sample_rate: float, delta: f
 
 
 def test_each_example_is_run_here_and_is_on_the_page():
-    page = (ROOT / "docs" / "migrating-from-opacus.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("migrating-from-opacus.md", "units.md"))
     ours = {f"{name}.py" for name in (*SCRIPTS, *LAUNCHED)}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES} | ours
     assert [name for name in EXAMPLES if f"(../examples/{name})" not in page] == []
@@ -72,3 +73,9 @@ def test_mostlyai(tmp_path):
     printed = printed_by("tabular_mostlyai.py", tmp_path)
     assert re.search(r"make_private at training.py:\d+: fused", printed)
     assert 0 < float(re.search(r"epsilon (\S+) at delta", printed)[1]) <= 10.0
+
+
+def test_users(tmp_path):
+    """Four steps with a sample rate of 1 in 4: ``epsilon`` is within the budget that was asked for."""
+    printed = printed_by("user_level.py", tmp_path)
+    assert 7 < float(re.search(r"user-level epsilon (\S+) at delta", printed)[1]) <= 8.0

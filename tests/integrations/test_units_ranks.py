@@ -1,0 +1,83 @@
+"""Users on several ranks: each is whole on one of them, and a step is the step of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpfast import BatchMemoryManager, PrivacyEngine
+from dpfast.data.units import Units
+from dpfast.data.user_batches import UserBatches
+
+ROWS = [[0], [1, 2], [3], [4, 5, 6, 7], [8, 9], [10, 11, 12], [13], [14, 15]]
+
+
+def data() -> TensorDataset:
+    draw = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(16, 5, generator=draw), torch.randn(16, 3, generator=draw))
+
+
+def collated(rows: list) -> tuple:
+    x, y = data().tensors
+    return (torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])) if rows else (x[:0], y[:0])
+
+
+def train_rank(rank: int, world_size: int, kind: str) -> list:
+    """The weights after three steps."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+    if world_size > 1:
+        model = DistributedDataParallel(model) if kind == "replicated" else fully_shard(model)
+    batches = UserBatches(Units(ROWS, 3), 3, seed=4, sample_rate=0.6, rank=rank, world_size=world_size)
+    model, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(data(), batch_sampler=batches, collate_fn=collated),
+        noise_multiplier=0.7,
+        max_grad_norm=0.5,
+        loss_reduction="sum",
+        noise_generator=torch.Generator().manual_seed(5),
+    )
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=4, optimizer=optimizer) as parts:
+        for x, y in parts:
+            (model(x) - y).square().mean(1).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_ranks_together_are_one_process(kind, ranks):
+    alone = train_rank(0, 1, kind)
+    for found in ranks(train_rank, 3, kind):
+        assert not isinstance(found, Exception), found
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+
+
+def disagreeing(rank: int) -> str:
+    """The ranks have other users."""
+    model = nn.Linear(5, 3)
+    batches = UserBatches(Units([*ROWS[:-1], [14 + rank % 2]], 3), 3, seed=4, rank=rank, world_size=3)
+    try:
+        PrivacyEngine(accountant="rdp").make_private(
+            module=DistributedDataParallel(model),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data(), batch_sampler=batches),
+            noise_multiplier=0.7,
+            max_grad_norm=0.5,
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_users_are_refused(ranks):
+    found = ranks(disagreeing)
+    assert all("no shares of the same" in text for text in found), found
