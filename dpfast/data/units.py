@@ -126,13 +126,13 @@ def public_numbers_of_units(
         return Public(sample_rate, max(1, round(1 / sample_rate)), expected_batch_size or size), units
     if size is None:
         raise ValueError(
-            "data_loader: it does not say how large its batches are, in units: give sample_rate= and expected_batch_size="
+            "data_loader: it does not say how many units its batches have: give sample_rate= and expected_batch_size="
         )
     steps = len(units) // size if loader.drop_last else math.ceil(len(units) / size)
     if not steps:
         raise ValueError(
-            f"data_loader: it has no batches: {len(units)} units are fewer than its batch size {size}, which counts units, "
-            f"and drop_last"
+            f"data_loader: it has no batches: {len(units)} units are fewer than its batch size {size}, which counts "
+            f"units, and drop_last"
         )
     return Public(1 / steps, steps, expected_batch_size or size), units
 
