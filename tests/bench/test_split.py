@@ -29,7 +29,12 @@ def started(folder, processes=2, dies=9, hangs=9, fails=9, more=()):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bench.split", str(processes), str(folder), "it", "--", str(folder / "test_it.py")]
     command += [f"--rootdir={folder}", *more]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    # Ctrl-C does what it does in a terminal, though the tests may run in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def passed(folder):

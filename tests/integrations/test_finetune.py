@@ -91,7 +91,15 @@ def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch, changes):
     assert not all(torch.equal(other[name], p) for name, p in uninterrupted.items())
 
 
-def test_an_interruption_is_saved(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C does what it does in a terminal, though the tests may run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_is_saved(tmp_path, monkeypatch, capsys, interruptible):
     """Ctrl-C ends a run after its step, with a checkpoint, and says of which step; what comes out is the same."""
     uninterrupted = weights(finetune(config(tmp_path / "a", seed=5, max_steps=4)))
     whole = FinetuneTrainer.training_step
