@@ -16,12 +16,12 @@ from dpfast.data.physical_batches import padded
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 
-def pieces(batch: Any, size: int, least: int = 1) -> Iterator[Any]:
+def pieces(batch: Any, size: int) -> Iterator[Any]:
     """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces of at most ``size``.
 
-    There are as many as there are :func:`counts`: what is missing at the end are empty ones.
+    There are as many as there are :func:`counts`.
     """
-    for k in range(len(counts(len(tensors(batch)[0]), size, least))):
+    for k in range(len(counts(len(tensors(batch)[0]), size))):
         yield map_tensors(lambda x: x[k * size : (k + 1) * size], batch)  # noqa: B023 (used at once)
 
 
