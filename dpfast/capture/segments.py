@@ -86,6 +86,8 @@ class Segments:
         given = {name: marks[name] for name in MARKS if isinstance(marks.get(name), Tensor)}
         if not given:
             raise UnitsError(UNMARKED)
+        if not length:
+            return cls(rows, length, ())
         found: dict[str, tuple[tuple[int, int, int], ...]] = {}
         with unseen("the segments of packed rows"):  # where they lie is nobody's value
             for name, mark in given.items():
@@ -137,13 +139,11 @@ def _starts(bounds: tuple[tuple[int, int, int], ...]) -> list[tuple[int, int]]:
 
 def _by_lengths(name: str, mark: Tensor, rows: int, length: int) -> tuple[tuple[int, int, int], ...]:
     cuts = mark.reshape(-1).tolist()
-    if rows != 1 and length:
+    if rows != 1:
         raise UnitsError(
             f"units={PACKED!r}: {name} is for samples that stand in one row, and there are {rows}: flatten them to "
             f"[1, total], or give seq_idx"
         )
-    if not length and not any(cuts):
-        return ()
     if not cuts or cuts[0] != 0 or cuts[-1] > length or any(a >= b for a, b in pairwise(cuts)):
         raise UnitsError(
             f"units={PACKED!r}: {name} has to go up from 0 to at most {length}, the row's length, each sample with a "
@@ -179,7 +179,7 @@ def _by_positions(name: str, mark: Tensor, rows: int, length: int) -> tuple[tupl
     bounds = []
     for row, its in enumerate(_by_rows(name, mark, rows, length)):
         starts = [t for t in range(length) if its[t] == 0]
-        if length and (its[0] != 0 or any(its[t] not in (0, its[t - 1] + 1) for t in range(1, length))):
+        if its[0] != 0 or any(its[t] not in (0, its[t - 1] + 1) for t in range(1, length)):
             raise UnitsError(
                 f"units={PACKED!r}: {name} of row {row} neither count on nor begin at 0 again, so that it cannot be "
                 f"told where samples begin: give seq_idx or cu_seqlens too"

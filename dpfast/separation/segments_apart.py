@@ -44,11 +44,12 @@ class SegmentsApart:
         module: nn.Module,
         seed: int = 0,
     ):
-        self.run, self.inputs, self.segments, self.seed = run, inputs, segments, seed
-        self.recorder, self.module = recorder, module
-        marks = {id(x) for name, x in named(forward, *inputs).items() if name in MARKS or "mask" in name}
-        self.marks = marks | {id(x) for x in tensors(inputs) if x.dtype == torch.bool}
-        self.labels = {id(x) for name, x in named(forward, *inputs).items() if name == "labels"}
+        self.run, self.segments, self.recorder, self.module, self.seed = run, segments, recorder, module, seed
+        self.inputs = map_tensors(lambda x: x.view_as(x), inputs)  # labels may be the ids themselves
+        given = named(forward, *self.inputs)
+        self.marks = {id(x) for name, x in given.items() if name in MARKS or "mask" in name}
+        self.marks |= {id(x) for x in tensors(self.inputs) if x.dtype == torch.bool}
+        self.labels = id(given.get("labels"))
 
     def why(self, digits: int | None = None) -> str:
         """Why segments are not kept apart; empty if nothing shows that they are not.
@@ -84,16 +85,17 @@ class SegmentsApart:
             if bool(((x - y)[where].abs() > SAME * scale).any()):
                 differs.append(key[0])
         found = dict.fromkeys(differs)
-        into = [what for what in found if what.startswith(INTO.format(""))]
+        forward = OUT in found or all(what != OUT for what, _ in before)  # Transformers' Conv1D has its sides swapped
+        into = [what for what in found if what.startswith("what layer") and forward]
         if into:  # layers come in the order of the backward
             return self._meet(f"{into[-1]} changes where other samples of the row do")
         if OUT in found:
             return self._meet(f"{OUT} changes where other samples of the row do")
         if found:
             return self._meet(
-                f"{next(iter(found))} changes where other samples of the row do, though nothing before it does: as "
-                f"under a loss that the model averages over the tokens of the batch. Give the model no labels, and "
-                f"take dpfast.losses.segment_cross_entropy of its logits"
+                "gradients change where other samples of the row do, though what the model returns does not: as "
+                "under a loss that the model averages over the tokens of the batch. Give the model no labels, and "
+                "take dpfast.losses.segment_cross_entropy of its logits"
             )
         return ""
 
@@ -110,7 +112,7 @@ class SegmentsApart:
 
         def note(what: str, x: Tensor) -> None:
             rows, length = self.segments.rows, self.segments.length
-            if x.numel() == 0 or x.shape[0] != rows or x.dim() < 2 or x.shape[1] % length:
+            if x.numel() == 0 or x.dim() < 2 or x.shape[0] != rows or x.shape[1] % length:
                 return
             number = calls[what] = calls.get(what, -1) + 1
             found[what, number] = _numbers(x.detach().reshape(rows, length, -1))
@@ -145,7 +147,7 @@ class SegmentsApart:
             if not self._is_by_position(x):
                 return x
             where = changing.to(x.device).reshape(*changing.shape, *[1] * (x.dim() - 2))
-            if id(x) in self.labels:
+            if id(x) == self.labels:
                 return torch.where(where, -100, x)
             if x.is_floating_point():
                 noise = torch.randn(x.shape, generator=draw).to(x)

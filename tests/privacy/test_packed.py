@@ -11,13 +11,14 @@ import dpfast
 from dpfast.losses import causal_lm_loss, segment_linear_cross_entropy
 from tests.helpers import BF16, F32, F64, distance, make_private, sums_of
 from tests.integrations import transformer_models as tm
-from tests.privacy.packed import LENGTHS, V, Segmented, check_moves, examine, judge, packed, tokens
+from tests.privacy.packed import LENGTHS, Segmented, V, check_moves, examine, judge, packed, tokens
 
 DECODERS = [(name, attention) for name in ("llama", "gpt2") for attention in ("sdpa", "eager")]
 
 
 def decoder(name, attention="sdpa", dtype=F64, **options):
-    options = {"attn_implementation": attention, "use_cache": False} | options
+    layers = {"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1}
+    options = {"attn_implementation": attention, "use_cache": False} | layers | options
     return tm.model(name, scale=2, **options).to(dtype)
 
 
@@ -177,8 +178,7 @@ def test_bfloat16():
 def test_autocast():
     private, samples = Segmented(decoder("llama", dtype=F32), 0.1), tokens()
     with torch.autocast("cpu", torch.bfloat16):
-        whole = private.backward(packed(samples))
-        check_moves(private, samples, whole, 0.1, slack=1 + 1e-5)
+        check_moves(private, samples[:3], private.backward(packed(samples[:3])), 0.1, slack=1 + 1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
