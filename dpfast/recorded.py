@@ -140,8 +140,8 @@ class Graphed:
             )
         if self.recorder.by_unit or self.recorder.packed:
             raise RecordingError(
-                "graphed: units that are not single rows (make_private's units= or augmentations=) differ from batch "
-                "to batch, and a recorded step cannot; use the model without graphed"
+                "graphed: units of several rows, or of a part of one (make_private's units= or augmentations=), differ "
+                "from batch to batch, and a recorded step cannot; use the model without graphed"
             )
         if optimizer is not None and getattr(optimizer, "clipped_sum", None) is not self.recorder:
             raise RecordingError(

@@ -7,7 +7,7 @@ arguments of the model's forward, under the names that Transformers has for it (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -92,7 +92,11 @@ class Segments:
         with unseen("the segments of packed rows"):  # where they lie is nobody's value
             for name, mark in given.items():
                 read = _by_lengths if name in LENGTHS else _by_numbers if name == NUMBERS else _by_positions
-                found[name] = read(name, mark.detach().cpu(), rows, length)
+                try:
+                    found[name] = read(name, mark.detach().cpu(), rows, length)
+                except UnitsError:
+                    if name != POSITIONS or len(given) == 1:
+                        raise  # else they are mere positions, of a kind of their own
         if len(found) > 1 and POSITIONS in found:
             others = {start for name, its in found.items() if name != POSITIONS for start in _starts(its)}
             if {start for start in _starts(found[POSITIONS]) if start[1]} <= others:
@@ -121,6 +125,42 @@ class Segments:
                 f"units={PACKED!r}: none of the model's inputs has rows of positions: give ids [rows, length]"
             )
         return cls.of(given, shapes[0][0], shapes[0][1])
+
+
+def of_batch(batch: Any) -> Segments:
+    """The segments of a batch ``{name: tensor}`` for a model, of one row.
+
+    Raises:
+        UnitsError: it is something else, or does not say where samples begin.
+    """
+    if not isinstance(batch, Mapping):
+        raise UnitsError(
+            f"units={PACKED!r}: batch is a {type(batch).__name__}; give the mapping of tensors that the model is "
+            f"called with, position_ids among them, or the samples and collate_fn="
+        )
+    shapes = [x.shape for x in batch.values() if isinstance(x, Tensor) and x.dim() > 1]
+    if not shapes or shapes[0][0] != 1:
+        raise UnitsError(
+            f"units={PACKED!r}: batch has tensors of shapes {[list(shape) for shape in shapes[:3]]}; samples are left "
+            f"out of one row, [1, total]: give a row alone, or the samples and collate_fn="
+        )
+    return Segments.of(batch, *shapes[0][:2])
+
+
+def only(batch: Mapping[str, Any], segments: Segments, keep: Sequence[int]) -> dict[str, Any]:
+    """``batch``, of one row, with the segments ``keep`` alone."""
+    of = [torch.arange(*segments.bounds[k][1:]) for k in keep]
+    index = torch.cat([torch.zeros(0, dtype=torch.int64), *of])
+    ends = [0, *torch.tensor([len(its) for its in of], dtype=torch.int64).cumsum(0).tolist()]
+
+    def one(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if name.startswith("cu_seq"):
+            return x.new_tensor(ends)
+        return x.index_select(1, index.to(x.device)) if x.shape[:2] == (1, segments.length) else x
+
+    return {name: one(name, x) for name, x in batch.items()}
 
 
 def named(forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -205,10 +205,11 @@ class ClippedSum(Recorder):
         recorded = taken
         if self.tracked is not None and not self.tracked.issuperset(taken):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
-        if (recorded or ended) and narrowed and self.loss_is_mean:
-            self._check_mean(narrowed, self._common_batch(recorded) if ended is None else ended.batch)
-        kinds = self._kinds(taken) if self.by_unit and taken else []
         packed = self._packed_pass(sources) if self.packed and (taken or ended) else None
+        if (recorded or ended) and narrowed and self.loss_is_mean:
+            size = self._common_batch(recorded) if ended is None else ended.batch
+            self._check_mean(narrowed, size if packed is None else len(packed.segments or ()))
+        kinds = self._kinds(taken) if self.by_unit and taken else []
         padding = self._admit(bool(taken or ended))
         try:
             if ended is None:
@@ -244,7 +245,9 @@ class ClippedSum(Recorder):
                 f"units={PACKED!r}: one backward pass of several forwards that are packed in other ways, or of none: "
                 f"call backward() for each forward by itself. Nothing was summed"
             )
-        return check_samples(passing[0], drawn=not self.accumulation_allowed)
+        for forward in passing:
+            check_samples(forward, drawn=not self.accumulation_allowed)
+        return passing[0]
 
     def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:
         if size > 1:
@@ -295,8 +298,9 @@ class ClippedSum(Recorder):
     ) -> None:
         self._count_pass(self.clipping.sensitivity)
         if not recorded:
-            units = sum(len(kind.units) for kind in kinds)
-            self.per_sample_gradient_norms = torch.zeros(units if self.by_unit else batch or 0)
+            units = sum(len(kind.units) for kind in kinds) if self.by_unit else batch or 0
+            units = len(packed.segments or ()) if packed is not None else units
+            self.per_sample_gradient_norms = torch.zeros(units)
             if self.ranks.sharded:
                 self._share([], [])
             return
@@ -312,7 +316,7 @@ class ClippedSum(Recorder):
             if packed is not None:
                 assert packed.segments is not None
                 found, parts, owners = clipped_segments(recorded, groups, packed.segments, setting, thresholds)
-                check_finite(packed, found.lost)
+                check_finite(self.passing, found.lost)
                 padding = []
             recorded.clear()
             if packed is None and self.by_unit:

@@ -8,7 +8,7 @@ differ by less than half, and there are two such kinds for each doubling of leng
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -204,7 +204,7 @@ def _by_group(side: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     return of(side.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
-def check_samples(forward: ForwardPass, drawn: bool) -> ForwardPass:
+def check_samples(forward: ForwardPass, drawn: bool) -> None:
     """``forward`` has a segment for each sample that the loader has given; ``drawn``: its batches are Poisson samples.
 
     Raises:
@@ -226,21 +226,19 @@ def check_samples(forward: ForwardPass, drawn: bool) -> ForwardPass:
             f"units={PACKED!r}: it cannot be told which samples of the loader these are. Take the batch from the "
             f"loader that make_private has returned, or from dpfast.BatchMemoryManager around it. Nothing was summed"
         )
-    return forward
 
 
-def check_finite(forward: ForwardPass, lost: Tensor) -> None:
-    """Where attention was written out, a number that is not finite reaches other segments of its row.
+def check_finite(passing: Iterable[ForwardPass], lost: Tensor) -> None:
+    """Of a backward pass: where attention was written out, a number that is not finite reaches other segments of its row.
 
     Raises:
         UnitsError: there is one: which others it has taken along would depend on it.
     """
-    attention, segments = forward.attention, forward.segments
-    if attention is None or not attention.written_out or segments is None or not segments.shares_rows:
-        return
-    if bool(lost.any()):
+    written_out = [each for each in passing if each.attention is not None and each.attention.written_out]
+    if any(each.segments is not None and each.segments.shares_rows for each in written_out) and bool(lost.any()):
         raise UnitsError(
             f"units={PACKED!r}: a sample's gradient is not finite, and attention that is written out in operators "
-            f"carries that to all samples of its row. Nothing was summed. Use attn_implementation='sdpa' (need_weights="
-            f"False of nn.MultiheadAttention), which is run for each sample by itself: then only its own is lost"
+            f"carries that to all samples of its row. Nothing was summed. Use attn_implementation='sdpa', or "
+            f"need_weights=False of nn.MultiheadAttention, which are run for each sample by itself: then only its own "
+            f"is lost"
         )

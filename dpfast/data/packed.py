@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpfast.data.units import is_count
+from dpfast.refusals import CollateError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Packed:
             its = torch.as_tensor(given["input_ids"], dtype=torch.int64)
             targets = torch.as_tensor(given.get("labels", its), dtype=torch.int64)
             if its.dim() != 1 or not len(its) or targets.shape != its.shape:
-                raise ValueError(
+                raise CollateError(
                     f"sample {k} of the batch: input_ids of shape {list(its.shape)} and labels of shape "
                     f"{list(targets.shape)}; both have to be vectors of one length, of a token at least"
                 )

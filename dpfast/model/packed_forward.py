@@ -59,14 +59,10 @@ class PackedForward:
         if not recorder.packed or recorder.paused or SegmentAttention.running() is not None:
             yield
             return
-        segments = Segments.of_call(self.forward, args, kwargs)
-        before, recorder.segments = recorder.segments, segments
+        segments = recorder.segments = Segments.of_call(self.forward, args, kwargs)
         self.attention = SegmentAttention(segments)
-        try:
-            with self.attention if len(segments) else nullcontext():
-                yield
-        finally:
-            recorder.segments = before
+        with self.attention if len(segments) else nullcontext():
+            yield
 
     def backward(self, segments: Segments | None, attention: SegmentAttention | None) -> None:
         """A backward pass of another forward than the last one may begin."""
@@ -78,7 +74,7 @@ class PackedForward:
         def one(x: Tensor) -> Tensor:
             return x.new_zeros([n or 1 for n in x.shape]) if x.numel() == 0 and x.dim() > 1 else x
 
-        with kept(self.module):
+        with kept(self.module), self.recorder.setting(segments=None):
             out = run(*map_tensors(one, (args, kwargs)))
         return map_tensors(lambda x: x.narrow(1, 0, 0) if x.dim() > 1 else x.masked_fill(x.new_ones(()).bool(), 0), out)
 
@@ -99,7 +95,7 @@ class PackedForward:
             return
         began = perf_counter()
         trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, self._schedule.steps)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), recorder.setting(segments=segments):
             why = trial.why(None if new else 1)
         if why:
             raise SamplesMeetError(why)

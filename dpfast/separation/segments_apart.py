@@ -2,9 +2,11 @@
 
 Segments are numbered within their rows. For each binary digit of the numbers those with a 0 there are replaced, and
 then those with a 1, so that for any two segments of a row there is a trial in which the one changes and the other may
-not. Shapes and random numbers stay as they are. Forward and backward are compared position by position: what layers are
-given, what flows back into them, and what the model returns. The proof from the operators follows rows, not positions
-within them.
+not. Shapes and random numbers stay as they are. And some are left out, and the others put in reverse order, which may
+change nothing of these: a sample's gradient must not depend on where in a row it stands, or beside how many others.
+
+Forward and backward are compared position by position: what layers are given, what flows back into them, and what the
+model returns. The proof from the operators follows rows, not positions within them.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from dpfast.capture.forms import EmbeddingRows, Factored, NormalisedSum, OuterPr
 from dpfast.capture.recomputed import Recomputed
 from dpfast.capture.recorder import Recorder
 from dpfast.capture.refusals import BypassError
-from dpfast.capture.segments import MARKS, PACKED, Segments, named
+from dpfast.capture.segments import LENGTHS, MARKS, PACKED, Segments, named
 from dpfast.capture.trees import map_tensors, tensors
-from dpfast.separation.passes import observed, own_random_numbers
+from dpfast.separation.experiment import rounding
+from dpfast.separation.passes import aside, observed, own_random_numbers
 from dpfast.separation.state import kept
 
 SAME = 1e-5  # relative: what a position may change by when only other segments do (rounding)
@@ -50,6 +53,7 @@ class SegmentsApart:
         self.marks = {id(x) for name, x in given.items() if name in MARKS or "mask" in name}
         self.marks |= {id(x) for x in tensors(self.inputs) if x.dtype == torch.bool}
         self.labels = id(given.get("labels"))
+        self.lengths = {id(x) for name, x in given.items() if name in LENGTHS}
 
     def why(self, digits: int | None = None) -> str:
         """Why segments are not kept apart; empty if nothing shows that they are not.
@@ -71,7 +75,60 @@ class SegmentsApart:
                 after = self._seen(self._replaced(changing))
                 if changed := self._changed(before, after, ~changing & (self.segments.numbers >= 0)):
                     return changed
+        return self._moved(order)
+
+    def _moved(self, order: list[int]) -> str:
+        """Why a segment's place in its row, or how many others are there, changes it; without dropout, which goes by
+        places."""
+        rows = self.segments.rows
+        with aside(self.module):
+            before = self._seen(self.inputs)
+            for value in (0, 1) if rows == 1 else (None,):  # rows stay equally long
+                index = self._reversed([value is None or k % 2 == value for k in order])
+                if not index.shape[1]:
+                    continue
+                part = sum(value is None or k % 2 == value for k in order) / len(order)
+                after = self._seen(self._picked(index), index, part)
+                staying = self.segments.numbers.gather(1, index) >= 0
+                for key in before.keys() & after.keys():
+                    x, y = _at(before[key], index)[staying][:, 1:], after[key][staying][:, 1:]
+                    scale = torch.maximum(x, y).amax(-1, keepdim=True)
+                    scale = scale.maximum(scale.median()) if len(scale) else scale
+                    if bool(((x - y).abs() > rounding(self.recorder) * scale).any()):
+                        return self._meet(
+                            f"{key[0]} changes where the sample stands elsewhere in the row, or beside fewer others: "
+                            f"give the model position_ids that begin at 0 in each sample"
+                        )
         return ""
+
+    def _reversed(self, kept: list[bool]) -> Tensor:
+        """``[rows, n]``: the positions of what is ``kept`` of each row, the last segment first."""
+        index = []
+        for row, cuts in enumerate(self.segments.runs):
+            starts = [sum(cuts[:k]) for k in range(len(cuts))]
+            runs = [torch.arange(start, start + n) for start, n in zip(starts, cuts, strict=True)]
+            numbers = [int(self.segments.numbers[row, start]) for start in starts]
+            its = [run for run, number in zip(runs, numbers, strict=True) if number < 0 or kept[number]]
+            index.append(torch.cat([torch.zeros(0, dtype=torch.int64), *reversed(its)]))
+        return torch.stack(index)
+
+    def _picked(self, index: Tensor) -> Any:
+        """The inputs at these positions alone."""
+        rows, length = self.segments.rows, self.segments.length
+        owners = self.segments.numbers.gather(1, index)[0]
+
+        def pick(x: Tensor) -> Tensor:
+            if id(x) in self.lengths:
+                cuts = [int(x.flatten()[0]), *(owners.diff().nonzero().flatten() + 1).tolist()]
+                return x.new_tensor([*cuts, len(owners)])
+            if x.dim() > 1 and x.shape[-2:] == (length, length) and id(x) in self.marks:  # a mask
+                of_rows = [x[k : k + 1] for k in range(rows)] if len(x) == rows else [x]
+                return torch.cat([its[..., i, :][..., i] for its, i in zip(of_rows, index, strict=False)])
+            if x.shape[:2] == (rows, length):
+                return _at(x, index)
+            return _at(x, index[:1]) if x.shape[:2] == (1, length) else x
+
+        return map_tensors(pick, self.inputs)
 
     def _changed(self, before: Seen, after: Seen, staying: Tensor) -> str:
         """What has changed at positions that were to stay, the earliest of the forward first."""
@@ -106,12 +163,13 @@ class SegmentsApart:
             f"may look across positions"
         )
 
-    def _seen(self, inputs: Any) -> Seen:
+    def _seen(self, inputs: Any, index: Tensor | None = None, part: float = 1.0) -> Seen:
+        """What a forward and backward show; at the positions ``index``, which are a ``part`` of the segments."""
         found: Seen = {}
         calls: dict[str, int] = {}
 
         def note(what: str, x: Tensor) -> None:
-            rows, length = self.segments.rows, self.segments.length
+            rows, length = self.segments.rows, self.segments.length if index is None else index.shape[1]
             if x.numel() == 0 or x.dim() < 2 or x.shape[0] != rows or x.shape[1] % length:
                 return
             number = calls[what] = calls.get(what, -1) + 1
@@ -132,7 +190,7 @@ class SegmentsApart:
             outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             for x in outputs:
                 note(OUT, x)
-            torch.autograd.backward(outputs, [_cotangent(k, x) for k, x in enumerate(outputs)])
+            torch.autograd.backward(outputs, [self._cotangent(k, x, index, part) for k, x in enumerate(outputs)])
             if bypassed := self.recorder.bypassed:
                 raise BypassError(bypassed, self.recorder.names[bypassed[0]])
         return found
@@ -161,6 +219,23 @@ class SegmentsApart:
 
         return map_tensors(other, self.inputs)
 
+    def _cotangent(self, k: int, output: Tensor, index: Tensor | None, part: float) -> Tensor:
+        """The gradient of the ``k``-th output: random numbers, the same for a position wherever it is; of a loss 1."""
+        rows, length = self.segments.rows, self.segments.length
+        if output.dim() == 0:
+            return torch.full_like(output, part if self.recorder.loss_is_mean else 1.0)
+        draw = torch.Generator(output.device).manual_seed(k)
+        if index is not None and output.shape[:2] != index.shape:
+            owners = self.segments.numbers.gather(1, index).flatten().unique_consecutive()
+            owners = owners[owners >= 0].to(output.device)
+            if len(owners) == len(output):  # a loss of each segment
+                shape = (len(self.segments), *output.shape[1:])
+                return torch.randn(shape, generator=draw, dtype=output.dtype, device=output.device)[owners]
+        if index is None or output.shape[:2] != index.shape:
+            return torch.randn(output.shape, generator=draw, dtype=output.dtype, device=output.device)
+        shape = (rows, length, *output.shape[2:])
+        return _at(torch.randn(shape, generator=draw, dtype=output.dtype, device=output.device), index)
+
     def _is_by_position(self, x: Tensor) -> bool:
         return x.shape[:2] == (self.segments.rows, self.segments.length) and id(x) not in self.marks
 
@@ -188,9 +263,7 @@ def _numbers(x: Tensor) -> Tensor:
     return torch.stack([x.sum(-1), x.abs().sum(-1), x.square().sum(-1).sqrt()], -1).nan_to_num(0.0, 1e300, -1e300)
 
 
-def _cotangent(k: int, output: Tensor) -> Tensor:
-    """The gradient of the ``k``-th output: random numbers, always the same; of a loss 1."""
-    if output.dim() == 0:
-        return torch.ones_like(output)
-    draw = torch.Generator(output.device).manual_seed(k)
-    return torch.randn(output.shape, generator=draw, dtype=output.dtype, device=output.device)
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """``x [rows, length, *]`` at the positions ``index [rows, n]``."""
+    index = index.to(x.device)
+    return x[torch.arange(len(index), device=x.device)[:, None], index]

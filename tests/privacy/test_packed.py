@@ -117,6 +117,18 @@ class ByNumbers(Block):
         return super().forward(input_ids, places - torch.where(begins, places, 0).cummax(1).values)
 
 
+def test_rows_without_padding():
+    """As TRL packs them: rows of one length, and position ids."""
+    samples = tokens([4, 3, 2, 5])
+
+    def pack(some):
+        its = packed(some)
+        rows = len(some) // 2 or 1
+        return {name: x.view(rows, -1) for name, x in its.items()}
+
+    examine(Block().double(), samples, pack, leave_out=False)
+
+
 def test_several_rows_and_padding():
     model, samples = ByNumbers().double(), tokens([5, 2, 3, 1])
     examine(model, samples, in_two_rows)

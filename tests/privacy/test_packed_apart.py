@@ -130,6 +130,31 @@ def test_marks_that_disagree():
         Logits(Segmented(decoder("gpt2"), 1.0).wrapped)(**batch)
 
 
+def test_a_place_in_the_row_that_a_gradient_depends_on():
+    """Without position ids GPT-2 counts on over all samples: those before decide what a sample's gradient is."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = decoder("gpt2")
+
+        def forward(self, input_ids, seq_idx=None):
+            mask = (seq_idx[:, :, None] == seq_idx[:, None, :]).tril()[:, None]
+            return self.model(input_ids, attention_mask=mask).logits
+
+    batch = packed(tokens())
+    batch["seq_idx"] = (batch.pop("position_ids") == 0).cumsum(1)
+    refuse(Counting(), "stands elsewhere in the row.*position_ids", batch)
+
+
+def test_how_many_others_there_are():
+    class Scaled(Block):
+        def forward(self, input_ids, position_ids=None):
+            return super().forward(input_ids, position_ids) / input_ids.shape[1]
+
+    refuse(Scaled(), "beside fewer others")
+
+
 def test_a_part_of_the_row():
     class Cut(Block):
         def forward(self, input_ids, position_ids=None):
@@ -176,6 +201,29 @@ def test_compiled_and_recorded_steps():
     compiled = torch.compile(private.wrapped, backend="eager")
     with pytest.raises(ValueError, match=r"torch\.compile"):
         compiled(**packed(tokens()))
+
+
+def test_dropout_is_no_reason_to_refuse():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
+    sums = Segmented(Block(layer=layer), 0.5).backward(packed(tokens()))
+    assert all(s.any() for s in sums.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_of_pytorch_itself(frozen):
+    """A frozen layer runs PyTorch's own forward, whose mask is looked at as a whole."""
+    model = Block()
+    model.layer.self_attn.requires_grad_(not frozen)
+    private = Segmented(model, 0.5)
+    sums = private.backward(packed(tokens()))
+    assert sums["model.model.ids.weight"].any()
+
+
+def test_a_mean_in_16_bits():
+    """Of samples, as of rows."""
+    private = Segmented(decoder("gpt2", dtype=torch.bfloat16), 1.0, loss_reduction="mean")
+    with pytest.raises(ValueError, match="bfloat16"):
+        private.backward(packed(tokens()))
 
 
 # ---------------------------------------------------------------------- numbers that are not finite

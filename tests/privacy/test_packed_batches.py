@@ -98,6 +98,38 @@ def test_one_backward_of_two_rows_of_batches():
         sum(losses).backward()
 
 
+def mean_loss(model, batch):
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"])
+    return segment_cross_entropy(logits, batch["input_ids"], position_ids=batch["position_ids"], reduction="mean")
+
+
+def over_tokens(model, batch):
+    """A mean over all tokens of the batch."""
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"])
+    return torch.nn.functional.cross_entropy(logits[0, :-1], batch["input_ids"][0, 1:])
+
+
+@pytest.mark.parametrize("collate_fn", [None, Packed(8)])
+def test_leaving_samples_out(collate_fn):
+    samples = tokens([3, 5, 1, 4])
+    batch = samples if collate_fn else packed(samples)
+    options = dict(max_grad_norm=0.1, units="packed", collate_fn=collate_fn)
+    report = dpfast.check_sensitivity(Block(), mean_loss, batch, **options)
+    assert report.ok and report.left_out == 4 and 0 < report.largest_move <= 0.1 * (1 + 1e-4), report
+    assert not dpfast.check_sensitivity(Block(), over_tokens, batch, **options).ok
+
+
+def test_leaving_samples_out_of_a_model_that_mixes_them():
+    class Scan(Block):
+        def forward(self, input_ids, position_ids=None):
+            return self.head(self.ids(input_ids).cumsum(1))
+
+    report = dpfast.check_sensitivity(Scan(), mean_loss, packed(tokens([3, 5])), max_grad_norm=0.1, units="packed")
+    assert not report.ok and "not kept apart" in report.cause
+    with pytest.raises(ValueError, match="collate_fn="):
+        dpfast.check_sensitivity(Scan(), mean_loss, tokens([3, 5]), max_grad_norm=0.1, units="packed")
+
+
 def test_packing():
     samples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": torch.tensor([8])}]
     batch = Packed(max_length=2)(samples)
