@@ -229,7 +229,7 @@ def check_samples(forward: ForwardPass, drawn: bool) -> None:
 
 
 def check_finite(passing: Iterable[ForwardPass], lost: Tensor) -> None:
-    """Of a backward pass: where attention was written out, a number that is not finite reaches other segments of its row.
+    """Of a backward pass: where attention was written out, what is not finite reaches other segments of its row.
 
     Raises:
         UnitsError: there is one: which others it has taken along would depend on it.

@@ -85,8 +85,10 @@ class PackedForward:
             SamplesMeetError: they are not.
         """
         recorder = self.recorder
-        segments = recorder.segments
-        if not recorder.verifies or segments is None or not segments.shares_rows or running_backward() != OUTSIDE:
+        if not recorder.verifies or running_backward() != OUTSIDE or not len(recorder.segments or ()):
+            return
+        segments = Segments.of_call(self.forward, args, kwargs)  # a look at rows may have come before
+        if not segments.shares_rows:
             return
         this = kind(args, kwargs, recorder.batch_size, 0)
         new = this not in self._kinds and len(self._kinds) < MOST_KINDS

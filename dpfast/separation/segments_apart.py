@@ -83,6 +83,10 @@ class SegmentsApart:
         rows = self.segments.rows
         with aside(self.module):
             before = self._seen(self.inputs)
+            # A gradient that cancels, as of keys where a sample is one token, is rounding and no more.
+            sizes = {key: float(x.max()) for key, x in before.items()}
+            most = max((size for key, size in sizes.items() if key[0].startswith("the gradient")), default=0.0)
+            largest = {key: most if key[0].startswith("the gradient") else size for key, size in sizes.items()}
             for value in (0, 1) if rows == 1 else (None,):  # rows stay equally long
                 index = self._reversed([value is None or k % 2 == value for k in order])
                 if not index.shape[1]:
@@ -92,8 +96,7 @@ class SegmentsApart:
                 staying = self.segments.numbers.gather(1, index) >= 0
                 for key in before.keys() & after.keys():
                     x, y = _at(before[key], index)[staying][:, 1:], after[key][staying][:, 1:]
-                    scale = torch.maximum(x, y).amax(-1, keepdim=True)
-                    scale = scale.maximum(scale.median()) if len(scale) else scale
+                    scale = torch.maximum(x, y).amax(-1, keepdim=True).clamp_min(0.01 * largest[key])
                     if bool(((x - y).abs() > rounding(self.recorder) * scale).any()):
                         return self._meet(
                             f"{key[0]} changes where the sample stands elsewhere in the row, or beside fewer others: "
