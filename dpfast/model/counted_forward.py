@@ -56,7 +56,7 @@ class CountedForward(ModelForward):
 
 def _passes(recorder: Any, packed: PackedForward, forward: ForwardPass, below: list[Any], gradient: Tensor) -> None:
     if recorder.packed:
-        packed.backward(forward.segments, forward.attention)
+        packed.is_of(forward.segments, forward.attention)
     if recorder.opens():  # torch.autograd.grad
         return
     if not forward.told:  # a checkpoint around the model has computed it again, within this pass

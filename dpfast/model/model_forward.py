@@ -249,7 +249,9 @@ class ModelForward(Forward):
                 if recorder.under_way is not None:
                     recorder.under_way.calls.clear()  # of looks at the samples
                 out = self._run(args, kwargs)
+                ran = recorder.segments, self.packed.attention
                 why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
+                self.packed.is_of(*ran)  # and not of looks at the samples
             picks = why != "" and self.verdict is not None and self.verdict.picks
         except (UnservedError, BypassError):
             raise

@@ -64,8 +64,8 @@ class PackedForward:
         with self.attention if len(segments) else nullcontext():
             yield
 
-    def backward(self, segments: Segments | None, attention: SegmentAttention | None) -> None:
-        """A backward pass of another forward than the last one may begin."""
+    def is_of(self, segments: Segments | None, attention: SegmentAttention | None) -> None:
+        """What comes now, a backward perhaps, is of a forward with these."""
         self.recorder.segments, self.attention = segments, attention
 
     def on_none(self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
