@@ -23,6 +23,7 @@ from dpfast import checkpoints
 from dpfast.accounting.epsilon import check_budget, check_delta, epsilon_of, noise_multiplier_for
 from dpfast.accounting.runs import shared_by
 from dpfast.capture.refusals import refuse_gradient_hooks
+from dpfast.capture.segments import PACKED
 from dpfast.clipping.adaptive import AdaptiveClipping
 from dpfast.clipping.functions import ClippingFunction, clipping_function
 from dpfast.clipping.thresholds import Clipping
@@ -195,6 +196,8 @@ class PrivacyEngine(OpacusEngine):
                 ``"user_id"``. Rows with equal ids are one unit. Poisson sampling then draws units, and a unit's
                 gradient, the mean over its rows in the batch, is clipped once. The loader's batch size, the expected
                 batch size, the sample rate and N all count units. See ``docs/units.md``.
+                ``"packed"`` is for rows that hold several samples, as Transformers' ``DataCollatorWithFlattening``
+                makes them: each sample is drawn, clipped and counted by itself. See ``docs/units.md``.
             rows_per_unit: with ``units``, the most rows that a step takes of a unit, drawn anew each time; a public
                 number.
             augmentations: how often the data set is asked for each sample of a batch, so that its random transforms
@@ -270,6 +273,12 @@ class PrivacyEngine(OpacusEngine):
                 "keep_grad_samples=True: a model that is sharded, or trained one sample at a time, has no per-sample "
                 "gradients to keep; leave it out"
             )
+        packed = isinstance(units, str) and units == PACKED
+        if packed and (ranks.sharded or keep_grad_samples or not batch_first):
+            what = "fully_shard" if ranks.sharded else "keep_grad_samples" if keep_grad_samples else "batch_first=False"
+            raise ValueError(
+                f"units={PACKED!r} with {what}: rows that hold several samples do not go with it; leave it out"
+            )
         model = module._module if isinstance(module, FusedModule) else module
         refuse_gradient_hooks(parameter_names(model))
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
@@ -295,6 +304,7 @@ class PrivacyEngine(OpacusEngine):
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.clipped_sum.planner = planner
         hooks.clipped_sum.by_unit = isinstance(private_loader.batch_sampler, UserBatches)
+        hooks.clipped_sum.packed = packed
         hooks.clipped_sum.keeps_grad_samples = keep_grad_samples
         if any(p.device.type == "cpu" for p in model.parameters()):
             allocator.keep_freed_memory()

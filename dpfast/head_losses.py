@@ -60,6 +60,8 @@ def _keeps(hidden: Tensor, head: Any, keep_logits: bool | None) -> bool:
     private = isinstance(forward, LayerForward) and trains(head)
     if private and not can_recompute(forward.tap, hidden):  # type: ignore[union-attr]
         return True
+    if private and head.bias is not None and forward.tap.recorder.packed:  # type: ignore[union-attr]
+        return True  # its gradient would come as a sum over the row
     if keep_logits is not None:
         return keep_logits
     device = hidden.device

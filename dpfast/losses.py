@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpfast.capture.segments import Segments
 from dpfast.head_losses import position_losses
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -107,6 +108,104 @@ def token_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, reducti
     flat = F.cross_entropy(_wide(logits).flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="none")
     counted = (labels != ignore_index).sum(1)
     return _reduced(flat.view(labels.shape).sum(1) / counted.clamp_min(1), reduction)
+
+
+def segment_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+) -> Tensor:
+    """:func:`causal_lm_loss` of packed rows: the mean over each segment's counted tokens, then ``reduction`` over all
+    segments of all rows.
+
+    Logits at position t are compared with the label at t + 1, within a segment: a sample's first token is not
+    predicted from the sample before.
+
+    Args:
+        logits: ``[rows, length, V]``; 16-bit logits are taken to float32 before the softmax.
+        labels: ``[rows, length]`` int64: the input ids, with ``ignore_index`` where a token is not to be predicted.
+        position_ids, seq_idx, cu_seqlens: what the model was told of where samples begin, one of these or several;
+            ``batch["cu_seq_lens_q"]`` of Transformers is ``cu_seqlens``.
+        ignore_index: label of positions that do not count.
+        reduction: over the segments; see :func:`causal_lm_loss`.
+
+    Returns:
+        A scalar, or ``[segments]`` under ``"none"``, in order of rows; float64 for float64 logits, else float32. A
+        segment without a counted token, as one of a single token, has loss 0 and gradient 0.
+
+    Raises:
+        ValueError: shapes that do not fit, marks that are missing or disagree, or an unknown reduction.
+    """
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}: [B, T, V] and [B, T] are needed")
+    segments = _segments(labels, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+    targets = _next_in_segment(labels, segments, ignore_index)
+    flat = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
+    return _by_segment(flat.view(labels.shape), targets != ignore_index, segments, reduction)
+
+
+def segment_linear_cross_entropy(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+    keep_logits: bool | None = None,
+) -> Tensor:
+    """:func:`segment_cross_entropy` of ``head(hidden)``, with the memory of :func:`linear_cross_entropy`.
+
+    In a private model call it inside of the model's ``forward``, and return the losses. Give all of ``hidden`` and
+    ``labels``: targets are shifted here.
+
+    Args:
+        hidden: ``[rows, length, d]``.
+        head, keep_logits: see :func:`linear_cross_entropy`.
+        labels, position_ids, seq_idx, cu_seqlens, ignore_index, reduction: see :func:`segment_cross_entropy`, as for
+            what is returned and raised.
+    """
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+        raise ValueError(f"hidden {list(hidden.shape)}, labels {list(labels.shape)}: [B, T, d] and [B, T] are needed")
+    segments = _segments(labels, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+    targets = _next_in_segment(labels, segments, ignore_index)
+    losses = position_losses(hidden, head, targets, ignore_index, keep_logits)
+    return _by_segment(losses, targets != ignore_index, segments, reduction)
+
+
+def _segments(labels: Tensor, **marks: Tensor | None) -> Segments:
+    if all(mark is None for mark in marks.values()):
+        raise ValueError(
+            "give position_ids=, seq_idx= or cu_seqlens=, as to the model: nothing else says where samples begin"
+        )
+    return Segments.of(marks, *labels.shape)
+
+
+def _next_in_segment(labels: Tensor, segments: Segments, ignore_index: int) -> Tensor:
+    """``labels`` moved one to the left, within segments."""
+    numbers = segments.numbers.to(labels.device)
+    targets = torch.full_like(labels, ignore_index)
+    inside = (numbers[:, 1:] == numbers[:, :-1]) & (numbers[:, 1:] >= 0)
+    targets[:, :-1] = labels[:, 1:].masked_fill(~inside, ignore_index)
+    return targets
+
+
+def _by_segment(losses: Tensor, counted: Tensor, segments: Segments, reduction: str) -> Tensor:
+    """Losses of positions, 0 where they do not count, as means over what counts of each segment."""
+    owners = segments.numbers.to(losses.device).flatten()
+    inside = owners >= 0
+    owners = owners.masked_fill(~inside, 0)
+    zeros = losses.new_zeros(max(1, len(segments)))
+    sums = zeros.index_add(0, owners, losses.flatten().masked_fill(~inside, 0))
+    counts = zeros.index_add(0, owners, (counted.flatten() & inside).to(losses.dtype))
+    return _reduced((sums / counts.clamp_min(1))[: len(segments)], reduction)
 
 
 def sequence_classification_loss(

@@ -138,10 +138,10 @@ class Graphed:
             raise RecordingError(
                 "graphed: models that are sharded, or trained one sample at a time, cannot be recorded"
             )
-        if self.recorder.by_unit:
+        if self.recorder.by_unit or self.recorder.packed:
             raise RecordingError(
-                "graphed: units of several rows (make_private's units= or augmentations=) differ from batch to batch, "
-                "and a recorded step cannot; use the model without graphed"
+                "graphed: units of several rows, or of a part of one (make_private's units= or augmentations=), differ "
+                "from batch to batch, and a recorded step cannot; use the model without graphed"
             )
         if optimizer is not None and getattr(optimizer, "clipped_sum", None) is not self.recorder:
             raise RecordingError(
@@ -289,7 +289,8 @@ class Graphed:
         """Whether the model is one whose layers tell the samples apart, by tensors alone, as its clipping does."""
         by_rows = self.entry.runs_by_sample or self.recorder.follows_rows
         fixed = is_fixed(self.recorder.clipping) and not self.recorder.batches.forwards
-        by_rows = by_rows or self.recorder.keeps_grad_samples or self.recorder.by_unit
+        by_rows = by_rows or self.recorder.keeps_grad_samples
+        by_rows = by_rows or self.recorder.by_unit or self.recorder.packed
         return self.model.training and not by_rows and fixed
 
     def _kind(self, batch: Sequence[Any]) -> Any:

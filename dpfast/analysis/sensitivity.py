@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dpfast.analysis.collation import is_random
 from dpfast.analysis.explain import call, pristine_copy
 from dpfast.capture.refusals import listed
+from dpfast.capture.segments import PACKED, of_batch, only
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.clipping.thresholds import Clipping, check_threshold
 from dpfast.data.criterion import PerSampleCriterion, PerSampleLoss
@@ -25,6 +26,7 @@ from dpfast.separation import Draws, Followed, observed, own_random_numbers
 
 MOST_LEFT_OUT = 32  # samples left out in turn; spread over a larger batch
 ROUNDING = 1e-4  # relative slack for float32 sums of a batch
+APART = "samples of packed rows are kept apart as far as replacing them shows"
 SEEDS = 2  # of dropout and other random numbers, in turn
 
 
@@ -100,7 +102,8 @@ def check_sensitivity(
         collate_fn: the loader's, from a list of rows to a batch. Rows that are left are collated anew, which finds out
             whether a sample's gradient depends on what it is collated with, as under padding to the longest.
         units: an id for each sample of the batch, as in ``make_private(units=...)``. Samples with equal ids are then
-            clipped as one, and left out together.
+            clipped as one, and left out together. ``"packed"`` leaves out the samples of a packed row: ``batch`` is
+            then the mapping that the model is called with, of one row, or a list of samples with ``collate_fn``.
 
     Returns:
         A report; ``print(report)`` tells all of it.
@@ -116,6 +119,12 @@ def check_sensitivity(
         sizes = [x.shape[dim if x.dim() > dim else 0] for x in tensors(batch) if x.dim()]
     else:
         sizes = [len(rows)]
+    packed = isinstance(units, str) and units == PACKED
+    if packed:
+        units = None
+    if packed and collate_fn is None:
+        segments = of_batch(batch)
+        sizes = [len(segments)]
     if not sizes or sizes[0] < 2:
         raise ValueError(f"batch: leaving one out needs tensors with at least two samples, got {sizes[:1] or 'none'}")
     count = sizes[0]
@@ -127,12 +136,14 @@ def check_sensitivity(
         if collate_fn is not None:
             with own_random_numbers(0):
                 return collate_fn([rows[i] for i in keep])
+        if packed:
+            return only(batch, segments, keep)
         return batch if len(keep) == count else _select(batch, torch.tensor(keep), count, dim)
 
-    run = _Runner(model, loss_fn, loss_reduction, batch_first, C, ids)
+    run = _Runner(model, loss_fn, loss_reduction, batch_first, C, ids, packed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = run.leave_out(part, count, replayed=collate_fn is None)
+        found = run.leave_out(part, count, replayed=collate_fn is None and not packed)
     slack = ROUNDING * (C + 1e-3 * found.size)
     worst = max(range(len(found.moves)), key=lambda k: found.moves[k])
     held = found.moves[worst] <= C + slack and max(found.changes) <= 1e-2
@@ -172,7 +183,14 @@ class _Runner:
     """The clipped sum and the norms of a batch, on a private copy of the model, in training."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: Any, loss_reduction: str, batch_first: bool, C: float, ids: list[Any] | None
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        loss_reduction: str,
+        batch_first: bool,
+        C: float,
+        ids: list[Any] | None,
+        packed: bool = False,
     ):
         self.twin = pristine_copy(model._module if isinstance(model, FusedModule) else model).train()
         for module in self.twin.modules():
@@ -184,6 +202,7 @@ class _Runner:
         self.hooks.public_state = [name for name, _ in self.twin.named_buffers()]  # told of below, not refused
         self.ids = ids  # of the units that samples are of; None: each is one
         self.hooks.clipped_sum.by_unit = ids is not None
+        self.packed = self.hooks.clipped_sum.packed = packed
         self.loss_fn, self.loss_reduction, self.batch_dim = loss_fn, loss_reduction, 0 if batch_first else 1
         self.shapes: tuple[Any, ...] = ()
         self.met = self.refused = self.proof = ""
@@ -192,6 +211,8 @@ class _Runner:
         """Every sample in turn; ``replayed``: the others have the shapes that they had beside it."""
         whole = part(range(count))
         self._look(whole, count)
+        if self.packed and self.refused:  # it would be refused again
+            return _Found([0], [0.0], [0.0], [], 0.0)
         units = count if self.ids is None else len({*self.ids})
         spread = {round(i * (units - 1) / (MOST_LEFT_OUT - 1)) for i in range(MOST_LEFT_OUT)}
         left_out = list(range(units)) if units <= MOST_LEFT_OUT else sorted(spread)
@@ -235,9 +256,11 @@ class _Runner:
         try:
             with own_random_numbers(0), torch.enable_grad():
                 self._loss(batch)
-            self.proof = f"the model: {self.hooks.separation}"
+            self.proof = f"the model: {APART if self.packed else self.hooks.separation}"
         except (LayoutError, ValueError) as refusal:
             self.refused = str(refusal)  # an error of the loss comes again where sums are made
+        if self.packed:
+            return  # a proof follows rows
         clipped_sum.batch_sizes = [count]
         clipped_sum.verifies = False  # what mixes samples is to be measured here, not refused
         follow = Followed(clipped_sum, self.twin, self.batch_dim, base="the loss")

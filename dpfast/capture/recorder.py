@@ -22,6 +22,7 @@ from dpfast.capture.forms import (
     version_of,
 )
 from dpfast.capture.refusals import called_outside, listed, used_by_the_loss
+from dpfast.capture.segments import Segments
 from dpfast.capture.shift import Shift
 from dpfast.distributed.ranks import Ranks
 from dpfast.planning.planner import Planner
@@ -75,6 +76,9 @@ class Recorder:
         self.copied: Callable[[Tensor], Tensor] | None = None  # a proof is to know of copies of bare parameters
         self.follows_rows = False  # the model picks rows of samples: whose they are is noted
         self.by_unit = False  # rows are clipped together with those of their unit, which the loader's samples tell
+        self.packed = False  # rows hold several samples, and each of these is clipped by itself
+        self.segments: Segments | None = None  # of the rows of the last forward, or of that whose backward runs
+        self.by_position = False  # the observer wants forms by positions, and not what is summed over them
         self.paused = False  # layers run their own forward, untapped
         self.evaluating = False  # the last forward was in eval(): its gradients are not for training
         self.evaluated = False  # and some reached a parameter since the last step
@@ -242,7 +246,7 @@ class Recorder:
         """Keep the forms of the parameters of one call of a layer."""
         if self.observer is not None:
             for owner, form in forms:
-                self.observer(call.tap.name, form_of(form), owner)
+                self.observer(call.tap.name, form if self.by_position else form_of(form), owner)  # type: ignore[arg-type]
             return
         if call.forward_pass == OUTSIDE:
             self.drop_failed()
@@ -253,7 +257,7 @@ class Recorder:
         self.sources.add(self.source)
         unseen = call.layout if self.verifies and call.batch > 1 and call.layout not in self.verified else None
         for parameter, form in forms:
-            if isinstance(form, WAITING):
+            if isinstance(form, WAITING) and not self.packed:  # else it has to be summed by segments
                 if unseen is not None or not form.waits():
                     form = form_of(form)
                 elif form.is_to_be_written():
@@ -261,7 +265,7 @@ class Recorder:
             self._forms.setdefault(self._owner(parameter), []).append(form)
             self._versions.append((form, version_of(form), call.tap.name))
             if unseen is not None:
-                self._untrusted.append((unseen, form))  # type: ignore[arg-type]
+                self._untrusted.append((unseen, form_of(form)))
         if self._waiting > MOST_WAITING:
             self._write_out()
 

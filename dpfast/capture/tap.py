@@ -23,6 +23,7 @@ from dpfast.capture.mean_in_16_bits import NARROW
 from dpfast.capture.picked_rows import owned, owners_of, places
 from dpfast.capture.recorder import OUTSIDE, Recorder, RowLayout, running_backward
 from dpfast.capture.refusals import ONE_BY_ONE
+from dpfast.capture.segments import check_positions
 from dpfast.ops import alike_for_every_batch
 from dpfast.refusals import LayoutError, OwnGradientError, ParameterReplacedError
 
@@ -104,6 +105,8 @@ class Tap:
         if dim:
             x = x.movedim(dim, 0)
         batch, layout = recorder.resolve_rows(self, x.shape[0], dims, spec=spec)
+        if recorder.packed:
+            check_positions(self.name, x, recorder.segments)
         if layout not in recorder.verified:
             self.note_use(spec, params)
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
@@ -213,7 +216,7 @@ class Call:
 
     def planned(self, form: OuterProduct | Factored | Convolved) -> Form:
         """The form as the model's planner wants it."""
-        if isinstance(form, OuterProduct):  # there is no choice
+        if isinstance(form, OuterProduct) or self.tap.recorder.packed:  # there is no choice, or it comes by segments
             return form
         return by(form, self.tap.recorder.planner.choose(self.tap.name, form.shape), may_wait=True)
 

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils.data import Subset
 
+from dpfast.capture.segments import Segments
 from dpfast.capture.trees import tensors
 
 COLUMNS = 256  # elements of a row that are compared
@@ -159,6 +160,8 @@ class ForwardPass:
         self.counted = False  # which are known only by how many there are, and not by memory or values
         self.repeats = False  # some sample is in it more than once
         self.calls: Counter[str] = Counter()  # of its tapped layers, by their names
+        self.segments: Segments | None = None  # of its rows, where they are packed
+        self.attention: Any = None  # what ran their attention
         self.astray = False  # it is over another batch than the physical one that waits
         self._inputs: list[Tensor] = []  # until another backward or a step
         self._keys: list[tuple[bytes, ...]] | None = None  # of its rows, where no loader has said which they are

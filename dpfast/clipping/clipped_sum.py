@@ -18,6 +18,7 @@ from dpfast.capture.forms import Form, Waiting
 from dpfast.capture.graph_calls import GraphCalls
 from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder, between_passes
+from dpfast.capture.segments import PACKED
 from dpfast.capture.shift import Shift
 from dpfast.capture.which_samples import ForwardPass, leaves_gradients
 from dpfast.capture.which_units import UNKNOWN, units_of
@@ -26,6 +27,7 @@ from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weight
 from dpfast.clipping.early import EarlySums, summed_up
 from dpfast.clipping.grad_samples import gradients, keep_grad_sample
 from dpfast.clipping.samples_once import Batches
+from dpfast.clipping.segments import check_finite, check_samples, clipped_segments
 from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
 from dpfast.clipping.units import Alike, clipped_units, kinds_of, mean_gradients
@@ -165,7 +167,7 @@ class ClippedSum(Recorder):
             self._sum_early(call, [p for p, _ in forms if self.tracked is None or p in self.tracked])
 
     def _sum_early(self, call: Call, params: Sequence[nn.Parameter]) -> None:
-        kept = self.ranks.sharded or self.keeps_grad_samples or self.by_unit
+        kept = self.ranks.sharded or self.keeps_grad_samples or self.by_unit or self.packed
         unusual = self.source or self._untrusted or kept
         if unusual or self.closing is not None or self.batches.forwards > 1 or self.model is None:
             return
@@ -203,13 +205,15 @@ class ClippedSum(Recorder):
         recorded = taken
         if self.tracked is not None and not self.tracked.issuperset(taken):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
+        packed = self._packed_pass(sources) if self.packed and (taken or ended) else None
         if (recorded or ended) and narrowed and self.loss_is_mean:
-            self._check_mean(narrowed, self._common_batch(recorded) if ended is None else ended.batch)
+            size = self._common_batch(recorded) if ended is None else ended.batch
+            self._check_mean(narrowed, size if packed is None else len(packed.segments or ()))
         kinds = self._kinds(taken) if self.by_unit and taken else []
         padding = self._admit(bool(taken or ended))
         try:
             if ended is None:
-                self._sum_up(recorded, batch, padding, kinds)
+                self._sum_up(recorded, batch, padding, kinds, packed)
             else:
                 self._add(ended, padding)
         except BaseException:
@@ -226,6 +230,24 @@ class ClippedSum(Recorder):
         if len(units) != self._common_batch(taken):
             raise UnitsError(UNKNOWN)
         return kinds_of(units)
+
+    def _packed_pass(self, sources: set[str]) -> ForwardPass:
+        """The forward that the running pass is of, whose rows are packed.
+
+        Raises:
+            UnitsError: there are others, or it has other segments than the loader has given samples.
+        """
+        if any(sources):
+            raise UnitsError(f"units={PACKED!r} with torch.compile: leave compiling out; nothing was summed")
+        passing = [forward for forward in self.passing if forward.batch != 0]
+        if not passing or any(forward.segments != passing[0].segments for forward in passing):
+            raise UnitsError(
+                f"units={PACKED!r}: one backward pass of several forwards that are packed in other ways, or of none: "
+                f"call backward() for each forward by itself. Nothing was summed"
+            )
+        for forward in passing:
+            check_samples(forward, drawn=not self.accumulation_allowed)
+        return passing[0]
 
     def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:
         if size > 1:
@@ -272,27 +294,35 @@ class ClippedSum(Recorder):
         batch: int | None,
         padding: list[int],
         kinds: Sequence[Alike],
+        packed: ForwardPass | None,
     ) -> None:
         self._count_pass(self.clipping.sensitivity)
         if not recorded:
-            units = sum(len(kind.units) for kind in kinds)
-            self.per_sample_gradient_norms = torch.zeros(units if self.by_unit else batch or 0)
+            units = sum(len(kind.units) for kind in kinds) if self.by_unit else batch or 0
+            units = len(packed.segments or ()) if packed is not None else units
+            self.per_sample_gradient_norms = torch.zeros(units)
             if self.ranks.sharded:
                 self._share([], [])
             return
 
         device = next(iter(recorded)).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # a backward may run inside of a region of it
-            setting = self.clips_with(self._common_batch(recorded))
+            size = self._common_batch(recorded)
+            setting = self.clips_with(size if packed is None else len(packed.segments or ()))
             params = list(recorded)
-            forms = whole_forms(recorded, setting)
-            recorded.clear()
             groups = [self.clipping.group_of(p) for p in params]
             thresholds, scale = self.clipping.on(device), setting.scales.of_norms
-            if self.by_unit:
+            forms = whole_forms(recorded, setting) if packed is None else []
+            if packed is not None:
+                assert packed.segments is not None
+                found, parts, owners = clipped_segments(recorded, groups, packed.segments, setting, thresholds)
+                check_finite(self.passing, found.lost)
+                padding = []
+            recorded.clear()
+            if packed is None and self.by_unit:
                 found, parts, owners = clipped_units(params, forms, groups, kinds, setting, thresholds)
                 padding = []  # is of no unit
-            else:
+            elif packed is None:
                 found = factors_of(forms, groups, device, setting, thresholds)
                 if padding:
                     found.factors.index_fill_(1, index_of(tuple(padding), device), 0.0)
@@ -317,7 +347,7 @@ class ClippedSum(Recorder):
     def can_end_at_once(self, graph: GraphCalls) -> bool:
         """Whether the forms of ``graph`` are for sure all that the running pass records, and are trusted."""
         alone = self.ends_at_once and self.last_source == graph.name and not self.sources
-        kept = self.ranks.sharded or self.keeps_grad_samples or self.by_unit
+        kept = self.ranks.sharded or self.keeps_grad_samples or self.by_unit or self.packed
         plain = not (self.observer or kept) and self.batches.forwards <= 1
         trains = self.tracked is None or not self.tracked.isdisjoint(graph.trained)
         return alone and plain and trains and (not self.verifies or graph.layouts <= self.verified)

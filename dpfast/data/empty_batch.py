@@ -37,7 +37,7 @@ class CollateOrEmpty:
         self.rand_on_empty = rand_on_empty
 
     def __call__(self, samples: list[Any]) -> Any:
-        if samples:
+        if samples or getattr(self.wrapped_collator_fn, "takes_none", False):
             return self.wrapped_collator_fn(samples)
         try:
             sample = self.dataset[self.index]

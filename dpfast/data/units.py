@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
+from dpfast.capture.segments import PACKED
 from dpfast.data.public_numbers import Public, batch_size_of, drawn_from
 from dpfast.data.row_order import check_order
 from dpfast.data.sampling import PoissonBatches, check_expected_batch_size, check_sample_rate
@@ -43,7 +44,7 @@ class Units:
         if not self.rows or not all(self.rows) or len({*indices}) < len(indices):
             raise ValueError("units: each needs a row at least, and no row may be of two of them")
         for name, value in (("rows_per_unit", self.most), ("augmentations", self.copies)):
-            if not _is_count(value):
+            if not is_count(value):
                 raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
 
     def __len__(self) -> int:
@@ -63,14 +64,17 @@ def asked_for(
     Raises:
         ValueError: names the argument.
     """
-    if not _is_count(augmentations):
+    if isinstance(units, str) and units == PACKED:
+        _check_packed(rows_per_unit, augmentations, rand_on_empty, alone)
+        return None
+    if not is_count(augmentations):
         raise ValueError(f"augmentations={augmentations!r}: give a whole number of at least 1")
     if units is None and rows_per_unit is not None:
         raise ValueError(f"rows_per_unit={rows_per_unit!r} without units=: say which rows are of one unit")
     if units is None and augmentations == 1:
         return None
     name = f"augmentations={augmentations}" if units is None else "units="
-    if units is not None and not _is_count(rows_per_unit):
+    if units is not None and not is_count(rows_per_unit):
         raise ValueError(
             f"rows_per_unit={rows_per_unit!r}: with units= give the most rows that a step takes of a unit, a whole "
             f"number of at least 1 that was chosen without looking at the data"
@@ -90,7 +94,21 @@ def asked_for(
     return Asked(units, None if units is None else int(rows_per_unit), int(augmentations))
 
 
-def _is_count(value: Any) -> bool:
+def _check_packed(rows_per_unit: Any, augmentations: Any, rand_on_empty: bool, alone: bool) -> None:
+    """Units are samples, drawn and counted as ever; what does not go with rows that hold several."""
+    refused = {
+        f"rows_per_unit={rows_per_unit!r}": rows_per_unit is not None,
+        f"augmentations={augmentations!r}": augmentations != 1,
+        "rand_on_empty=True": rand_on_empty,
+        "max_physical_batch_size=1": alone,
+    }
+    if given := [name for name, is_given in refused.items() if is_given]:
+        raise ValueError(
+            f"{given[0]} with units={PACKED!r}: a unit is one sample, and a packed row holds several; leave it out"
+        )
+
+
+def is_count(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
 
 

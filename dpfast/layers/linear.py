@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, Instantiated, Waiting, form_of
+from dpfast.capture.forms import Form, Instantiated, PositionSum, Waiting, form_of
 from dpfast.capture.tap import Call, Tap
-from dpfast.layers.base import Layer, own, product_form, sum_rows
+from dpfast.layers.base import Layer, by_sample, own, product_form, sum_rows
 
 ALL = slice(0, None)
 
@@ -59,7 +59,9 @@ class Linear(Layer):
             summed = sum_rows(G, call.batch)
             before = bias_rows.start
             rest = bias.shape[0] - before - G.shape[-1]
-            if before or rest:  # zeros around it leave its norm as it is
+            if (before or rest) and call.tap.recorder.packed:
+                summed = PositionSum(F.pad(by_sample(G, call.batch), (before, rest)))
+            elif before or rest:  # zeros around it leave its norm as it is
                 alone = form_of(summed)
                 assert isinstance(alone, Instantiated)
                 summed = Instantiated(F.pad(alone.samples, (before, rest)), squares=alone.squares)

@@ -13,6 +13,7 @@ from dpfast.capture.trees import tensors
 from dpfast.capture.which_samples import ForwardPass
 from dpfast.model.forwards import trains
 from dpfast.model.model_forward import ModelForward
+from dpfast.model.packed_forward import PackedForward
 from dpfast.separation import aside
 
 
@@ -35,6 +36,8 @@ class CountedForward(ModelForward):
             return out
         outputs = [x for x in tensors(out) if x.requires_grad]
         forward.saw(args, kwargs, recorder.batch_size, self.batch_dim)
+        if recorder.packed:
+            forward.segments, forward.attention = recorder.segments, self.packed.attention
         if before:
             recorder.batches.forward(forward)
         compiled = partial(self._plainly, args, kwargs) if self._compiler is not None else None
@@ -42,7 +45,7 @@ class CountedForward(ModelForward):
         for x in outputs:
             # Not the output's own node: that would hold the hook, which would hold the node.
             below = [node for node, _ in x.grad_fn.next_functions if node is not None] if x.grad_fn else []
-            x.register_hook(partial(_passes, recorder, forward, below))
+            x.register_hook(partial(_passes, recorder, self.packed, forward, below))
         return out
 
     def _plainly(self, args: Any, kwargs: Any) -> Any:
@@ -51,7 +54,9 @@ class CountedForward(ModelForward):
             return self._run(args, kwargs)
 
 
-def _passes(recorder: Any, forward: ForwardPass, below: list[Any], gradient: Tensor) -> None:
+def _passes(recorder: Any, packed: PackedForward, forward: ForwardPass, below: list[Any], gradient: Tensor) -> None:
+    if recorder.packed:
+        packed.is_of(forward.segments, forward.attention)
     if recorder.opens():  # torch.autograd.grad
         return
     if not forward.told:  # a checkpoint around the model has computed it again, within this pass

@@ -26,6 +26,7 @@ from dpfast.layers.generic import Generic
 from dpfast.model import graph_inputs
 from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.forwards import Forward, lend, on_nobody, trains
+from dpfast.model.packed_forward import PackedForward
 from dpfast.refusals import (
     BatchStatisticsError,
     LayoutError,
@@ -80,6 +81,7 @@ class ModelForward(Forward):
         self._agreed = False  # the ranks of a sharded model have made the first check
         self._state_seen = False  # what a forward of one sample leaves in the model was looked at
         self._schedule = Schedule()
+        self.packed = PackedForward(module, self.recorder, self)
         self.public_state: tuple[str, ...] = ()
         self.verdict: Verdict | None = None  # of the last check
 
@@ -96,6 +98,7 @@ class ModelForward(Forward):
         for guard in self._guards.values():
             guard.remove()
         self._guards, self._guarded = {}, []
+        self.packed.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -129,6 +132,9 @@ class ModelForward(Forward):
         one = self.one_by_one and 1 in sizes
         if one:
             recorder.batch_sizes = [1]
+        if recorder.packed:
+            self.packed.starts(compiler is not None, args, kwargs)
+            sizes = recorder.batch_sizes
         recorder.start_forward()
         if len(sizes) > 1 and not one:
             graph_inputs.refuse_one(self.module, args, kwargs, self.one_by_one)
@@ -186,6 +192,8 @@ class ModelForward(Forward):
     def _run_checked(self, args: Any, kwargs: Any) -> Any:
         if self.recorder.ranks.sharded:
             return self._run(args, kwargs)
+        if self.recorder.batch_size == 0 and self.recorder.packed:
+            return self.packed.on_none(self._run, args, kwargs)
         if self.recorder.batch_size == 0:
             return on_nobody(self._run, args, kwargs, self.batch_dim, self.module)
         while True:
@@ -236,10 +244,14 @@ class ModelForward(Forward):
             elif due:
                 why = self._why_mixed_now(args, kwargs)
             if not why:
+                if recorder.packed:
+                    self.packed.check(self._run, args, kwargs)
                 if recorder.under_way is not None:
                     recorder.under_way.calls.clear()  # of looks at the samples
                 out = self._run(args, kwargs)
+                ran = recorder.segments, self.packed.attention
                 why = self._why_mixed(args, kwargs) if recorder.new_layouts - recorder.verified else ""
+                self.packed.is_of(*ran)  # and not of looks at the samples
             picks = why != "" and self.verdict is not None and self.verdict.picks
         except (UnservedError, BypassError):
             raise
@@ -351,7 +363,8 @@ class ModelForward(Forward):
     def _run_whole(self, args: Any, kwargs: Any) -> Any:
         if self._compiler is None or self.runs_by_sample or self.recorder.follows_rows:
             batch = self.recorder.batch_size
-            with PickedRows(batch, self.module) if self.recorder.follows_rows and batch else nullcontext():
+            follows = PickedRows(batch, self.module) if self.recorder.follows_rows and batch else nullcontext()
+            with follows, self.packed.running(args, kwargs):
                 return (self.inner or self.plain)(*args, **kwargs)
         from dpfast.model import compiling
 
@@ -429,7 +442,9 @@ class ModelForward(Forward):
     def _switch_to_samples(self, why: str, args: Any, kwargs: Any) -> None:
         """Run by sample from now on, provided that this computes the same function."""
         recorder = self.recorder
-        if not recorder.verifies or isinstance(why, Left):  # what is left behind is left by one sample, too
+        if (
+            not recorder.verifies or recorder.packed or isinstance(why, Left)
+        ):  # what is left behind is left by one sample, too
             raise (LeftBehindError if isinstance(why, Left) else SamplesMeetError)(why)
         hint = (
             f"{why}, so it cannot be told which gradient is whose. Inputs that all samples share (position ids, "

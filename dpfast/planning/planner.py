@@ -161,13 +161,23 @@ class Planner:
 
     def choose(self, layer: str, shape: Shape) -> Plan:
         """The plan for one use of ``layer``'s weight; it is the same in every pass."""
-        if self._left is None:
-            self._left = self._budget(shape.device)
         plan = self._plans.get((layer, shape))
         if plan is None:
             plan = self._plans[layer, shape] = self._new(layer, shape)
-        self._left -= plan.kept
+        self._left = self._left_on(shape.device) - plan.kept
         return plan
+
+    def choose_once(self, layer: str, shape: Shape) -> Plan:
+        """The plan for a shape that comes with this batch alone: it is not remembered."""
+        plan = self._new(layer, shape)
+        self._left = self._left_on(shape.device) - plan.kept
+        return plan
+
+    def _left_on(self, device: torch.device) -> float:
+        """What may still be written out in the running pass."""
+        if self._left is None:
+            self._left = self._budget(device)
+        return self._left
 
     def stores_logits(self, layer: str, nbytes: int, device: torch.device) -> bool:
         """Whether the head ``layer`` stores so many bytes of logits; it is the same in every pass."""
@@ -184,7 +194,7 @@ class Planner:
             if found is not None:
                 return found
             warnings.warn(f"plan: there is no {pin!r} for layer {layer!r} on {shape.device}", stacklevel=2)
-        return next((plan for plan in plans if plan.kept <= max(0.0, self._left or 0.0)), plans[0])
+        return next((plan for plan in plans if plan.kept <= max(0.0, self._left_on(shape.device))), plans[0])
 
     def _pin(self, layer: str) -> str | None:
         """The way that the longest prefix of the layer's name is pinned to; the empty one is of every layer."""
@@ -252,6 +262,17 @@ def check_state(state: Mapping[str, list[Any]]) -> list[tuple[str, Shape, str]]:
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's plan_state_dict is not one of dpfast's: {error}") from error
     return choices
+
+
+class Once(Planner):
+    """Another planner's choices, for shapes that it need not remember."""
+
+    def __init__(self, of: Planner):
+        super().__init__()
+        self.of = of
+
+    def choose(self, layer: str, shape: Shape) -> Plan:
+        return self.of.choose_once(layer, shape)
 
 
 class KeepSides(Planner):

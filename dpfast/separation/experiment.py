@@ -115,7 +115,7 @@ class Experiment:
         if after.keys() != before.keys():
             raise ValueError("other layers are reached where there are fewer samples")
         kept_rows = {name: [x[keep.to(x.device)] for x in before[name]] for name in after}
-        return _other_sizes(kept_rows, after, _rounding(self.recorder))
+        return _other_sizes(kept_rows, after, rounding(self.recorder))
 
     def sketches(
         self,
@@ -245,7 +245,7 @@ def _other_sizes(before: Sketches, after: Sketches, rounding: float) -> set[str]
     return found
 
 
-def _rounding(recorder: Recorder) -> float:
+def rounding(recorder: Recorder) -> float:
     """What the model's arithmetic may make of another order of summation, relative."""
     dtypes = {p.dtype for p in recorder.names if p.is_floating_point()}
     for device in {p.device.type for p in recorder.names}:

@@ -26,6 +26,7 @@ SCRIPTS = {  # what each has to print
     "image_cnn": r"epoch 1: test accuracy \d.* epsilon [78]\.\d",
     "lightning_callback": r"accuracy \d.* epsilon [34]\.\d",
     "lora_causal_lm": r"epoch 1: epsilon \d(?s:.)*1024 of \d+ parameters",
+    "packed_sft": r"epoch 1: epsilon [78]\.\d+ at delta 0.0001(?s:.)*% padding",
     "transformers_trainer": r"epsilon [78]\.\d+ at delta 0.0001, after 2 steps",
     "trl_sft": r"epsilon [78]\.\d+ at delta 0.0001, after 2 steps",
 }
@@ -34,6 +35,7 @@ NEEDS = {
     "image_cnn": ("sklearn",),
     "lightning_callback": ("lightning",),
     "lora_causal_lm": ("transformers", "peft"),
+    "packed_sft": ("transformers",),
     "transformers_trainer": ("transformers", "accelerate"),
     "trl_sft": ("trl", "datasets"),
 }

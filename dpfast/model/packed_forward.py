@@ -1,0 +1,138 @@
+"""What a model's entry does where rows are packed: where segments lie, their attention, trials that they are apart."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
+from dpfast.capture.segments import PACKED, Segments
+from dpfast.capture.trees import map_tensors
+from dpfast.layers.segment_attention import SegmentAttention
+from dpfast.refusals import SamplesMeetError, UnitsError
+from dpfast.separation import SegmentsApart, kept, kind
+from dpfast.separation.schedule import Schedule
+
+MOST_KINDS = 32  # of calls that are tried
+
+
+class PackedForward:
+    """The part of :class:`~dpfast.model.model_forward.ModelForward` that is there for packed rows."""
+
+    def __init__(self, module: nn.Module, recorder: Recorder, forward: Callable[..., Any]):
+        self.module, self.recorder, self.forward = module, recorder, forward
+        self.attention: SegmentAttention | None = None  # of the last forward, or of that whose backward runs
+        self._schedule = Schedule()
+        self._kinds: set[Any] = set()
+        self._hooks: list[Any] = []
+        self._entered = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "attention": None, "_hooks": [], "_entered": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _entered=threading.local())
+
+    def starts(self, compiled: bool, args: Any, kwargs: Any) -> None:
+        """A training forward starts.
+
+        Raises:
+            UnitsError: it is compiled, or does not say where its samples begin.
+        """
+        if compiled:
+            raise UnitsError(f"units={PACKED!r} with torch.compile: leave compiling out")
+        self._hook_recomputing()
+        segments = Segments.of_call(self.forward, args, kwargs)
+        self.recorder.segments = segments
+        self.recorder.batch_sizes = [segments.rows if len(segments) else 0]
+
+    @contextmanager
+    def running(self, args: Any, kwargs: Any) -> Iterator[None]:
+        """The model runs within, in training: attention is over one segment at a time."""
+        recorder = self.recorder
+        if not recorder.packed or recorder.paused or SegmentAttention.running() is not None:
+            yield
+            return
+        segments = recorder.segments = Segments.of_call(self.forward, args, kwargs)
+        self.attention = SegmentAttention(segments)
+        with self.attention if len(segments) else nullcontext():
+            yield
+
+    def is_of(self, segments: Segments | None, attention: SegmentAttention | None) -> None:
+        """What comes now, a backward perhaps, is of a forward with these."""
+        self.recorder.segments, self.attention = segments, attention
+
+    def on_none(self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
+        """``run(args, kwargs)`` on rows without a position, for which one of zeros stands in; no layer records it."""
+
+        def one(x: Tensor) -> Tensor:
+            return x.new_zeros([n or 1 for n in x.shape]) if x.numel() == 0 and x.dim() > 1 else x
+
+        with kept(self.module), self.recorder.setting(segments=None):
+            out = run(*map_tensors(one, (args, kwargs)))
+        return map_tensors(lambda x: x.narrow(1, 0, 0) if x.dim() > 1 else x.masked_fill(x.new_ones(()).bool(), 0), out)
+
+    def check(self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> None:
+        """Try on this batch whether segments are kept apart, if it is time.
+
+        Raises:
+            SamplesMeetError: they are not.
+        """
+        recorder = self.recorder
+        if not recorder.verifies or running_backward() != OUTSIDE or not len(recorder.segments or ()):
+            return
+        segments = Segments.of_call(self.forward, args, kwargs)  # a look at rows may have come before
+        if not segments.shares_rows:
+            return
+        this = kind(args, kwargs, recorder.batch_size, 0)
+        new = this not in self._kinds and len(self._kinds) < MOST_KINDS
+        due = self._schedule.due()
+        if not (new or due):
+            return
+        began = perf_counter()
+        trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, self._schedule.steps)
+        with torch.random.fork_rng(), recorder.setting(segments=segments):
+            why = trial.why(None if new else 1)
+        if why:
+            raise SamplesMeetError(why)
+        self._kinds.add(this)
+        if not new:
+            self._schedule.checked(perf_counter() - began)
+
+    def remove(self) -> None:
+        """No module has a hook of ours any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _hook_recomputing(self) -> None:
+        """What a checkpoint computes again runs in the backward, outside of the model's forward."""
+        if self._hooks:
+            return
+        for module in self.module.modules():
+            if module._modules:
+                self._hooks.append(module.register_forward_pre_hook(self._enter))
+                self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        again = running_backward() != OUTSIDE and SegmentAttention.running() is None
+        within = self.attention if again and self.recorder.packed and not self.recorder.paused else None
+        if within is not None:
+            within.__enter__()
+        self._stack().append(within)
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        within = self._stack().pop()
+        if within is not None:
+            within.__exit__(None, None, None)
+
+    def _stack(self) -> list[SegmentAttention | None]:
+        if not hasattr(self._entered, "stack"):
+            self._entered.stack = []
+        return self._entered.stack

@@ -1,0 +1,283 @@
+"""What would let the samples of a packed row meet is refused by name, or run so that they do not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dpfast
+from tests.helpers import distance, make_private
+from tests.integrations import transformer_models as tm
+from tests.privacy.packed import Logits, Segmented, packed, tokens
+from tests.privacy.test_packed import Block, Fused, decoder
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def refuse(model, match, batch=None, loss=None, **kw):
+    """Refused in forward or backward, in words that ``match``; nothing is summed up."""
+    private = Segmented(model, 1.0, **kw)
+    with pytest.raises((ValueError, RuntimeError), match=match):
+        if loss is None:
+            private.backward(batch or packed(tokens()))
+        else:
+            loss(private.wrapped, batch or packed(tokens())).backward()
+    assert private.nothing_summed()
+
+
+class Mixing(Block):
+    """``how`` the positions of a row see each other beside attention."""
+
+    def __init__(self, how, trained=True):
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv1d(8, 8, 3, padding=2).requires_grad_(trained)
+        self.rnn = nn.GRU(8, 8, batch_first=True).requires_grad_(False)
+
+    def forward(self, input_ids, position_ids=None):
+        x = self.ids(input_ids)
+        if self.how == "convolution":
+            x = x + self.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)
+        elif self.how == "recurrence":
+            x = x + self.rnn(x)[0]
+        elif self.how == "mean":
+            x = x - x.mean(1, keepdim=True)
+        elif self.how == "scan":
+            x = x.cumsum(1)
+        elif self.how == "shift":
+            x = x + F.pad(x, (0, 0, 1, 0))[:, :-1]
+        elif self.how == "two back":
+            x = x + F.pad(x, (0, 0, 8, 0))[:, :-8]
+        elif self.how == "backwards":
+            x = x + x.flip(1)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["recurrence", "mean", "scan", "shift", "two back", "backwards"])
+def test_what_looks_across_positions(how):
+    refuse(Mixing(how), "not kept apart: what layer .* is given changes")
+
+
+def test_convolutions_trained_and_frozen():
+    refuse(Mixing("convolution"), "'conv'.*convolution")
+    refuse(Mixing("convolution", trained=False), "not kept apart")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_without_a_mask_by_segments(attention):
+    """As a cache is given, Transformers makes a mask that knows of no segments."""
+    refuse(decoder("gpt2", attention, use_cache=True), "meet in .*use_cache = False")
+
+
+def test_a_mask_that_is_right_once(monkeypatch):
+    """The mask is looked at in every forward, not in trials alone."""
+    model = Block()
+    private = Segmented(model, 1.0)
+    private.backward(packed(tokens()))
+    monkeypatch.setattr(
+        Block,
+        "mask",
+        lambda self, position_ids: torch.zeros(2, position_ids.shape[1], position_ids.shape[1], dtype=torch.bool),
+    )
+    with pytest.raises(RuntimeError, match="mask that lets segments"):
+        private.backward(packed(tokens()))
+    assert private.nothing_summed()
+
+
+def test_attention_of_pytorch_without_a_mask():
+    class Bare(Block):
+        def forward(self, input_ids, position_ids=None):
+            return self.head(self.layer(self.ids(input_ids)))
+
+    refuse(Bare(), "attention without a mask")
+
+
+def test_a_state_space_model_without_seq_idx():
+    class Marked(nn.Module):  # Mamba takes no position ids, and no seq_idx
+        def __init__(self):
+            super().__init__()
+            self.model = tm.model("mamba").requires_grad_(False)
+            self.model.lm_head.weight.requires_grad_(True)
+
+        def forward(self, input_ids, position_ids=None):
+            return self.model(input_ids).logits
+
+    refuse(Marked(), "not kept apart.*state-space layers without seq_idx")
+
+
+def test_a_loss_over_the_tokens_of_the_batch():
+    """Transformers' own."""
+    model = decoder("gpt2")
+    refuse(model, "averages over the tokens of the batch", loss=lambda m, b: m(**b, labels=b["input_ids"]).loss)
+
+
+@pytest.mark.parametrize("keys", [[], ["position_ids"]])
+def test_marks_that_are_missing_or_wrong(keys):
+    batch = packed(tokens())
+    private = Segmented(decoder("gpt2"), 1.0)
+    with pytest.raises(ValueError, match=r"where the samples|neither count on"):
+        ids = batch["position_ids"].clone()
+        ids[0, 1] = 7
+        Logits(private.wrapped)(batch["input_ids"], **{key: ids for key in keys})
+
+
+def test_marks_that_disagree():
+    batch = packed(tokens()) | {"cu_seq_lens_q": torch.tensor([0, 5, 10])}
+    with pytest.raises(ValueError, match="cu_seq_lens_q and position_ids say different"):
+        Logits(Segmented(decoder("gpt2"), 1.0).wrapped)(**batch)
+
+
+def test_a_place_in_the_row_that_a_gradient_depends_on():
+    """Without position ids GPT-2 counts on over all samples: those before decide what a sample's gradient is."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = decoder("gpt2")
+
+        def forward(self, input_ids, seq_idx=None):
+            mask = (seq_idx[:, :, None] == seq_idx[:, None, :]).tril()[:, None]
+            return self.model(input_ids, attention_mask=mask).logits
+
+    batch = packed(tokens())
+    batch["seq_idx"] = (batch.pop("position_ids") == 0).cumsum(1)
+    refuse(Counting(), "stands elsewhere in the row.*position_ids", batch)
+
+
+def test_how_many_others_there_are():
+    class Scaled(Block):
+        def forward(self, input_ids, position_ids=None):
+            return super().forward(input_ids, position_ids) / input_ids.shape[1]
+
+    refuse(Scaled(), "beside fewer others")
+
+
+def test_a_part_of_the_row():
+    class Cut(Block):
+        def forward(self, input_ids, position_ids=None):
+            return self.head(self.ids(input_ids)[:, :-1])
+
+    refuse(Cut(), "'head' got an input of shape")
+
+
+def test_parameters_without_positions():
+    class Bare(Block):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, input_ids, position_ids=None):
+            return self.head(self.ids(input_ids) * self.scale)
+
+    refuse(Bare(), "scale is not kept by the positions|scale")
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        (dict(rows_per_unit=2), "rows_per_unit=2"),
+        (dict(augmentations=2), "augmentations=2"),
+        (dict(rand_on_empty=True), "rand_on_empty"),
+        (dict(max_physical_batch_size=1), "max_physical_batch_size"),
+        (dict(keep_grad_samples=True), "keep_grad_samples"),
+        (dict(batch_first=False), "batch_first=False"),
+        (dict(grad_sample_mode="hooks"), "units"),
+    ],
+)
+def test_what_does_not_go_with_it(options, name):
+    model = Block()
+    with pytest.raises(ValueError, match=name):
+        make_private(model, units="packed", **options)
+    assert "forward" not in vars(model)
+
+
+def test_compiled_and_recorded_steps():
+    private = Segmented(Block(), 1.0)
+    with pytest.raises(ValueError, match="graphed"):
+        dpfast.graphed(private.wrapped, lambda out: out.sum(), None)
+    compiled = torch.compile(private.wrapped, backend="eager")
+    with pytest.raises(ValueError, match=r"torch\.compile"):
+        compiled(**packed(tokens()))
+
+
+def test_dropout_is_no_reason_to_refuse():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
+    sums = Segmented(Block(layer=layer), 0.5).backward(packed(tokens()))
+    assert all(s.any() for s in sums.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_of_pytorch_itself(frozen):
+    """A frozen layer runs PyTorch's own forward, whose mask is looked at as a whole."""
+    model = Block()
+    model.layer.self_attn.requires_grad_(not frozen)
+    private = Segmented(model, 0.5)
+    sums = private.backward(packed(tokens()))
+    assert sums["model.model.ids.weight"].any()
+
+
+def test_a_mean_in_16_bits():
+    """Of samples, as of rows."""
+    private = Segmented(decoder("gpt2", dtype=torch.bfloat16), 1.0, loss_reduction="mean")
+    with pytest.raises(ValueError, match="bfloat16"):
+        private.backward(packed(tokens()))
+
+
+# ---------------------------------------------------------------------- numbers that are not finite
+
+
+class Bad(Fused):
+    """Logits with attention by ``sdpa`` or written out; token 3 is ``bad`` times what it was."""
+
+    def __init__(self, bad, sdpa=True, backward=False):
+        super().__init__(False, True)
+        self.bad, self.sdpa, self.in_backward = bad, sdpa, backward
+
+    def forward(self, input_ids, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        x = self.ids(input_ids)
+        factor = torch.where(input_ids == 3, self.bad, 1.0).unsqueeze(-1)
+        if not self.in_backward:
+            x = x * factor
+        numbers = (position_ids == 0).cumsum(1)
+        mask = (numbers[:, :, None] == numbers[:, None, :]).tril()
+        q = self.mix(x)
+        if self.sdpa:
+            x = x + F.scaled_dot_product_attention(q[:, None], q[:, None], x[:, None], mask[:, None])[:, 0]
+        else:
+            scores = (q @ q.transpose(1, 2)).masked_fill(~mask, -1e30)[:, None]
+            x = x + (scores.softmax(-1) @ x[:, None])[:, 0]
+        if self.in_backward and x.requires_grad:
+            x.register_hook(lambda g: g * factor)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("backward", [False, True])
+def test_only_the_sample_itself_is_lost(bad, backward):
+    """``0 · NaN`` does not cross from one segment to another, forward or backward; nor does what overflows."""
+    samples = tokens([4, 5, 3], least=4)
+    samples[1][2] = 3
+    model = Bad(bad, backward=backward)
+    with pytest.warns(RuntimeWarning, match="contributes exact zeros"):
+        private = Segmented(model, 0.5)
+        sums = private.backward(packed(samples))
+    rest = Segmented(model, 0.5).backward(packed([samples[0], samples[2]]))
+    assert private.wrapped.nonfinite_samples == 1
+    assert distance(sums, rest) < 1e-6 and all(s.isfinite().all() for s in sums.values())
+
+
+def test_attention_that_is_written_out_carries_nan_and_is_refused():
+    samples = tokens([4, 5, 3], least=4)
+    samples[1][2] = 3
+    model = Bad(float("nan"), sdpa=False)
+    private = Segmented(model, 0.5)
+    for _ in range(2):  # the next forward is no trial
+        private.backward(packed([samples[0], samples[2]]))
+    with pytest.raises(ValueError, match="not finite, and attention that is written out"):
+        private.backward(packed(samples))
+    assert private.nothing_summed()
