@@ -24,6 +24,9 @@ demo: $(READY)
 # Two at a time, as each test works on one thread: half of the folders, and all that is not in these.
 HALF := tests/kernels tests/layers tests/ops tests/native tests/capture tests/planning tests/dropin $(wildcard tests/test_*.py)
 
+# Python keeps what it compiles, of libraries too: over a hundred tests start a process of their own, which imports torch.
+test: export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \

@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: as in this one, see below
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported: no test asks a hub, and waits for its answer
 
 try:  # the same examples on every machine: a failure here is a failure there
