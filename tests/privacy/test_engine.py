@@ -119,8 +119,7 @@ def test_accounting_is_opacus(accountant, poisson):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("accountant", ACCOUNTANTS)
-@pytest.mark.parametrize("criterion", [None, nn.MSELoss()], ids=["three", "four"])
+@pytest.mark.parametrize("accountant, criterion", [*((name, None) for name in ACCOUNTANTS), ("rdp", nn.MSELoss())])
 def test_make_private_with_epsilon(accountant, criterion):
     model, loader = net(), data(60, 6)
     engine = engine_of(accountant)
