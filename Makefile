@@ -21,11 +21,12 @@ NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find c
 demo: $(READY)
 	$(RUN) -m bench.demo
 
-# Two at a time, as each test works on one thread: half of the folders, and all that is not in these.
-HALF := tests/kernels tests/layers tests/ops tests/native tests/capture tests/planning tests/dropin $(wildcard tests/test_*.py)
+# Two at a time, as each test works on one thread: half of the folders, by their CPU time, and all that is not in these.
+HALF := $(addprefix tests/,kernels layers ops native capture planning dropin optim separation) $(wildcard tests/test_*.py)
 
-# Each of the processes that tests start would else compile the sources of torch and of Transformers for itself.
-test: export PYTHONDONTWRITEBYTECODE =
+# Python keeps what it compiles, of libraries too: over a hundred tests start a process of their own, which imports torch.
+test: export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \

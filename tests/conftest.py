@@ -1,14 +1,18 @@
 """For every test: a seed of its own, and uninitialised memory that is poisoned."""
 
+import functools
 import gc
 import os
 import zlib
 
 import pytest
 import torch
+from opacus.accountants.analysis import rdp
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: as in this one, see below
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported: no test asks a hub, and waits for its answer
 
@@ -38,8 +42,12 @@ def seeded(request):
 
 
 def pytest_configure(config):
-    """One thread: a test is tiny, and two threads that wait for each other can cost 200 times its work."""
+    """One thread: a test is tiny, and two threads that wait for each other can cost 200 times its work.
+
+    And a Rényi divergence is found once: 150 orders of a noise multiplier take as long as dozens of steps.
+    """
     torch.set_num_threads(1)
+    rdp._compute_rdp = functools.cache(rdp._compute_rdp)
 
 
 def pytest_collection_finish() -> None:

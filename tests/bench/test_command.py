@@ -21,12 +21,14 @@ from bench.suites import host, kernels, layers, models
 from bench.workloads import workloads
 from dpfast.__main__ import main
 
-BASICS = ["--small", "--device", "cpu", "--seconds", "0.1"]
+BASICS = ["--small", "--device", "cpu", "--seconds", "0.01"]
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No process of its own for memory, which has a test of its own; no long roofline."""
+    """One thread, few rounds; no process of its own for memory, which has a test of its own; no long roofline."""
+    monkeypatch.setattr("bench.command.THREADS", 1)
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0.01)
     monkeypatch.setattr(side_by_side, "peak", lambda job, device: {"growth_bytes": 1 << 20})
     roof = {"flops_per_second": 1e11, "bytes_per_second": 1e10, "dtype": "float32"}
     for suite in ("models", "layers"):
@@ -347,7 +349,7 @@ def test_all_suites_of_a_command_are_resumed(tmp_path, monkeypatch, capsys):
 CHILD = """
 import signal, sys, time, weakref
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from bench import measure, side_by_side
+from bench import command, measure, side_by_side
 from bench.suites import models
 from dpfast.__main__ import main
 class Thing: pass
@@ -363,6 +365,7 @@ def one_round(calls, order, read):
         wait("in a loop")
     return {name: 1.0 for name in order}
 measure.one_round = one_round
+command.THREADS = 1
 side_by_side.peak = lambda job, device: {"growth_bytes": 1 << 20}
 models.peaks = lambda device, dtype: {"error": "not asked for"}
 sys.exit(main(["bench", *sys.argv[2:]]))

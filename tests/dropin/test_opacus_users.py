@@ -346,7 +346,7 @@ class TestCriterion:
         model = net()
         out = dpfast.PrivacyEngine(accountant="rdp").make_private_with_epsilon(
             module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1.0, target_epsilon=3.0,
-            data_loader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch(8)), batch_size=4),
+            data_loader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch(8)), batch_size=2),
             target_delta=1e-3, epochs=1, criterion=nn.MSELoss(), grad_sample_mode="ghost",
         )  # fmt: skip
         assert len(out) == 4 and type(out[1]) is FusedDPOptimizer

@@ -30,6 +30,12 @@ CASES = {
     "no sample": (0, 1, 3, 5, (7, 6), (3, 3), (1, 1), (1, 1), (1, 1), 1),
 }
 
+# Kernels tell 32 bits from 16; float16 and bfloat16 differ in what Triton loads alone.
+each = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in CASES for dtype in DTYPES if dtype != torch.float16 or case in ("plain", "vectors")],
+)
+
 
 def inputs(case, dtype, device):
     batch, rows, C, p, size, *geometry = CASES[case]
@@ -66,8 +72,7 @@ def units(x, G, batch):
     return (len(G) / max(batch, 1) * G.shape[2] * G.shape[3] / 8 + 8) * 2**-24
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@each
 def test_sample_gradients(case, dtype, device):
     x, G, geometry, batch = inputs(case, dtype, device)
     samples, squared = convolution_sample_gradients(x, G, *geometry, batch, True)
@@ -81,8 +86,7 @@ def test_sample_gradients(case, dtype, device):
     assert none.shape == (0, *samples.shape[1:]) and torch.equal(same, squared)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@each
 def test_clipped_gradient(case, dtype, device):
     x, G, geometry, batch = inputs(case, dtype, device)
     factors = torch.rand(batch, device=device)

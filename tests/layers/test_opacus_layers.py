@@ -86,7 +86,7 @@ CELLS = pytest.mark.parametrize("cell", [DPRNN, DPGRU, DPLSTM])
 @CELLS
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 def test_recurrent(options, cell):
-    check_layer(Net(cell, **options), (torch.randn(4, 6, 3), torch.full((4,), 6)), F64)
+    check_layer(Net(cell, **options), (torch.randn(4, 3, 3), torch.full((4,), 3)), F64)
 
 
 @CELLS
@@ -104,15 +104,17 @@ def test_recurrent_last_state(cell, T):
 
 PACKED = {f"{name}, in no order": (shape, [3, 1, 2, 4]) for name, shape in SHAPES.items()}
 PACKED |= {f"{lengths}": (SHAPES["two layers, both ways"], lengths) for lengths in ([4, 4, 4, 4], [1, 1, 1, 1])}
+# Samples are sorted around the cells: whatever is packed with one of them, and the most that can be with the others.
+SORTED = [(name, DPLSTM) for name in PACKED] + [("two layers, both ways, in no order", cell) for cell in (DPRNN, DPGRU)]
 
 
-@CELLS
-@pytest.mark.parametrize(("options", "lengths"), PACKED.values(), ids=PACKED)
-def test_packed_sequences_in_any_order(options, lengths, cell):
+@pytest.mark.parametrize(("packed", "cell"), SORTED)
+def test_packed_sequences_in_any_order(packed, cell):
     """Inside the layer the samples are sorted by length; outside they are as the user gave them.
 
     PyTorch packs no empty batch, so there is none here.
     """
+    options, lengths = PACKED[packed]
     inputs = (torch.randn(4, 4, 3), torch.tensor(lengths))
     check_layer(Net(cell, packed=True, **options), inputs, F64, empty=False)
 
