@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from dpfast.data.public_numbers import Public, batch_size_of, drawn_from
 from dpfast.data.row_order import check_order
 from dpfast.data.sampling import PoissonBatches, check_expected_batch_size, check_sample_rate
+from dpfast.data.unit import ROW, Unit
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Units:
         rows: the indices of each unit's rows in the data set.
         most: how many of them a step takes.
         copies: how often each is taken, one copy after the other.
+        column: by which rows are of one unit; see :class:`dpfast.data.unit.Unit`.
     """
 
     rows: list[list[Any]]
     most: int
     copies: int = 1
+    column: str | None = ""
 
     def __post_init__(self) -> None:
         indices = [index for rows in self.rows for index in rows]
@@ -48,6 +51,11 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def unit(self) -> Unit:
+        """What one of them is."""
+        return ROW if self.column is None else Unit(column=self.column, most=self.most)
 
     @property
     def largest(self) -> int:
@@ -116,11 +124,12 @@ def public_numbers_of_units(
     if isinstance(asked.units, Units):
         units = asked.units
     elif asked.units is None:
-        units = Units([[index] for index in indices], 1, asked.augmentations)
+        units = Units([[index] for index in indices], 1, asked.augmentations, None)
     else:
         assert asked.rows_per_unit is not None
         rows = rows_by_id(ids_of(asked.units, loader.dataset, indices), indices)
-        units = Units(rows, asked.rows_per_unit, asked.augmentations)
+        column = asked.units if isinstance(asked.units, str) else ""
+        units = Units(rows, asked.rows_per_unit, asked.augmentations, column)
     size = batch_size_of(loader)
     if sample_rate is not None:
         return Public(sample_rate, max(1, round(1 / sample_rate)), expected_batch_size or size), units

@@ -27,6 +27,7 @@ class UserBatches(PoissonBatches):
     def __init__(self, units: Units, steps_per_epoch: int, *, seed: int, **kwargs: Any):
         super().__init__(len(units), steps_per_epoch, seed=seed, **kwargs)
         self.units = units
+        self.unit = units.unit
         self._unit_of = {index: unit for unit, rows in enumerate(units.rows) for index in rows}
 
     @property
