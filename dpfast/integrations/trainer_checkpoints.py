@@ -19,10 +19,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
+from dpfast.data.unit import Unit
+from dpfast.data.units import Units
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import PRIVACY_NAME, is_sharded, load_shards, save_shards, whole_state
 from dpfast.integrations.replayed import digest_of, weights_digest
 from dpfast.integrations.trainer_arguments import DPArguments, check_reports
+from dpfast.integrations.trainer_batches import digest_of_users
 from dpfast.model.private_model import FusedHooks
 from dpfast.noise.stream import as_text, check_state
 from dpfast.planning.planner import check_state as check_plan
@@ -78,6 +81,7 @@ class ResumableTrainer(Trainer):
     _batches: Callable[[int], Any]  # those of a seed
     _data_and_collator: Callable[[], tuple[Any, Any]]
     _logical_batch_size: int
+    _users: Units | None
     _data_digest: str | None = None
     _fingerprint: str | None = None  # of the model
     extra_state: Any = None  # what else ``privacy.pt`` is to hold, for programs that build on the trainer
@@ -130,6 +134,11 @@ class ResumableTrainer(Trainer):
         check_state(state["noise"])
         check_plan(state["plan"])
         batches = self._batches(0)
+        if (unit := Unit(**state.get("unit", {}))) != batches.unit:
+            raise CheckpointError(
+                f"resume_from_checkpoint: epsilon is for {batches.unit} here, and was for {unit} in {path}: resume "
+                f"with the same unit_column and rows_per_unit"
+            )
         for name in ("num_samples", "steps_per_epoch"):
             mine = getattr(batches, name)
             if state[name] != mine:
@@ -230,6 +239,7 @@ class ResumableTrainer(Trainer):
             "noise_multiplier": self.optimizer.noise_multiplier,
             "batch_seed": batches.seed,
             "step": self.state.global_step,
+            "unit": batches.unit.state_dict(),
             "num_samples": batches.num_samples,
             "steps_per_epoch": batches.steps_per_epoch,
             "extra": self.extra_state,
@@ -250,6 +260,7 @@ class ResumableTrainer(Trainer):
         found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad")}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
         found |= {"expected_batch_size": self._logical_batch_size}
+        found |= {} if self._users is None else {"users": digest_of_users(self._users)}
         found |= {"optimizer": type(self.optimizer.original_optimizer), "lr_scheduler": type(self.lr_scheduler)}
         parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
         parts["config"] = _computing(getattr(self.model, "config", None))
