@@ -161,7 +161,7 @@ def ids_of(units: Any, dataset: Any, indices: Sequence[Any]) -> list[Any]:
         ValueError: there are none, or too few, or some would not tell units apart.
     """
     if isinstance(units, str):
-        return _checked(_column(units, dataset, indices))
+        return checked_ids(_column(units, dataset, indices))
     if hasattr(units, "tolist"):
         units = units.tolist()
     if not isinstance(units, Sequence) or isinstance(units, bytes):
@@ -173,7 +173,7 @@ def ids_of(units: Any, dataset: Any, indices: Sequence[Any]) -> list[Any]:
         raise ValueError("units= as a list: the data set names its samples; give the key in which samples have ids")
     if len(units) != len(dataset):
         raise ValueError(f"units: {len(units)} ids, and the data set has {len(dataset)} samples; give each one id")
-    return _checked([units[index] for index in indices])
+    return checked_ids([units[index] for index in indices])
 
 
 def _column(name: str, dataset: Any, indices: Sequence[Any]) -> list[Any]:
@@ -201,7 +201,12 @@ def _column(name: str, dataset: Any, indices: Sequence[Any]) -> list[Any]:
     return ids
 
 
-def _checked(ids: Sequence[Any]) -> list[Any]:
+def checked_ids(ids: Sequence[Any]) -> list[Any]:
+    """Ids as they are compared.
+
+    Raises:
+        ValueError: some would not tell units apart.
+    """
     plain = [_plain(value, place) for place, value in enumerate(ids)]
     kinds = {"number" if isinstance(value, (bool, int, float)) else type(value).__name__ for value in plain}
     if len(kinds) > 1:

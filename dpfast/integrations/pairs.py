@@ -129,9 +129,7 @@ class PairTrainer(DPTrainer):
         scores = Scores(chosen, rejected, of_chosen, of_rejected, chosen_tokens, rejected_tokens, mean[::2])
         return scores, 1.0 if found.weights is None else found.weights.unflatten(0, (-1, 2)).prod(1)
 
-    def _log_probs(
-        self, model: Any, head: LossForward | None, inputs: Any, weigh: bool = False
-    ) -> LogProbs:
+    def _log_probs(self, model: Any, head: LossForward | None, inputs: Any, weigh: bool = False) -> LogProbs:
         labels, alpha = inputs["labels"], self.preference.ld_alpha
         counted = labels[:, 1:] != IGNORED
         given = {name: x for name, x in inputs.items() if name not in NOT_OF_THE_MODEL}
@@ -170,7 +168,7 @@ class PairTrainer(DPTrainer):
         }
         prefix = "" if self.model.training else "eval_"
         for name, value in found.items():
-            self._seen.setdefault(prefix + name, []).append(value.float().cpu())
+            self._seen.setdefault(prefix + name, []).append(value.detach().float().cpu())
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """As DPTrainer's, with the means over pairs since the last log; of training pairs only if asked for."""

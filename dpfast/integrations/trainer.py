@@ -55,9 +55,9 @@ class DPTrainer(ResumableTrainer):
     (or override ``compute_loss``): from outputs and labels to losses ``[B]``.
 
     ``epsilon`` is logged with the learning rate, as ``epsilon_per_user_id`` where ``privacy.unit_column`` is
-    ``"user_id"``: ``trainer.engine.unit`` says in words what it is for. The training loss and gradient norms are not private and are not
-    logged, unless ``privacy.log_training_loss``; ``train()`` then returns 0 as ``training_loss``. What evaluation says
-    of ``eval_dataset`` is not private either.
+    ``"user_id"``: ``trainer.engine.unit`` says in words what it is for. The training loss and gradient norms are not
+    private and are not logged, unless ``privacy.log_training_loss``; ``train()`` then returns 0 as ``training_loss``.
+    What evaluation says of ``eval_dataset`` is not private either.
 
     A checkpoint holds the noise's key and the seed of the batches, in ``privacy.pt``: **publish the model, never the
     checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise): batches,
@@ -241,7 +241,9 @@ class DPTrainer(ResumableTrainer):
         plain = super().create_optimizer(model)
         batches = self._batches(0)
         if (delta := self.privacy.target_delta) >= 1 / batches.num_samples:
-            warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} ({batches.unit})", stacklevel=2)
+            warnings.warn(
+                f"target_delta={delta} is no less than 1/{batches.num_samples} ({batches.unit})", stacklevel=2
+            )
         sigma = self._noise_multiplier(batches)
         if self.compute_loss_func is None and not (self.args.torch_compile or is_sharded(self.model)):
             with self.compute_loss_context_manager():

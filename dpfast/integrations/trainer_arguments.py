@@ -119,7 +119,6 @@ class DPArguments:
         if self.secure_mode and self.seed is not None:
             raise ValueError(f"seed={self.seed} with secure_mode=True, whose keys no seed repeats: leave it out")
 
-
     def _check_units(self) -> None:
         column, rows = self.unit_column, self.rows_per_unit
         if column is None and rows is not None:

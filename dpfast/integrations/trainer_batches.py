@@ -75,5 +75,3 @@ def without_column(data: Any, column: str) -> Any:
     if hasattr(data, "remove_columns"):  # of the library datasets
         return data.remove_columns([column]) if column in data.column_names else data
     return WithoutColumn(data, column) if isinstance(data[0], Mapping) else data
-
-

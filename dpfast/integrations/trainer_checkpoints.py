@@ -20,7 +20,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
 from dpfast.data.unit import Unit
-from dpfast.data.units import Units
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import PRIVACY_NAME, is_sharded, load_shards, save_shards, whole_state
 from dpfast.integrations.replayed import digest_of, weights_digest
@@ -81,7 +80,6 @@ class ResumableTrainer(Trainer):
     _batches: Callable[[int], Any]  # those of a seed
     _data_and_collator: Callable[[], tuple[Any, Any]]
     _logical_batch_size: int
-    _users: Units | None
     _data_digest: str | None = None
     _fingerprint: str | None = None  # of the model
     extra_state: Any = None  # what else ``privacy.pt`` is to hold, for programs that build on the trainer
@@ -253,6 +251,10 @@ class ResumableTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Not needed, and a run that goes on with another precision has none to load into."""
 
+    def _digest(self) -> str | None:
+        """What tells the training data from all others; None where nothing does."""
+        return digest_of(*self._data_and_collator())
+
     def _settings(self) -> dict[str, str]:
         """What has to be as it was for the same noise to meet the same sums."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
@@ -260,13 +262,14 @@ class ResumableTrainer(Trainer):
         found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad")}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
         found |= {"expected_batch_size": self._logical_batch_size}
-        found |= {} if self._users is None else {"users": digest_of_users(self._users)}
+        users = getattr(self._batches(0), "units", None)
+        found |= {} if users is None else {"users": digest_of_users(users)}
         found |= {"optimizer": type(self.optimizer.original_optimizer), "lr_scheduler": type(self.lr_scheduler)}
         parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
         parts["config"] = _computing(getattr(self.model, "config", None))
         long = {name: as_text({name: part})[name].encode() for name, part in parts.items()}
         if self._data_digest is None:
-            self._data_digest = digest_of(*self._data_and_collator()) or UNKNOWN
+            self._data_digest = self._digest() or UNKNOWN
         assert self._fingerprint is not None, "taken when the optimizer is made private"
         return (
             as_text(found)

@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dpfast.integrations.pairs import PairTrainer
 from dpfast.integrations.preference_losses import Preference
+from dpfast.integrations.replayed import MOST_ROWS, digest_of
 from dpfast.integrations.trainer import DPArguments, DPTrainer
 from dpfast.refusals import TrainerSettingError
 
@@ -68,7 +69,28 @@ def check_data(data: Any) -> None:
         raise TrainerSettingError(f"train_dataset has the column {images.pop()!r}: only texts are served")
 
 
-class DPSFTTrainer(DPTrainer, SFTTrainer):
+class _Rows:
+    """The samples of a data set, and not the name that its library has for it."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+class _Prepared(DPTrainer):
+    """Data that TRL has prepared: their fingerprint follows the tokenizer's state, which changes as it is used."""
+
+    def _digest(self) -> str | None:
+        data, collator = self._data_and_collator()
+        return digest_of(_Rows(data) if len(data) <= MOST_ROWS else data, collator)
+
+
+class DPSFTTrainer(_Prepared, SFTTrainer):
     """TRL's ``SFTTrainer`` whose training is (ε, δ)-differentially private for one row of its data set, or one user.
 
     A row is a sample. Its loss is the mean over its own tokens that have labels, those of the completion under
@@ -84,7 +106,9 @@ class DPSFTTrainer(DPTrainer, SFTTrainer):
         ValueError: a setting that cannot be had with privacy, before anything is changed.
     """
 
-    def __init__(self, model: Any, args: SFTConfig | None = None, *, privacy: DPArguments | None = None, **keywords: Any):
+    def __init__(
+        self, model: Any, args: SFTConfig | None = None, *, privacy: DPArguments | None = None, **keywords: Any
+    ):
         args = SFTConfig("sft") if args is None else args
         check_settings(args, OF_SFT)
         check_data(keywords.get("train_dataset"))
@@ -92,7 +116,7 @@ class DPSFTTrainer(DPTrainer, SFTTrainer):
         check_model(self)
 
 
-class DPDPOTrainer(PairTrainer, DPOTrainer):
+class DPDPOTrainer(_Prepared, PairTrainer, DPOTrainer):
     """TRL's ``DPOTrainer`` whose training is (ε, δ)-differentially private for one preference pair, or one user.
 
     Both texts of a pair are clipped as one. See :class:`dpfast.integrations.pairs.PairTrainer` for what that means, and

@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'dpfast[trl]'")
 
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+
 from dpfast.integrations.trl import DPArguments, DPDPOTrainer, DPSFTTrainer  # noqa: E402
 from tests.integrations.test_trainer import gpt2, weights  # noqa: E402
 
@@ -192,25 +194,29 @@ LOSSES += [
 
 def test_losses_are_those_of_trl_of_one_pair(tmp_path):
     """The loss of each pair of a batch, and its gradient, are TRL's own of a batch of that pair alone."""
+    mine = dpo(tmp_path)
     plain = trl.DPOTrainer(
         gpt2(), reference(), settings(trl.DPOConfig, tmp_path), train_dataset=pairs(), processing_class=tokenizer()
     )
-    mine = dpo(tmp_path)
+    plain_losses = {"loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0, "ld_alpha": None}
+    plain_losses |= {"f_divergence_type": "reverse_kl", "use_weighting": False}
     batch = mine.data_collator([mine.train_dataset[k] for k in range(3)])
     rows = mine._data_and_collator()[1]([mine.train_dataset[k] for k in range(3)])
-    names = ("loss_weights", "label_smoothing", "ld_alpha", "f_divergence_type", "use_weighting")
     for asked in LOSSES:
-        config = settings(trl.DPOConfig, tmp_path, **asked)
-        mine.preference = type(mine.preference).of(config)
-        plain.loss_types = config.loss_type
-        for name in names:
-            setattr(plain, name, getattr(config, name))
-        plain.loss_weights = config.loss_weights or [1.0] * len(config.loss_type)
+        mine.preference = type(mine.preference)(**asked)
+        for name, value in (plain_losses | asked).items():
+            setattr(plain, "loss_types" if name == "loss_type" else name, value)
+        plain.loss_weights = asked.get("loss_weights") or [1.0]
+        if plain.use_weighting:  # what TRL's head is to return is chosen when the trainer is made
+            del plain.model.forward
+            add_fused_lm_head(
+                plain.model, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+            )
         losses = mine.compute_loss(mine.model, mine._on_device(rows))
         for k, loss in enumerate(losses):
             alone = {name: x[[k, 3 + k]] for name, x in batch.items()}
             want = plain.compute_loss(plain.model, alone)
-            torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5, msg=lambda text: f"{asked}, pair {k}: {text}")
+            torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
             got = torch.autograd.grad(loss, [*mine.model.parameters()], retain_graph=True)
             also = torch.autograd.grad(want, [*plain.model.parameters()])
             size = sum(g.square().sum() for g in also).sqrt()
@@ -226,7 +232,10 @@ def test_references_that_are_computed_before_and_adapters(tmp_path, lora):
     for before in (False, True):
         torch.manual_seed(0)
         trainer = dpo(
-            tmp_path, ref_model=None if lora else "another", args=dict(precompute_ref_log_probs=before, max_steps=2), **kw
+            tmp_path,
+            ref_model=None if lora else "another",
+            args=dict(precompute_ref_log_probs=before, max_steps=2),
+            **kw,
         )
         only(trainer, [0, 1, 2]).train()
         found.append(weights(trainer.model))
