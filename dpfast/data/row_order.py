@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from dpfast.capture.trees import tensors
 from dpfast.capture.which_samples import keys
@@ -16,7 +16,7 @@ from dpfast.refusals import UnitsError
 TRIED = 16  # samples
 
 
-def check_order(loader: DataLoader, indices: Sequence[Any]) -> None:
+def check_order(collate_fn: Callable[[list[Any]], Any], dataset: Any, indices: Sequence[Any]) -> None:
     """Collate some samples of ``indices`` in their order, and the other way round.
 
     What shows is an order that follows from the samples, as where texts are sorted by their length.
@@ -24,12 +24,12 @@ def check_order(loader: DataLoader, indices: Sequence[Any]) -> None:
     Raises:
         ValueError: rows stand in another order than samples.
     """
-    if loader.collate_fn is default_collate:
+    if collate_fn is default_collate:
         return
     count = min(TRIED, len(indices))
-    samples = [loader.dataset[indices[k * len(indices) // count]] for k in range(count)]
+    samples = [dataset[indices[k * len(indices) // count]] for k in range(count)]
     try:
-        forth, back = (tensors(loader.collate_fn(copy.deepcopy(some))) for some in (samples, list(reversed(samples))))
+        forth, back = (tensors(collate_fn(copy.deepcopy(some))) for some in (samples, list(reversed(samples))))
     except Exception as error:
         raise ValueError(
             f"data_loader: {count} samples could not be collated: {type(error).__name__}: {error}"

@@ -120,7 +120,7 @@ def public_numbers_of_units(
     if sample_rate is not None:
         check_sample_rate(sample_rate)
     indices = drawn_from(loader, sample_rate is not None)
-    check_order(loader, indices)
+    check_order(loader.collate_fn, loader.dataset, indices)
     if isinstance(asked.units, Units):
         units = asked.units
     elif asked.units is None:

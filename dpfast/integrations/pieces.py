@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.capture.trees import map_tensors, tensors
+from dpfast.capture.trees import map_tensors
 from dpfast.capture.which_samples import Samples
 from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
 from dpfast.data.empty_batch import CollateOrEmpty
@@ -18,13 +18,10 @@ from dpfast.data.user_batches import packed
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 
-def pieces(batch: Any, size: int) -> Iterator[Any]:
-    """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces of at most ``size``.
-
-    There are as many as there are :func:`counts`.
-    """
-    for k in range(len(counts(len(tensors(batch)[0]), size))):
-        yield map_tensors(lambda x: x[k * size : (k + 1) * size], batch)  # noqa: B023 (used at once)
+def pieces(batch: Any, of: Sequence[int]) -> Iterator[Any]:
+    """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces ``of`` so many."""
+    for end, given in zip(itertools.accumulate(of), of, strict=True):
+        yield map_tensors(lambda x: x[end - given : end], batch)  # noqa: B023 (used at once)
 
 
 def counts(samples: int, size: int, least: int = 1, units: Sequence[int] | None = None) -> list[int]:

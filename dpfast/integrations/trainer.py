@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from dpfast.accounting.epsilon import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
+from dpfast.data.row_order import check_order
 from dpfast.data.sampling import twister
 from dpfast.data.unit import ROW
 from dpfast.data.units import Units
@@ -26,7 +27,7 @@ from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import is_sharded
 from dpfast.integrations.heads import LABELS, LossForward, with_losses
 from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts, first_rows
-from dpfast.integrations.replayed import MODEL, Replayed, fingerprint, seed_all, whole
+from dpfast.integrations.replayed import MODEL, Replayed, fingerprint, seed_all, seeded, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
 from dpfast.integrations.trainer_batches import SampleBatches, UsersBatches, users_of, without_column
@@ -212,6 +213,9 @@ class DPTrainer(ResumableTrainer):
         if self._resumed is not None:
             batches.step = self._resumed["step"]
         data, collator = self._data_and_collator()
+        if self._users is not None or self.rows_of_a_sample > 1:
+            with seeded(0):
+                check_order(collator, data, range(len(data)))
         workers = self.args.dataloader_num_workers
         self._collated = data, collator
         pieces = CollatedPieces(collator, self._train_batch_size, data, self._rows)

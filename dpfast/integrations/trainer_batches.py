@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from dpfast.integrations.replayed import Rows
 class _OfARun:
     """Those of a run of :attr:`total` steps: none past its end, where the Trainer would take one more if it resumes."""
 
-    total: int
+    total: int = sys.maxsize
     step: int
 
     def __iter__(self) -> Iterator[Rows]:
@@ -41,14 +42,15 @@ class UsersBatches(_OfARun, UserBatches):
         return [self.unit_of(index) for index in batch]
 
 
-def users_of(data: Any, column: str, most: int) -> Units:
-    """The users that ``column`` of ``data`` names, of each of which a step takes ``most`` rows.
+def users_of(data: Any, ids: Any, most: int) -> Units:
+    """The users that a column of ``data`` names, or a list of ids; a step takes ``most`` rows of each.
 
     Raises:
         ValueError: there is no such column, or an id in it is none.
     """
     indices = range(len(data))
-    return Units(rows_by_id(ids_of(column, data, indices), indices), most, column=column)
+    column = ids if isinstance(ids, str) else ""
+    return Units(rows_by_id(ids_of(ids, data, indices), indices), most, column=column)
 
 
 def digest_of_users(users: Units) -> str:

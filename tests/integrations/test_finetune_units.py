@@ -11,10 +11,10 @@ from tests import oracle
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from dpfast.integrations.finetune import FinetuneConfig, finetune  # noqa: E402
-from dpfast.integrations.finetune.config import FinetuneError  # noqa: E402
-from dpfast.integrations.finetune.preferences import CollatePairs, Pairs  # noqa: E402
-from dpfast.integrations.pairs import PairsFirst, as_rows  # noqa: E402
+from dpfast.integrations.finetune import FinetuneConfig, finetune
+from dpfast.integrations.finetune.config import FinetuneError
+from dpfast.integrations.finetune.preferences import CollatePairs, Pairs
+from dpfast.integrations.pairs import PairsFirst, as_rows
 
 ROWS = [{"text": f"the number after {k} is {k + 1}", "user_id": "abcd"[k % 3]} for k in range(12)]
 PAIRS = [
@@ -147,7 +147,8 @@ def test_rows_of_pairs_stand_one_after_the_other():
     pairs = Pairs([([1], [2, 3], [4]), ([5, 6], [7], [8, 9])])
     batch = as_rows(PairsFirst(CollatePairs(0, 16))([*pairs]))
     assert batch["input_ids"][:, :4].tolist() == [[1, 2, 3, 0], [1, 4, 0, 0], [5, 6, 7, 0], [5, 6, 8, 9]]
-    assert batch["labels"][:, :4].tolist() == [[-100, 2, 3, -100], [-100, 4, -100, -100], [-100, -100, 7, -100]] + [
-        [-100, -100, 8, 9]
-    ]
+    none = [-100] * 3
+    assert batch["labels"][:2, :4].tolist() == [[-100, 2, 3, -100], [-100, 4, -100, -100]]
+    assert batch["labels"][2:, :4].tolist() == [[-100, -100, 7, -100], [-100, -100, 8, 9]]
+    assert batch["labels"][:, 4:7].tolist() == [none] * 4
     assert batch["attention_mask"].sum(1).tolist() == [3, 2, 3, 4]

@@ -190,3 +190,13 @@ def test_epsilon_is_that_of_users(tmp_path):
 def _saved(trainer, folder):
     trainer._save_optimizer_and_scheduler(str(folder))
     return folder / PRIVACY_NAME
+
+
+def test_a_collator_that_sorts_its_samples_is_refused(tmp_path):
+    def by_length(samples):
+        return collate(sorted(samples, key=lambda sample: len(sample["input_ids"])))
+
+    trainer = users_trainer(tmp_path, data_collator=by_length)
+    with pytest.raises(ValueError, match="does not keep the order"):
+        trainer.train()
+    assert trainer.steps_accounted() == 0
