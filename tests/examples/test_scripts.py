@@ -27,6 +27,7 @@ SCRIPTS = {  # what each has to print
     "lightning_callback": r"accuracy \d.* epsilon [34]\.\d",
     "lora_causal_lm": r"epoch 1: epsilon \d(?s:.)*1024 of \d+ parameters",
     "transformers_trainer": r"epsilon [78]\.\d+ at delta 0.0001, after 2 steps",
+    "preference_pairs": r"right way round: \d+ %(?s:.)*epsilon [78]\.\d+ at delta 0.001 for one preference pair",
     "trl_sft": r"epsilon [78]\.\d+ at delta 0.0001, after 2 steps",
 }
 NEEDS = {
@@ -35,6 +36,7 @@ NEEDS = {
     "lightning_callback": ("lightning",),
     "lora_causal_lm": ("transformers", "peft"),
     "transformers_trainer": ("transformers", "accelerate"),
+    "preference_pairs": ("trl", "datasets"),
     "trl_sft": ("trl", "datasets"),
 }
 LAUNCHED = ("ddp", "fsdp")  # by torchrun

@@ -12,7 +12,7 @@ from tests.helpers import SLACK, distance
 
 pytest.importorskip("lightning")
 
-from tests.integrations.test_lightning import LR, C, Net, Plain, callback_of, data, fit, weights  # noqa: E402
+from tests.integrations.test_lightning import LR, C, Net, Plain, callback_of, data, fit, weights
 
 IDS = [k % 5 for k in range(16)]  # 4, 3, 3, 3 and 3 samples
 USERS = [[0, 5, 10, 15], [1, 6], [2, 7, 12]]

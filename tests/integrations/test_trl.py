@@ -348,6 +348,26 @@ def test_sft_refuses_by_name_before_anything_changes(tmp_path, kw, named):
     assert "forward" not in vars(model)
 
 
+@pytest.mark.parametrize("ref", ["a model", "adapters off", "adapters of before"])
+def test_what_a_user_of_trl_would_write(tmp_path, ref):
+    """bf16 and checkpointing, which are TRL's defaults; a reference of each kind; Poisson batches, empty ones too."""
+    kw, model = {}, gpt2()
+    if ref != "a model":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        kw["ref_model"] = None
+        if ref == "adapters off":
+            kw["peft_config"] = lora
+        else:
+            model = peft.get_peft_model(model, lora)
+    trainer = dpo(tmp_path, model=model, bf16=True, gradient_checkpointing=True, max_steps=4, **kw)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.steps_accounted() == 4
+    changed = {n for n, p in weights(trainer.model).items() if not torch.equal(p, before[n])}
+    assert changed and (ref == "a model" or all(".default." in name for name in changed))
+
+
 def test_every_loss_of_trl_is_served_or_refused():
     known = {name for name in itertools.chain.from_iterable(asked.get("loss_type", ()) for asked in LOSSES)}
     text = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
