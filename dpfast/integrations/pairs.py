@@ -78,6 +78,7 @@ class PairTrainer(DPTrainer):
     ref_model: Any = None
     _reference_head: LossForward | None = None
     _seen: dict[str, list[Tensor]]  # of pairs, since the last log
+    _evaluating = False
 
     def set_reference(self, model: nn.Module | None) -> None:
         """Take ``model`` as the reference, frozen: with the device that the policy is on, and a head for losses."""
@@ -106,7 +107,7 @@ class PairTrainer(DPTrainer):
         """Losses ``[n]`` of pairs, from rows in which both texts of a pair stand one after the other."""
         scores, weights = self._scores(model, inputs)
         losses = self.preference.losses(scores) * weights
-        if self.privacy.log_training_loss or not self.model.training:
+        if self._evaluating or (self.privacy.log_training_loss and self.model.training):  # and not a trial
             self._note(scores)
         return (losses, {}) if return_outputs else losses
 
@@ -166,7 +167,7 @@ class PairTrainer(DPTrainer):
             "logps/chosen": scores.chosen,
             "logps/rejected": scores.rejected,
         }
-        prefix = "" if self.model.training else "eval_"
+        prefix = "eval_" if self._evaluating else ""
         for name, value in found.items():
             self._seen.setdefault(prefix + name, []).append(value.detach().float().cpu())
 
@@ -181,8 +182,12 @@ class PairTrainer(DPTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """The mean loss of a batch of pairs; there are no logits."""
-        with torch.no_grad():
-            losses = self._losses(model, self._on_device(by_pairs(inputs)))
+        self._evaluating = True
+        try:
+            with torch.no_grad():
+                losses = self._losses(model, self._on_device(by_pairs(inputs)))
+        finally:
+            self._evaluating = False
         return losses.mean(), None, None
 
 

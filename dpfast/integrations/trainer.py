@@ -360,7 +360,15 @@ class DPTrainer(ResumableTrainer):
 
     def _on_device(self, part: Any) -> Any:
         """A collated piece as the model sees it: ``rows_of_a_sample`` rows of each sample, one after the other."""
-        return self._prepare_inputs(part)
+        return self._with_decoder_inputs(self._prepare_inputs(part))
+
+    def _with_decoder_inputs(self, inputs: Any) -> dict[str, Any]:
+        """An encoder-decoder's, made of labels: before the forward, so that its rows are known by their memory."""
+        inputs, model = dict(inputs), self.model
+        if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            labels = inputs.get("labels")
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return inputs
 
     def _losses(self, model: Any, batch: Any) -> Tensor:
         """Losses of a batch on the device."""
@@ -377,10 +385,8 @@ class DPTrainer(ResumableTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Losses ``[B]``, one for each sample; the Trainer's, one number for all, would couple the samples."""
-        inputs = dict(inputs)
+        inputs = self._with_decoder_inputs(inputs)
         labels = inputs.pop("labels", None)
-        if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         if self._head is not None and labels is not None and not return_outputs and self._head.takes(inputs):
             return model(**inputs, **{LABELS: labels})
         outputs = model(**inputs)

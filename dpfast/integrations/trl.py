@@ -52,15 +52,15 @@ def check_model(trainer: Any) -> None:
 
     TRL puts one in its place that multiplies with the head's weight past the head.
     """
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            base = model.get_base_model() if hasattr(model, "peft_config") else model
+            vars(base).pop("forward", None)
     if getattr(trainer, "aux_loss_enabled", False):
         raise TrainerSettingError(
             f"router_aux_loss_coef: the config of {type(trainer.model).__name__} has a loss that balances the tokens "
             f"of a whole batch: set router_aux_loss_coef=0.0"
         )
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            base = model.get_base_model() if hasattr(model, "peft_config") else model
-            vars(base).pop("forward", None)
 
 
 def check_data(data: Any) -> None:
@@ -114,6 +114,11 @@ class DPSFTTrainer(_Prepared, SFTTrainer):
         check_data(keywords.get("train_dataset"))
         super().__init__(model, args, privacy=privacy, **keywords)
         check_model(self)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """TRL's, with one loss for a batch."""
+        loss, *rest = super().prediction_step(*args, **kwargs)
+        return loss.mean(), *rest  # type: ignore[union-attr]
 
 
 class DPDPOTrainer(_Prepared, PairTrainer, DPOTrainer):

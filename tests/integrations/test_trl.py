@@ -259,6 +259,15 @@ def test_evaluation_and_metrics_of_pairs(tmp_path):
     assert logged and 0 <= logged[0]["eval_rewards/accuracies"] <= 1
 
 
+def test_figures_of_training_pairs_are_not_among_those_of_evaluation(tmp_path):
+    """The trial that compares pairs alone and together runs in eval()."""
+    trainer = only(dpo(tmp_path, eval_dataset=pairs(3)), [0, 1, 2])
+    trainer.train()
+    assert not trainer._seen
+    found = trainer.evaluate()
+    assert found["eval_loss"] > 0 and not trainer._seen
+
+
 def test_a_run_goes_on_bit_for_bit_and_not_with_another_reference(tmp_path):
     kw = dict(privacy=dict(noise_multiplier=1.0), save_strategy="steps", save_steps=1, max_steps=2)
     whole = dpo(tmp_path / "whole", **kw)
@@ -327,6 +336,10 @@ def test_completions_alone_have_a_loss(tmp_path, users):
     want = by_hand(model, units, loss)
     trainer.train()
     torch.testing.assert_close(weights(model), want, rtol=1e-5, atol=1e-6)
+    found = trainer.evaluate(datasets.Dataset.from_list(prepared))["eval_loss"]
+    with torch.no_grad():
+        twin = oracle.pristine(model, torch.float32)
+        assert found == pytest.approx(float(sum(loss(twin, row) for row in prepared)) / 4, rel=1e-4)
     entry = trainer.state.log_history[0]
     assert ("epsilon_per_user_id" if users else "epsilon") in entry and "mean_token_accuracy" not in entry
 
