@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dpfast.accounting.epsilon import check_budget, noise_multiplier_for
 from dpfast.accounting.runs import joined, state_of
@@ -25,8 +25,9 @@ from dpfast.data.sampling import PoissonBatches, twister
 from dpfast.data.unit import Unit
 from dpfast.data.units import asked_for
 from dpfast.engine import PrivacyEngine
+from dpfast.integrations.lightning_batches import Collate, OfUsers, WithUnits
 from dpfast.integrations.pieces import announced, counts, pieces
-from dpfast.integrations.replayed import Rows, whole
+from dpfast.integrations.replayed import whole
 from dpfast.integrations.trainer_batches import UsersBatches, users_of
 from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
@@ -152,12 +153,12 @@ class DPCallback(Callback):
         drawn = secrets.randbits(128) if seed is None else seed
         self._batches: PoissonBatches
         drawn_of: Any = dataset
-        collate: Callable[[Any], Any] = _Collate(collate_fn)
+        collate: Callable[[Any], Any] = Collate(collate_fn)
         if users is None:
             self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
         else:
             self._batches = UsersBatches(users, steps, seed=drawn)
-            drawn_of, collate = _OfUsers(dataset, collate), whole
+            drawn_of, collate = OfUsers(dataset, collate), whole
         self._loader = DataLoader(drawn_of, batch_sampler=self._batches, collate_fn=collate, **(loader or {}))
         # The rows and what collates them, to be compared alone and together; torch's own function pads nothing.
         self.collated = None if collate_fn is default_collate else (dataset, collate_fn)
@@ -407,39 +408,6 @@ def _asked(units: Any, rows_per_unit: Any) -> int | None:
     """The most samples of a user in a step, where users are asked for."""
     found = asked_for(units, rows_per_unit, 1, poisson_sampling=True, rand_on_empty=False, alone=False)
     return None if found is None else found.rows_per_unit
-
-
-class WithUnits(NamedTuple):
-    """A batch, and ``[B]`` the number of the user that each of its samples is of."""
-
-    batch: Any
-    units: Tensor
-
-
-class _OfUsers(Dataset):
-    """Collated batches of users, each with its :class:`WithUnits`."""
-
-    def __init__(self, data: Any, collate_fn: Callable[[list[Any]], Any]):
-        self.data, self.collate_fn = data, collate_fn
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, rows: Rows) -> WithUnits:
-        """The batch of ``rows``."""
-        fetch = getattr(self.data, "__getitems__", None)
-        samples = fetch(list(rows)) if fetch else [self.data[k] for k in rows]
-        return WithUnits(self.collate_fn(samples), torch.tensor(rows.units, dtype=torch.int64))
-
-
-class _Collate:
-    """An empty batch, which no ``collate_fn`` takes, is an empty list."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]):
-        self.collate_fn = collate_fn
-
-    def __call__(self, samples: list[Any]) -> Any:
-        return self.collate_fn(samples) if samples else []
 
 
 def check_step(

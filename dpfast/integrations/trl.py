@@ -117,8 +117,8 @@ class DPSFTTrainer(_Prepared, SFTTrainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """TRL's, with one loss for a batch."""
-        loss, *rest = super().prediction_step(*args, **kwargs)
-        return loss.mean(), *rest  # type: ignore[union-attr]
+        found: Any = super().prediction_step(*args, **kwargs)
+        return found[0].mean(), found[1], found[2]
 
 
 class DPDPOTrainer(_Prepared, PairTrainer, DPOTrainer):
