@@ -37,9 +37,10 @@ def check_order(collate_fn: Callable[[list[Any]], Any], dataset: Any, indices: S
     for one, other in zip(forth, back, strict=False):
         if not one.dim() or one.shape != other.shape or one.layout != torch.strided:
             continue
-        for dim in (k for k in range(min(2, one.dim())) if one.shape[k] == count):
-            mine, theirs = keys(one, dim), keys(other, dim)
-            if mine != theirs[::-1] and sorted(mine) == sorted(theirs):
+        along = [(keys(one, k), keys(other, k)) for k in range(min(2, one.dim())) if one.shape[k] == count]
+        kept = any(mine == theirs[::-1] for mine, theirs in along)  # in the dimension that samples have
+        for mine, theirs in along:
+            if not kept and sorted(mine) == sorted(theirs):
                 raise UnitsError(
                     "units=, augmentations=: collate_fn does not keep the order of its samples, as one does not that "
                     "sorts them by length: it could not be told which unit a row is of. Leave them in their order "

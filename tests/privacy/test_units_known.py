@@ -217,3 +217,15 @@ def test_what_collates_in_another_order_is_refused(collate):
         assert "forward" not in vars(model)
     else:
         everyone(data, [0, 1, 2] * 3, model, 0.1, data_loader=loader)
+
+
+def test_as_many_positions_as_samples_are_no_other_order():
+    """Masks that are the same for all samples look the same when samples come the other way round."""
+    mask = torch.ones(16, 16).tril()[-1:].expand(16, 16) * torch.arange(16.0)
+    dataset = TensorDataset(torch.randn(16, 4), mask, torch.randn(16, 2))
+
+    def together(samples):
+        return default_collate(samples)
+
+    loader = DataLoader(dataset, batch_size=16, collate_fn=together)
+    everyone(dataset, [k // 2 for k in range(16)], nn.Linear(4, 2), 0.1, data_loader=loader)
