@@ -92,7 +92,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip
 	$(RUN) -m pip install -q --no-compile -c constraints.txt torch setuptools
-	$(RUN) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,dev,finetune,lightning]'
+	$(RUN) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,dev,finetune,lightning,trl]'
 	touch $@
 
 clean:

@@ -23,6 +23,7 @@ from opacus.accountants import IAccountant
 from opacus.optimizers import DPOptimizer
 
 from dpfast.accounting.runs import ACCOUNTANT, RUNS, by_run, joined
+from dpfast.data.unit import Unit
 from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planning.planner import check_state as check_plan
@@ -32,6 +33,7 @@ from dpfast.refusals import CheckpointError
 PLAN, THRESHOLDS, ASCENT = "plan_state_dict", "max_grad_norms", "ascent_state_dict"
 NOISE_STATE = "noise_state_dict"  # once it was in every checkpoint; fine-tuning, which restores its batches, has it
 OPTIMIZER = "optimizer_state_dict"
+UNIT = "unit"  # what ε is for
 
 # NumPy's numbers and arrays, which schedules and noise multipliers are made of.
 _NUMPY: list[Any] = [
@@ -105,9 +107,9 @@ def write(path: Any, save: Any) -> None:
         read(file.name, map_location="meta")  # "meta" reads no weights
 
 
-def contents(module: Any, optimizer: DPOptimizer | None, accountant: IAccountant) -> dict[str, Any]:
+def contents(module: Any, optimizer: DPOptimizer | None, accountant: IAccountant, unit: Unit) -> dict[str, Any]:
     """What is added to Opacus' entries."""
-    found: dict[str, Any] = {RUNS: by_run(accountant)}
+    found: dict[str, Any] = {RUNS: by_run(accountant), UNIT: unit.state_dict()}
     if isinstance(optimizer, FusedDPOptimizer):
         if optimizer.ascending.ascent is not None:
             found[ASCENT] = optimizer.ascending.state_dict()
@@ -116,6 +118,28 @@ def contents(module: Any, optimizer: DPOptimizer | None, accountant: IAccountant
     if isinstance(module, FusedHooks):
         found[PLAN] = module.clipped_sum.planner.state_dict()
     return found
+
+
+def unit_of(held: dict[str, Any], mine: Unit | None) -> Unit:
+    """What the ε of a checkpoint's steps is for, which is taken out of it; a checkpoint that says nothing is of rows.
+
+    ``mine`` is what the engine's is for: where both are the same, how many rows of a user a step takes stays the
+    engine's.
+
+    Raises:
+        ValueError: the checkpoint's is another one, or malformed.
+    """
+    state = held.pop(UNIT, {})
+    try:
+        theirs = Unit(**state)
+    except TypeError as error:
+        raise CheckpointError(f"{UNIT}={state!r}: what ε is for was expected ({error})") from error
+    if mine is not None and not mine.is_like(theirs):
+        raise CheckpointError(
+            f"the checkpoint's ε is for {theirs}, and this engine's for {mine}: no ε holds for both. Call make_private "
+            f"with the units= that the run was trained with"
+        )
+    return mine or theirs
 
 
 def take_over(

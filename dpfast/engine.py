@@ -30,7 +30,8 @@ from dpfast.clipping.thresholds import Clipping
 from dpfast.data.criterion import PerSampleCriterion
 from dpfast.data.loaders import poisson_loader, public_numbers, watched
 from dpfast.data.sampling import PoissonBatches, check_shares, system_generator
-from dpfast.data.units import asked_for
+from dpfast.data.unit import ROW, Unit
+from dpfast.data.units import Units, asked_for
 from dpfast.data.user_batches import UserBatches
 from dpfast.distributed.ranks import Ranks, model_and_ranks
 from dpfast.model.private_model import FusedHooks, FusedModule, check_public_state, parameter_names
@@ -41,7 +42,7 @@ from dpfast.optim.ascent import Ascent, check_ascent
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.step_checks import check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
-from dpfast.refusals import AlreadyPrivateError, LoaderError, ParametersChangedError, UnservedModuleError
+from dpfast.refusals import AlreadyPrivateError, BudgetError, LoaderError, ParametersChangedError, UnservedModuleError
 
 FUSED, GHOST = "fused", "ghost"
 
@@ -79,6 +80,7 @@ class PrivacyEngine(OpacusEngine):
             if secure_mode:
                 warnings.filterwarnings("ignore", "Secure RNG turned off")
             super().__init__(accountant=accountant)
+        self.unit: Unit | None = None  # what ε is for, once a model was made private
         self.secure_mode = secure_mode
         if secure_mode:
             self.secure_rng = system_generator()
@@ -221,6 +223,8 @@ class PrivacyEngine(OpacusEngine):
             fused_only |= dict(units=units, rows_per_unit=rows_per_unit)
             fused_only |= dict(augmentations=None if augmentations == 1 else augmentations)
             self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
+            self._check_unit(ROW)
+            self.unit = ROW
             return super().make_private(
                 module=module,
                 optimizer=optimizer,
@@ -298,8 +302,11 @@ class PrivacyEngine(OpacusEngine):
                 "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
                 "divides by"
             )
+        unit = drawn.unit if isinstance(drawn, Units) else getattr(data_loader.batch_sampler, "unit", ROW)
+        self._check_unit(unit)
         shared_by(ranks, self.accountant)
         check_shares(data_loader, ranks, poisson_sampling, (public, drawn))
+        self.unit = unit
         private_loader = self._private_loader(data_loader, drawn, public, rand_on_empty, ranks)
         hooks = self._attach(module, wrap_model, batch_first, loss_reduction, max_physical_batch_size, ranks)
         hooks.clipped_sum.planner = planner
@@ -354,6 +361,14 @@ class PrivacyEngine(OpacusEngine):
                 f"torchcsprng; the fused mode has secure noise of its own"
             )
         ModuleValidator.validate(module, strict=True)
+
+    def _check_unit(self, unit: Unit) -> None:
+        """Steps that protect rows and steps that protect users have no ε together."""
+        if self.unit is not None and len(self.accountant) and not unit.is_like(self.unit):
+            raise BudgetError(
+                f"units=, data_loader: ε would be for {unit}, and this engine has accounted for steps whose ε is for "
+                f"{self.unit}: no ε holds for both. Give this training a PrivacyEngine of its own"
+            )
 
     def _check_generator(self, noise_generator: Any) -> None:
         if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
@@ -454,7 +469,7 @@ class PrivacyEngine(OpacusEngine):
         return made
 
     def get_epsilon(self, delta: float) -> float:
-        """ε of all steps so far at ``delta``; 0 before the first.
+        """ε of all steps so far at ``delta``; 0 before the first. What it is for is in ``engine.unit``: "one row".
 
         Where the accountant fails, or would take minutes, it is an upper bound: see
         :func:`dpfast.accounting.epsilon.epsilon_of`.
@@ -479,7 +494,7 @@ class PrivacyEngine(OpacusEngine):
             ValueError: ``checkpoint_dict`` or a scheduler has an object that :meth:`load_checkpoint` would refuse: one
                 that is neither a tensor nor plain Python. What was at ``path`` stays.
         """
-        held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer, self.accountant)}
+        held = {**(checkpoint_dict or {}), **checkpoints.contents(module, optimizer, self.accountant, self.unit or ROW)}
 
         def save(file: Any) -> None:
             super(PrivacyEngine, self).save_checkpoint(
@@ -512,8 +527,10 @@ class PrivacyEngine(OpacusEngine):
         Raises:
             ValueError: an entry is malformed, or the file holds more than tensors and plain Python; nothing is changed.
         """
-        return checkpoints.take_over(
-            checkpoints.read(path, **(torch_load_kwargs or {})),
+        held = checkpoints.read(path, **(torch_load_kwargs or {}))
+        unit = checkpoints.unit_of(held, self.unit)
+        rest = checkpoints.take_over(
+            held,
             accountant=self.accountant,
             module=module,
             optimizer=optimizer,
@@ -521,6 +538,8 @@ class PrivacyEngine(OpacusEngine):
             noise_scheduler=noise_scheduler,
             grad_clip_scheduler=grad_clip_scheduler,
         )
+        self.unit = unit
+        return rest
 
     def _note_dataset(self, dataset: Any) -> None:
         if self.dataset is None:

@@ -1,11 +1,10 @@
 """Supervised fine-tuning with TRL, with privacy: ``python examples/trl_sft.py``.
 
-    pip install trl
+    pip install 'dpfast[trl]'
 
-TRL's trainers are Transformers' Trainer with a preparation of the data and a loss. ``DPTrainer`` before ``SFTTrainer``
-in the bases keeps the first, and takes a loss that is a mean over each text's own tokens, for TRL's own is one over
-all tokens of a batch. TRL's metrics of the training batches, which are not private, are not computed. A sample is one
-row of the data set: leave ``packing`` and ``padding_free`` at False, as they put several into one.
+``DPSFTTrainer`` is TRL's ``SFTTrainer`` with a loss that is a mean over each text's own tokens, for TRL's own is one
+over all tokens of a batch. TRL's metrics of the training batches, which are not private, are not computed. A sample is
+one row of the data set: ``packing`` and ``padding_free`` put several into one, and are refused.
 """
 
 import argparse
@@ -15,15 +14,11 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from dpfast.integrations.trainer import DPArguments, DPTrainer
+from dpfast.integrations.trl import DPArguments, DPSFTTrainer
 
 WORDS = ["<pad>", "<eos>", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-class DPSFTTrainer(DPTrainer, SFTTrainer):
-    """``SFTTrainer`` whose training is private."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

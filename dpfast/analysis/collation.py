@@ -46,7 +46,11 @@ def _size(x: Any) -> int:
 
 
 def check_collation(
-    hooks: FusedHooks, loss_of: Callable[[Any], Tensor], data: Any, collate_fn: Callable[[list[Any]], Any]
+    hooks: FusedHooks,
+    loss_of: Callable[[Any], Tensor],
+    data: Any,
+    collate_fn: Callable[[list[Any]], Any],
+    each: int = 1,
 ) -> None:
     """Compare gradients of a few rows that are collated alone and together, with the loss that trains.
 
@@ -57,6 +61,7 @@ def check_collation(
         loss_of: from a collated batch to its loss: the sum or mean over samples, as ``make_private`` was told.
         data: the data set; of its first rows the smallest, the largest and two between are compared.
         collate_fn: the loader's.
+        each: rows that the model sees of each sample, one after the other.
 
     Raises:
         ValueError: a sample has another gradient beside others than alone.
@@ -65,11 +70,13 @@ def check_collation(
         few = of_other_lengths([data[k] for k in range(min(AMONG, len(data)))])
     if len(few) < 2 or is_random(collate_fn, few):
         return
-    together = squared_norms(hooks, lambda: loss_of(collate_fn(few)), len(few))
+    together = squared_norms(hooks, lambda: loss_of(collate_fn(few)), each * len(few))
     for k, row in enumerate(few):
-        alone = squared_norms(hooks, lambda row=row: loss_of(collate_fn([row])), 1)  # type: ignore[misc]
-        change = float((alone[0].sqrt() / together[k].sqrt().clamp_min(1e-30) - 1).abs().nan_to_num(0, 0, 0))
-        if change > _allowed(hooks) and float(torch.maximum(alone[0], together[k])) > 0:
+        alone = squared_norms(hooks, lambda row=row: loss_of(collate_fn([row])), each)  # type: ignore[misc]
+        beside = together[each * k : each * (k + 1)]
+        changes = (alone.sqrt() / beside.sqrt().clamp_min(1e-30) - 1).abs().nan_to_num(0, 0, 0)
+        change = float(changes.max())
+        if change > _allowed(hooks) and bool((torch.maximum(alone, beside)[changes > _allowed(hooks)] > 0).any()):
             raise CollateError(
                 f"collate_fn: a sample has another gradient beside others than alone (its norm changes by "
                 f"{100 * change:.3g} %): what it is collated with reaches it, most often as padding to the longest of "

@@ -6,7 +6,7 @@ by where they lie in what the loader gave, or by their values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpfast.capture.which_samples import PADDING, ForwardPass, Samples, keys
@@ -53,25 +53,52 @@ def _units(forward: ForwardPass) -> list[Any] | None:
 
 
 def _has_values_of(forward: ForwardPass, samples: Samples) -> bool:
-    """Whether some input has, row by row, the values that the loader gave, and none has them in another order.
+    """Whether some inputs have, row by row, the values that the loader gave, and none has them in another order.
 
-    Rows that are alike tell nothing of their order, if all of them are and there are several units.
+    Rows that are alike in these inputs tell nothing of their order. If they are of several units, they have to be alike
+    in all other inputs too: else those may be in any order. If all rows are alike, nothing is shown.
     """
-    assert forward.rows is not None
-    several = len({*(samples.units or ())}) > 1
+    assert forward.rows is not None and samples.units is not None
     real = [k for k, row in enumerate(forward.rows) if row < len(samples.indices)]  # and not padding
+    several = len({*samples.units}) > 1
+    known: list[list[bytes]] = []  # the rows' values in inputs that the loader gave
+    others: list[Sequence[Any]] = []  # and in those that it did not
     shown = False
     for given, dim in forward.given:
         x, pairs = given.unchanged(), []
+        if x is None:  # written to since
+            others.append(range(len(forward.rows)))
+            continue
         for theirs in (held.unchanged() for held in samples.rows):
-            if x is None or theirs is None or x.numel() * len(samples) != theirs.numel() * x.shape[dim]:
+            if theirs is None or x.numel() * len(samples) != theirs.numel() * x.shape[dim]:
                 continue
             for along in {0, dim}:  # a loader may have the batch first, and the model not
                 if theirs.dim() > along and theirs.shape[along] == len(samples):
                     its = keys(theirs.to(x.dtype), along)
                     pairs.append((keys(x, dim), [its[row] for row in forward.rows]))
-        if any(mine == its and (not several or len({its[k] for k in real}) > 1) for mine, its in pairs):
-            shown = True
-        elif any(mine != its and sorted(mine) == sorted(its) for mine, its in pairs):
+        same = next((mine for mine, its in pairs if mine == its), None)
+        if same is not None:
+            known.append(same)
+            shown |= not several or len({same[k] for k in real}) > 1
+        elif any(sorted(mine) == sorted(its) for mine, its in pairs):
             return False
-    return shown
+        else:
+            others.append(keys(x, dim))
+    return shown and not (several and _alike_but_not_all_over(real, samples, forward.rows, known, others))
+
+
+def _alike_but_not_all_over(
+    real: Sequence[int],
+    samples: Samples,
+    rows: Sequence[int],
+    known: Sequence[Sequence[Any]],
+    others: Sequence[Sequence[Any]],
+) -> bool:
+    """Whether rows of two units are alike in what is ``known``, and not in all ``others``."""
+    assert samples.units is not None
+    found: dict[tuple[Any, ...], tuple[set[Any], set[Any]]] = {}
+    for k in real:
+        units, values = found.setdefault(tuple(column[k] for column in known), (set(), set()))
+        units.add(samples.units[rows[k]])
+        values.add(tuple(column[k] for column in others))
+    return any(len(units) > 1 and len(values) > 1 for units, values in found.values())

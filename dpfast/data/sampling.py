@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
+from dpfast.data.unit import ROW
 from dpfast.distributed.ranks import Ranks
 from dpfast.refusals import RanksError
 
@@ -39,7 +40,10 @@ class PoissonBatches(Sampler[list[int]]):
     Attributes:
         step: the number of the next batch, counted from the beginning of training; set it to resume. With workers that
             prefetch, it is ahead of what training has seen.
+        unit: what is drawn.
     """
+
+    unit = ROW
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from dpfast.capture.segments import PACKED
 from dpfast.data.public_numbers import Public, batch_size_of, drawn_from
 from dpfast.data.row_order import check_order
 from dpfast.data.sampling import PoissonBatches, check_expected_batch_size, check_sample_rate
+from dpfast.data.unit import ROW, Unit
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Units:
         rows: the indices of each unit's rows in the data set.
         most: how many of them a step takes.
         copies: how often each is taken, one copy after the other.
+        column: by which rows are of one unit; see :class:`dpfast.data.unit.Unit`.
     """
 
     rows: list[list[Any]]
     most: int
     copies: int = 1
+    column: str | None = ""
 
     def __post_init__(self) -> None:
         indices = [index for rows in self.rows for index in rows]
@@ -49,6 +52,11 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def unit(self) -> Unit:
+        """What one of them is."""
+        return ROW if self.column is None else Unit(column=self.column, most=self.most)
 
     @property
     def largest(self) -> int:
@@ -130,15 +138,16 @@ def public_numbers_of_units(
     if sample_rate is not None:
         check_sample_rate(sample_rate)
     indices = drawn_from(loader, sample_rate is not None)
-    check_order(loader, indices)
+    check_order(loader.collate_fn, loader.dataset, indices)
     if isinstance(asked.units, Units):
         units = asked.units
     elif asked.units is None:
-        units = Units([[index] for index in indices], 1, asked.augmentations)
+        units = Units([[index] for index in indices], 1, asked.augmentations, None)
     else:
         assert asked.rows_per_unit is not None
         rows = rows_by_id(ids_of(asked.units, loader.dataset, indices), indices)
-        units = Units(rows, asked.rows_per_unit, asked.augmentations)
+        column = asked.units if isinstance(asked.units, str) else ""
+        units = Units(rows, asked.rows_per_unit, asked.augmentations, column)
     size = batch_size_of(loader)
     if sample_rate is not None:
         return Public(sample_rate, max(1, round(1 / sample_rate)), expected_batch_size or size), units
@@ -170,7 +179,7 @@ def ids_of(units: Any, dataset: Any, indices: Sequence[Any]) -> list[Any]:
         ValueError: there are none, or too few, or some would not tell units apart.
     """
     if isinstance(units, str):
-        return _checked(_column(units, dataset, indices))
+        return checked_ids(_column(units, dataset, indices))
     if hasattr(units, "tolist"):
         units = units.tolist()
     if not isinstance(units, Sequence) or isinstance(units, bytes):
@@ -182,7 +191,7 @@ def ids_of(units: Any, dataset: Any, indices: Sequence[Any]) -> list[Any]:
         raise ValueError("units= as a list: the data set names its samples; give the key in which samples have ids")
     if len(units) != len(dataset):
         raise ValueError(f"units: {len(units)} ids, and the data set has {len(dataset)} samples; give each one id")
-    return _checked([units[index] for index in indices])
+    return checked_ids([units[index] for index in indices])
 
 
 def _column(name: str, dataset: Any, indices: Sequence[Any]) -> list[Any]:
@@ -210,7 +219,12 @@ def _column(name: str, dataset: Any, indices: Sequence[Any]) -> list[Any]:
     return ids
 
 
-def _checked(ids: Sequence[Any]) -> list[Any]:
+def checked_ids(ids: Sequence[Any]) -> list[Any]:
+    """Ids as they are compared.
+
+    Raises:
+        ValueError: some would not tell units apart.
+    """
     plain = [_plain(value, place) for place, value in enumerate(ids)]
     kinds = {"number" if isinstance(value, (bool, int, float)) else type(value).__name__ for value in plain}
     if len(kinds) > 1:

@@ -27,6 +27,7 @@ class UserBatches(PoissonBatches):
     def __init__(self, units: Units, steps_per_epoch: int, *, seed: int, **kwargs: Any):
         super().__init__(len(units), steps_per_epoch, seed=seed, **kwargs)
         self.units = units
+        self.unit = units.unit
         self._unit_of = {index: unit for unit, rows in enumerate(units.rows) for index in rows}
 
     @property
@@ -62,7 +63,7 @@ class UserBatches(PoissonBatches):
     def physical_batches(self, step: int, size: int) -> list[list[Any]]:
         """This rank's share of ``step`` in parts of at most ``size`` rows, of whole units: as many on every rank."""
         drawn = self.logical_units(step)
-        shares = [_packed(drawn[rank :: self.world_size], size) for rank in range(self.world_size)]
+        shares = [packed(drawn[rank :: self.world_size], size) for rank in range(self.world_size)]
         parts = max(1, *map(len, shares))
         mine = shares[self.rank]
         return [*mine, *([] for _ in range(parts - len(mine)))]
@@ -92,7 +93,7 @@ def _joined(units: Sequence[list[Any]]) -> list[Any]:
     return [index for rows in units for index in rows]
 
 
-def _packed(units: Sequence[list[Any]], size: int) -> list[list[Any]]:
+def packed(units: Sequence[list[Any]], size: int) -> list[list[Any]]:
     """Whole units in their order, in as many batches as it takes."""
     parts: list[list[Any]] = []
     for rows in units:

@@ -20,13 +20,19 @@ from dpfast.accounting.epsilon import check_budget, noise_multiplier_for
 from dpfast.accounting.runs import joined, state_of
 from dpfast.analysis.collation import check_collation
 from dpfast.capture.trees import tensors
+from dpfast.data.row_order import check_order
 from dpfast.data.sampling import PoissonBatches, twister
+from dpfast.data.unit import Unit
+from dpfast.data.units import asked_for
 from dpfast.engine import PrivacyEngine
+from dpfast.integrations.lightning_batches import Collate, OfUsers, WithUnits
 from dpfast.integrations.pieces import announced, counts, pieces
+from dpfast.integrations.replayed import whole
+from dpfast.integrations.trainer_batches import UsersBatches, users_of
 from dpfast.model.private_model import FusedHooks
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.planning.planner import check_state as check_plan
-from dpfast.refusals import CheckpointError, LoaderError, TrainerSettingError
+from dpfast.refusals import CheckpointError, LoaderError, TrainerSettingError, UnitsError
 
 
 class DPCallback(Callback):
@@ -61,6 +67,9 @@ class DPCallback(Callback):
         noise_multiplier: noise standard deviation over ``max_grad_norm``; or leave it out and give the next three.
         target_epsilon, target_delta, epochs: the noise is then such that so many epochs spend at most that (ε, δ).
         max_grad_norm: the norm that each sample's gradient is clipped to.
+        units, rows_per_unit: as for ``make_private``: whose each sample is, an id for each or the name of a column, and
+            the most samples of a user in a step. ε is then for one user, and ``batch_size`` counts users. Hooks that
+            see a batch before ``training_step`` get it with its users, as ``(batch, units)``.
         max_physical_batch_size: most samples that ``training_step`` sees at once; None for whole batches. The parts of
             a batch are cut from its tensors, which all have the samples first.
         accountant, secure_mode: as for :class:`dpfast.PrivacyEngine`.
@@ -85,6 +94,8 @@ class DPCallback(Callback):
         target_epsilon: float | None = None,
         target_delta: float | None = None,
         epochs: float | None = None,
+        units: Any = None,
+        rows_per_unit: int | None = None,
         max_physical_batch_size: int | None = None,
         accountant: str = "prv",
         secure_mode: bool = False,
@@ -100,10 +111,28 @@ class DPCallback(Callback):
                 raise ValueError(f"{name}={value}: give at least 1")
         if secure_mode and seed is not None:
             raise ValueError(f"seed={seed} with secure_mode=True, whose keys no seed repeats: leave it out")
-        for name in ("data_loader", "module", "optimizer", "poisson_sampling", "wrap_model", "criterion"):
+        for name in (
+            "data_loader",
+            "module",
+            "optimizer",
+            "poisson_sampling",
+            "wrap_model",
+            "criterion",
+            "augmentations",
+        ):
             if name in private:
                 raise TrainerSettingError(f"{name}: DPCallback sets this itself; leave it out")
-        steps = -(-len(dataset) // batch_size)
+        users, collate_fn = None, collate_fn or default_collate
+        if (asked := _asked(units, rows_per_unit)) is not None:
+            users = users_of(dataset, units, asked)
+            check_order(collate_fn, dataset, range(len(dataset)))
+            if max_physical_batch_size is not None and users.largest > max_physical_batch_size:
+                raise ValueError(
+                    f"max_physical_batch_size={max_physical_batch_size}: a user has {users.largest} samples in a "
+                    f"batch, and is never split: give at least that, or a smaller rows_per_unit"
+                )
+        samples = len(dataset) if users is None else len(users)
+        steps = -(-samples // batch_size)
         target = {"target_epsilon": target_epsilon, "target_delta": target_delta, "epochs": epochs}
         if noise_multiplier is None:
             noise_multiplier = _noise_for(target, steps, accountant)
@@ -122,15 +151,17 @@ class DPCallback(Callback):
             **private,
         }
         drawn = secrets.randbits(128) if seed is None else seed
-        self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=self._batches,
-            collate_fn=_Collate(collate_fn or default_collate),
-            **(loader or {}),
-        )
+        self._batches: PoissonBatches
+        drawn_of: Any = dataset
+        collate: Callable[[Any], Any] = Collate(collate_fn)
+        if users is None:
+            self._batches = PoissonBatches(len(dataset), steps, seed=drawn)
+        else:
+            self._batches = UsersBatches(users, steps, seed=drawn)
+            drawn_of, collate = OfUsers(dataset, collate), whole
+        self._loader = DataLoader(drawn_of, batch_sampler=self._batches, collate_fn=collate, **(loader or {}))
         # The rows and what collates them, to be compared alone and together; torch's own function pads nothing.
-        self.collated = None if collate_fn is None else (dataset, collate_fn)
+        self.collated = None if collate_fn is default_collate else (dataset, collate_fn)
         self._pending: dict[str, Any] | None = None  # a checkpoint's state, until there is an optimizer
 
     def train_dataloader(self) -> DataLoader:
@@ -138,7 +169,7 @@ class DPCallback(Callback):
         return self._loader
 
     def get_epsilon(self, delta: float) -> float:
-        """ε of all steps so far, of a resumed run since its beginning."""
+        """ε of all steps so far, of a resumed run since its beginning; ``engine.unit`` says what it is for."""
         return float(self.engine.get_epsilon(delta))
 
     def make_private(self, module: L.LightningModule, optimizer: Optimizer) -> FusedDPOptimizer:
@@ -247,11 +278,17 @@ class DPCallback(Callback):
             "accountant": state_of(self.engine.accountant),
             "plan": self.hooks.clipped_sum.planner.state_dict(),
             "sampled": (self._batches.num_samples, self._batches.steps_per_epoch),
+            "unit": self._batches.unit.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checked at once; accounting is taken over when training starts, and there is an optimizer."""
         check_plan(state_dict["plan"])
+        if (unit := Unit(**state_dict.get("unit", {}))) != self._batches.unit:
+            raise CheckpointError(
+                f"ckpt_path: epsilon is for {self._batches.unit} here, and was for {unit}: resume with the same units "
+                f"and rows_per_unit"
+            )
         mine = (self._batches.num_samples, self._batches.steps_per_epoch)
         if tuple(state_dict["sampled"]) != mine:
             raise CheckpointError(
@@ -284,14 +321,21 @@ class _Cut:
             data, collate_fn = self.collated
             self.collated = None
             check_step(self.callback.hooks, self.__wrapped__, data, collate_fn, args, kwargs)
+        batch, units = self._told(batch)
         optimizer.abandon()  # Lightning's zero_grad comes after the forward of the last, and then keeps the sums
         if not tensors(batch):
             optimizer.expect_no_samples()
             return torch.zeros((), requires_grad=True)
         parts: Iterable[Any] = [(batch, None, True)]
-        if self.size is not None:
-            of = counts(len(tensors(batch)[0]), self.size)
-            parts = announced(optimizer, pieces(batch, self.size), of)
+        if self.size is not None or units is not None:
+            rows = len(tensors(batch)[0])
+            if units is not None and len(units) != rows:
+                raise UnitsError(
+                    f"units=: a batch of {len(units)} samples has {rows} rows after collate_fn and the module's hooks, "
+                    f"so that it cannot be told whose they are: leave each sample one row"
+                )
+            of = counts(rows, self.size or rows, units=units)
+            parts = announced(optimizer, pieces(batch, of), of, units=units)
         for part, _, last in parts:
             out = self.__wrapped__(part, *args, **kwargs)
             loss = _loss(out)
@@ -301,6 +345,18 @@ class _Cut:
                 optimizer.step()
                 optimizer.zero_grad()
         return out
+
+    def _told(self, batch: Any) -> tuple[Any, list[int] | None]:
+        """The batch, and whose each of its rows is where that is asked for."""
+        if isinstance(batch, WithUnits):
+            return batch.batch, batch.units.tolist()
+        hooks = self.callback.hooks
+        if hooks is not None and hooks.clipped_sum.by_unit:
+            raise UnitsError(
+                "units=: a hook of the module has given training_step another batch than the one that DPCallback gave, "
+                "so that it cannot be told whose its rows are: return batches as (batch, units), as they come"
+            )
+        return batch, None
 
 
 class _MadePrivate:
@@ -348,14 +404,10 @@ def _whole(training_step: Any) -> Any:
     return training_step.__wrapped__ if isinstance(training_step, _Cut) else training_step
 
 
-class _Collate:
-    """An empty batch, which no ``collate_fn`` takes, is an empty list."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]):
-        self.collate_fn = collate_fn
-
-    def __call__(self, samples: list[Any]) -> Any:
-        return self.collate_fn(samples) if samples else []
+def _asked(units: Any, rows_per_unit: Any) -> int | None:
+    """The most samples of a user in a step, where users are asked for."""
+    found = asked_for(units, rows_per_unit, 1, poisson_sampling=True, rand_on_empty=False, alone=False)
+    return None if found is None else found.rows_per_unit
 
 
 def check_step(

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpfast.capture.trees import map_tensors, tensors
+from dpfast.capture.trees import map_tensors
 from dpfast.capture.which_samples import Samples
 from dpfast.clipping.samples_once import LogicalBatch, Loop, Piece
 from dpfast.data.empty_batch import CollateOrEmpty
 from dpfast.data.physical_batches import padded
+from dpfast.data.user_batches import packed
 from dpfast.optim.optimizer import FusedDPOptimizer
 
 
-def pieces(batch: Any, size: int) -> Iterator[Any]:
-    """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces of at most ``size``.
+def pieces(batch: Any, of: Sequence[int]) -> Iterator[Any]:
+    """``batch``, nested mappings, tuples or lists of tensors with the samples first, in pieces ``of`` so many."""
+    for end, given in zip(itertools.accumulate(of), of, strict=True):
+        yield map_tensors(lambda x: x[end - given : end], batch)  # noqa: B023 (used at once)
 
-    There are as many as there are :func:`counts`.
+
+def counts(samples: int, size: int, least: int = 1, units: Sequence[int] | None = None) -> list[int]:
+    """How many of ``samples`` are in each piece of at most ``size``; there are at least ``least`` of them, and one.
+
+    Where the samples are of ``units``, each is whole in one piece. Its samples stand one after the other.
     """
-    for k in range(len(counts(len(tensors(batch)[0]), size))):
-        yield map_tensors(lambda x: x[k * size : (k + 1) * size], batch)  # noqa: B023 (used at once)
-
-
-def counts(samples: int, size: int, least: int = 1) -> list[int]:
-    """How many of ``samples`` are in each piece of at most ``size``; there are at least ``least`` of them, and one."""
-    return [max(0, min(size, samples - k * size)) for k in range(max(1, least, -(-samples // size)))]
+    if units is None:
+        return [max(0, min(size, samples - k * size)) for k in range(max(1, least, -(-samples // size)))]
+    found = [len(piece) for piece in packed([[*its] for _, its in itertools.groupby(units)], size)]
+    return found + [0] * (max(1, least) - len(found))
 
 
 class CollatedPieces:
@@ -44,9 +49,11 @@ class CollatedPieces:
         self.collator = CollateOrEmpty(collator, data, 0) if rows else collator
         self.size, self.rows = size, rows
 
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        starts = range(0, max(len(samples), int(self.rows > 0)), self.size)
-        return {"samples": len(samples), "pieces": [self._piece(samples[k : k + self.size]) for k in starts]}
+    def __call__(self, samples: list[Any], units: Sequence[int] | None = None) -> dict[str, Any]:
+        of = counts(len(samples), self.size, units=units) if samples or self.rows else []
+        ends = [*itertools.accumulate(of)]
+        found = [self._piece(samples[end - given : end]) for given, end in zip(of, ends, strict=True)]
+        return {"samples": len(samples), "units": units, "pieces": found}
 
     def _piece(self, samples: list[Any]) -> Any:
         batch = self.collator(samples)
@@ -59,7 +66,12 @@ def first_rows(batch: Any, there: int, rows: int) -> Any:
 
 
 def announced(
-    optimizer: FusedDPOptimizer, parts: Iterable[Any], of: Sequence[int], rows: int = 0
+    optimizer: FusedDPOptimizer,
+    parts: Iterable[Any],
+    of: Sequence[int],
+    rows: int = 0,
+    units: Sequence[int] | None = None,
+    each: int = 1,
 ) -> Iterator[tuple[Any, int, bool]]:
     """Each piece of a logical batch, how many samples it has, and whether it is the last.
 
@@ -70,12 +82,19 @@ def announced(
         optimizer: private.
         parts: what the model will see, on its device; taken one at a time.
         of: the number of samples in each.
-        rows: fewest that each has; those behind the samples are left out of the clipped sum.
+        rows: fewest samples that each has; those behind what is given are left out of the clipped sum.
+        units: what each sample is clipped together with; None: it is clipped alone.
+        each: rows that the model sees of each sample, one after the other.
     """
     batch, loop, start = LogicalBatch(), Loop(), 0
+    if units is None and each > 1:
+        units = range(sum(of))
     for k, (part, given) in enumerate(zip(parts, of, strict=True)):
         last = k == len(of) - 1
-        samples = Samples(id(batch), range(start, start + given), padding=max(0, rows - given))
+        its = None if units is None else [unit for unit in units[start : start + given] for _ in range(each)]
+        samples = Samples(
+            id(batch), range(each * start, each * (start + given)), padding=each * max(0, rows - given), units=its
+        )
         optimizer.clipped_sum.batches.give_piece(Piece(batch, k == 0, last, samples, loop), False, part)
         yield part, given, last
         start += given
@@ -87,11 +106,13 @@ def backward_in_pieces(
     of: Sequence[int],
     loss_of: Callable[[Any, int], Tensor],
     rows: int = 0,
+    units: Sequence[int] | None = None,
+    each: int = 1,
 ) -> Tensor:
     """Forward and backward of one logical batch, a piece at a time; ``optimizer.step()`` has to follow.
 
     Args:
-        optimizer, parts, of, rows: see :func:`announced`.
+        optimizer, parts, of, rows, units, each: see :func:`announced`.
         loss_of: from a piece and the number of its samples to the loss of these, reduced over them as ``make_private``
             was told.
 
@@ -100,7 +121,7 @@ def backward_in_pieces(
     """
     optimizer.abandon()  # an exception may have ended the logical batch before this one half-way
     total = torch.zeros(())
-    for part, given, last in announced(optimizer, parts, of, rows):
+    for part, given, last in announced(optimizer, parts, of, rows, units, each):
         loss = loss_of(part, given)
         loss.backward()
         total = total.to(loss.device) + loss.detach()

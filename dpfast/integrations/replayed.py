@@ -22,16 +22,17 @@ MOST_ROWS = 1 << 14  # of a data set of one's own that is read whole, to tell it
 
 
 class Rows(list[int]):
-    """The indices of one batch, and the number of its step."""
+    """The indices of one batch, the number of its step, and the unit of each row where units are drawn."""
 
     step: int
+    units: list[int] | None
 
-    def __init__(self, rows: list[int], step: int):
+    def __init__(self, rows: list[int], step: int, units: list[int] | None = None):
         super().__init__(rows)
-        self.step = step
+        self.step, self.units = step, units
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (list(self), self.step)
+        return type(self), (list(self), self.step, self.units)
 
 
 class Replayed(Dataset):
@@ -42,11 +43,11 @@ class Replayed(Dataset):
 
     Args:
         data: the samples.
-        collate_fn: from a list of samples to a batch.
+        collate_fn: from a list of samples, and the unit of each or None, to a batch.
         seed, rank: of the run.
     """
 
-    def __init__(self, data: Any, collate_fn: Callable[[list[Any]], Any], seed: int, rank: int):
+    def __init__(self, data: Any, collate_fn: Callable[[list[Any], list[int] | None], Any], seed: int, rank: int):
         self.data, self.collate_fn, self.seed, self.rank = data, collate_fn, seed, rank
 
     def __len__(self) -> int:
@@ -56,7 +57,8 @@ class Replayed(Dataset):
         """The batch of ``rows``."""
         with seeded(self.seed, TRANSFORMS, rows.step, self.rank):
             fetch = getattr(self.data, "__getitems__", None)
-            return self.collate_fn(fetch(list(rows)) if fetch else [self.data[k] for k in rows])
+            samples = fetch(list(rows)) if fetch else [self.data[k] for k in rows]
+            return self.collate_fn(samples, rows.units)
 
 
 def whole(batch: Any) -> Any:

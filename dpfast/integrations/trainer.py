@@ -6,7 +6,7 @@ import copy
 import math
 import secrets
 import warnings
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,18 @@ from transformers import TrainerCallback, TrainingArguments
 from dpfast.accounting.epsilon import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
-from dpfast.data.sampling import PoissonBatches, twister
+from dpfast.data.row_order import check_order
+from dpfast.data.sampling import twister
+from dpfast.data.unit import ROW
+from dpfast.data.units import Units
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import is_sharded
 from dpfast.integrations.heads import LABELS, LossForward, with_losses
 from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts, first_rows
-from dpfast.integrations.replayed import MODEL, Replayed, Rows, fingerprint, seed_all, whole
+from dpfast.integrations.replayed import MODEL, Replayed, fingerprint, seed_all, seeded, whole
 from dpfast.integrations.task_losses import task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
+from dpfast.integrations.trainer_batches import SampleBatches, UsersBatches, users_of, without_column
 from dpfast.integrations.trainer_checkpoints import PRIVACY_NAME, ResumableTrainer
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.refusals import BudgetError, CheckpointError, LoaderError, LossCouplesError, RanksError
@@ -36,6 +40,8 @@ __all__ = ["PRIVACY_NAME", "DPArguments", "DPTrainer"]
 
 class DPTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose training is (ε, δ)-differentially private for one sample added or left out.
+
+    With ``privacy.unit_column`` read "user" for "sample": all samples of a user are clipped as one.
 
     Arguments are the Trainer's, and ``privacy``. One step accounts for one logical batch: each sample of
     ``train_dataset`` is in it with probability 1/(steps per epoch), independently, and its expected size is about
@@ -49,9 +55,10 @@ class DPTrainer(ResumableTrainer):
     mean over a sample's own tokens, never over those of the batch. For any other model, pass ``compute_loss_func``
     (or override ``compute_loss``): from outputs and labels to losses ``[B]``.
 
-    ``epsilon`` is logged with the learning rate. The training loss and gradient norms are not private and are not
-    logged, unless ``privacy.log_training_loss``; ``train()`` then returns 0 as ``training_loss``. What evaluation says
-    of ``eval_dataset`` is not private either.
+    ``epsilon`` is logged with the learning rate, as ``epsilon_per_user_id`` where ``privacy.unit_column`` is
+    ``"user_id"``: ``trainer.engine.unit`` says in words what it is for. The training loss and gradient norms are not
+    private and are not logged, unless ``privacy.log_training_loss``; ``train()`` then returns 0 as ``training_loss``.
+    What evaluation says of ``eval_dataset`` is not private either.
 
     A checkpoint holds the noise's key and the seed of the batches, in ``privacy.pt``: **publish the model, never the
     checkpoints.** A resumed run is bit-equal to one that was not interrupted (in secure mode up to the noise): batches,
@@ -76,6 +83,9 @@ class DPTrainer(ResumableTrainer):
         ValueError: an argument that cannot be had with privacy, or a model whose per-sample loss is not known.
     """
 
+    rows_of_a_sample = 1  # that the model sees
+    row = "row"  # what a sample of the data is called
+
     def __init__(
         self,
         model: Any = None,
@@ -90,6 +100,7 @@ class DPTrainer(ResumableTrainer):
         self.engine = PrivacyEngine(accountant=self.privacy.accountant, secure_mode=self.privacy.secure_mode)
         self.hooks = None
         self._resumed, self._batch_seed = None, None
+        self._found: tuple[Any, Units] | None = None  # the users of a data set, which are read once
         self._head: LossForward | None = None  # of a model whose losses need no logits
         self._collated: tuple[Any, Any] | None = None  # the rows and what collates them, until they are compared
         product = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
@@ -101,7 +112,10 @@ class DPTrainer(ResumableTrainer):
         if args.n_gpu > 1:
             warnings.warn(f"DPTrainer uses one of {args.n_gpu} GPUs in one process; use torchrun for all", stacklevel=2)
             args._n_gpu = 1
-        super().__init__(model, args, *positional, **keywords)
+        if positional:
+            super().__init__(model, args, *positional, **keywords)
+        else:  # trainers of TRL have other arguments before this one
+            super().__init__(model, args=args, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise RanksError(
                 "accelerate was launched with DeepSpeed or FSDP: launch without, and shard the model with fully_shard"
@@ -113,7 +127,21 @@ class DPTrainer(ResumableTrainer):
                 f"model is a {type(self.model).__name__}, whose per-sample loss is not known: pass compute_loss_func, "
                 f"from (outputs, labels, num_items_in_batch) to losses [B]"
             )
+        if self.train_dataset is not None and self.privacy.unit_column is not None:
+            self._check_size()
         self.add_callback(_Epochs())
+
+    def _check_size(self) -> None:
+        """A unit's rows are in one physical batch, as they are clipped as one.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self._users is not None and self._users.largest > self._train_batch_size:
+            raise ValueError(
+                f"per_device_train_batch_size={self._train_batch_size}: a user has {self._users.largest} rows in a "
+                f"batch, and is never split: give at least that, or a smaller rows_per_unit"
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's; but accelerate must not put a private model into DDP, nor replace its ``forward``."""
@@ -133,6 +161,20 @@ class DPTrainer(ResumableTrainer):
 
     @property
     def _samples(self) -> int:
+        """How many there are; users, where these are drawn."""
+        return self._rows_of_data if self._users is None else len(self._users)
+
+    @property
+    def _users(self) -> Units | None:
+        column, most = self.privacy.unit_column, self.privacy.rows_per_unit
+        if column is None or most is None or not self._rows_of_data:
+            return None
+        if self._found is None or self._found[0] is not self.train_dataset:
+            self._found = self.train_dataset, users_of(self.train_dataset, column, most)
+        return self._found[1]
+
+    @property
+    def _rows_of_data(self) -> int:
         data: Any = self.train_dataset
         if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not len(data):
             raise LoaderError(
@@ -145,10 +187,15 @@ class DPTrainer(ResumableTrainer):
         """Fewest rows of a physical batch: the ranks of a sharded model gather its parameters in every forward."""
         return self._train_batch_size if self.privacy.pad else int(is_sharded(self.model))
 
-    def _batches(self, seed: int) -> _Batches:
+    def _batches(self, seed: int) -> SampleBatches | UsersBatches:
         steps_per_epoch = math.ceil(self._samples / self._logical_batch_size)
-        rank, ranks = self.args.process_index, self.args.world_size
-        batches = _Batches(self._samples, steps_per_epoch, seed=seed, rank=rank, world_size=ranks)
+        share: dict[str, Any] = dict(seed=seed, rank=self.args.process_index, world_size=self.args.world_size)
+        batches: SampleBatches | UsersBatches
+        if self._users is not None:
+            batches = UsersBatches(self._users, steps_per_epoch, **share)
+        else:
+            batches = SampleBatches(self._samples, steps_per_epoch, **share)
+        batches.unit = replace(batches.unit, row=self.row)
         epochs, steps = self.args.num_train_epochs, self.args.max_steps
         batches.total = steps if steps > 0 else math.ceil(epochs * steps_per_epoch)
         return batches
@@ -162,9 +209,13 @@ class DPTrainer(ResumableTrainer):
         if self._batch_seed is None:
             self._batch_seed = self._draw_batch_seed()
         batches = self._batches(self._batch_seed)
+        self._check_size()
         if self._resumed is not None:
             batches.step = self._resumed["step"]
         data, collator = self._data_and_collator()
+        if self._users is not None or self.rows_of_a_sample > 1:
+            with seeded(0):
+                check_order(collator, data, range(len(data)))
         workers = self.args.dataloader_num_workers
         self._collated = data, collator
         pieces = CollatedPieces(collator, self._train_batch_size, data, self._rows)
@@ -181,6 +232,8 @@ class DPTrainer(ResumableTrainer):
     def _data_and_collator(self) -> tuple[Any, Any]:
         """Without the columns that the model does not take."""
         data: Any = self.train_dataset
+        if self.privacy.unit_column is not None:
+            data = without_column(data, self.privacy.unit_column)
         if hasattr(data, "remove_columns"):  # a data set of the library datasets
             return self._remove_unused_columns(data, description="training"), self.data_collator
         return data, self._get_collator_with_removed_columns(self.data_collator, description="training")
@@ -192,7 +245,9 @@ class DPTrainer(ResumableTrainer):
         plain = super().create_optimizer(model)
         batches = self._batches(0)
         if (delta := self.privacy.target_delta) >= 1 / batches.num_samples:
-            warnings.warn(f"target_delta={delta} is no less than 1/{batches.num_samples} samples", stacklevel=2)
+            warnings.warn(
+                f"target_delta={delta} is no less than 1/{batches.num_samples} ({batches.unit})", stacklevel=2
+            )
         sigma = self._noise_multiplier(batches)
         if self.compute_loss_func is None and not (self.args.torch_compile or is_sharded(self.model)):
             with self.compute_loss_context_manager():
@@ -207,7 +262,7 @@ class DPTrainer(ResumableTrainer):
         self.hooks, optimizer, _ = self.engine.make_private(
             module=model,
             optimizer=plain,
-            data_loader=DataLoader(range(batches.num_samples), batch_sampler=batches),  # type: ignore[arg-type]
+            data_loader=DataLoader(range(self._rows_of_data), batch_sampler=batches),  # type: ignore[arg-type]
             noise_multiplier=sigma,
             max_grad_norm=privacy.max_grad_norm,
             clipping=privacy.clipping,
@@ -220,6 +275,7 @@ class DPTrainer(ResumableTrainer):
             expected_batch_size=self._logical_batch_size,
             noise_generator=self._noise_generator(),
         )
+        self.hooks.clipped_sum.by_unit |= self.rows_of_a_sample > 1
         optimizer.loss_reduction = "mean"  # the update divides by the expected size of a logical batch
         self.optimizer = optimizer
         fp16 = self.accelerator.mixed_precision == "fp16"
@@ -229,7 +285,7 @@ class DPTrainer(ResumableTrainer):
             self.model.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         return optimizer
 
-    def _noise_multiplier(self, batches: _Batches) -> float:
+    def _noise_multiplier(self, batches: SampleBatches | UsersBatches) -> float:
         privacy = self.privacy
         if privacy.noise_multiplier is not None:
             return privacy.noise_multiplier
@@ -271,15 +327,15 @@ class DPTrainer(ResumableTrainer):
         assert self._batch_seed is not None
         seed_all(self._batch_seed, MODEL, self.state.global_step, self.args.process_index)  # dropout
         optimizer: FusedDPOptimizer = self.optimizer
-        scaler = self.accelerator.scaler
+        scaler, each = self.accelerator.scaler, self.rows_of_a_sample
         if self._collated is not None and not is_sharded(self.model):  # whose ranks would see other rows
             assert self.hooks is not None
             (data, collator), self._collated = self._collated, None
             check_collation(
-                self.hooks, lambda batch: self._losses(model, self._prepare_inputs(batch)).sum(), data, collator
+                self.hooks, lambda batch: self._losses(model, self._on_device(batch)).sum(), data, collator, each
             )
-        size, held = self._train_batch_size, inputs["pieces"]
-        of = counts(inputs["samples"], size, optimizer.ranks.most(len(held)))
+        size, held, units = self._train_batch_size, inputs["pieces"], inputs["units"]
+        of = counts(inputs["samples"], size, optimizer.ranks.most(len(held)), units)
         # Where other ranks have more pieces: one without samples, of which no row counts.
         filling = first_rows(held[0], max(of[0], self._rows), self._rows) if self._rows else None
         parts = [*held, *[filling] * (len(of) - len(held))]
@@ -293,14 +349,26 @@ class DPTrainer(ResumableTrainer):
                     f"the loss has shape {list(losses.shape)} for a batch of {seen} samples: compute_loss and "
                     f"compute_loss_func must return one loss for each sample, [B]; one number for all couples them"
                 )
-            return scaler.scale(losses[:given].sum())
+            return scaler.scale(each * losses[:given].sum())  # of a unit's rows the mean is clipped, not the sum
 
-        on_device = (None if part is None else self._prepare_inputs(part) for part in parts)
-        total = backward_in_pieces(optimizer, on_device, of, loss_of, self._rows)
-        total = total / optimizer.clipped_sum.loss_scale
+        on_device = (None if part is None else self._on_device(part) for part in parts)
+        total = backward_in_pieces(optimizer, on_device, of, loss_of, self._rows, units, each)
+        total = total / (optimizer.clipped_sum.loss_scale * each)
         if not self.privacy.log_training_loss:
             return torch.zeros_like(total)
         return total * self.args.world_size / self._logical_batch_size
+
+    def _on_device(self, part: Any) -> Any:
+        """A collated piece as the model sees it: ``rows_of_a_sample`` rows of each sample, one after the other."""
+        return self._with_decoder_inputs(self._prepare_inputs(part))
+
+    def _with_decoder_inputs(self, inputs: Any) -> dict[str, Any]:
+        """An encoder-decoder's, made of labels: before the forward, so that its rows are known by their memory."""
+        inputs, model = dict(inputs), self.model
+        if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            labels = inputs.get("labels")
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return inputs
 
     def _losses(self, model: Any, batch: Any) -> Tensor:
         """Losses of a batch on the device."""
@@ -317,10 +385,8 @@ class DPTrainer(ResumableTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Losses ``[B]``, one for each sample; the Trainer's, one number for all, would couple the samples."""
-        inputs = dict(inputs)
+        inputs = self._with_decoder_inputs(inputs)
         labels = inputs.pop("labels", None)
-        if "decoder_input_ids" not in inputs and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         if self._head is not None and labels is not None and not return_outputs and self._head.takes(inputs):
             return model(**inputs, **{LABELS: labels})
         outputs = model(**inputs)
@@ -351,24 +417,12 @@ class DPTrainer(ResumableTrainer):
             for name in ("loss", "train_loss"):
                 logs.pop(name, None)
         if "learning_rate" in logs or "train_runtime" in logs:
-            logs["epsilon"] = self.privacy_spent()[0]
+            logs[(self.engine.unit or ROW).epsilon] = self.privacy_spent()[0]
         super().log(logs, *args, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial looks at the data, and choosing among them is not accounted for."""
         raise BudgetError("hyperparameter_search: its trials are not accounted for; search on public data")
-
-
-class _Batches(PoissonBatches):
-    """Those of a run of :attr:`total` steps: none past its end, where the Trainer would take one more if it resumes."""
-
-    total: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in super().__iter__():
-            if self.step > self.total:
-                return
-            yield Rows(batch, self.step - 1)
 
 
 class _Epochs(TrainerCallback):

@@ -75,6 +75,11 @@ class DPArguments:
             first dimension is the batch; they contribute exactly nothing, and are in no loss that is logged. Where the
             collator pads texts to the longest, lengths still change: have it pad to one, as by
             ``padding="max_length"``.
+        unit_column: the column (or key) of ``train_dataset`` that says whose each sample is, such as ``"user_id"``. ε
+            is then for one user: batches draw users, all rows of a user are clipped as one, and the number of samples,
+            ``expected_batch_size`` and what it follows from count users. The model does not see the column.
+            ``per_device_train_batch_size`` still counts rows, and a user's have to fit.
+        rows_per_unit: with ``unit_column``, the most rows that a step takes of a user; a public number.
     """
 
     target_epsilon: float | None = None
@@ -92,6 +97,8 @@ class DPArguments:
     log_training_loss: bool = False
     expected_batch_size: int | None = None
     pad: bool = False
+    unit_column: str | None = None
+    rows_per_unit: int | None = None
 
     def __post_init__(self):
         if self.target_epsilon is None and self.noise_multiplier is None:
@@ -108,8 +115,23 @@ class DPArguments:
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"expected_batch_size={size!r}: give a whole number of at least 1")
         check_scale("loss_scale", self.loss_scale)
+        self._check_units()
         if self.secure_mode and self.seed is not None:
             raise ValueError(f"seed={self.seed} with secure_mode=True, whose keys no seed repeats: leave it out")
+
+    def _check_units(self) -> None:
+        column, rows = self.unit_column, self.rows_per_unit
+        if column is None and rows is not None:
+            raise ValueError(f"rows_per_unit={rows!r} without unit_column: name the column that says whose a row is")
+        if column is None:
+            return
+        if not isinstance(column, str) or not column:
+            raise ValueError(f"unit_column={column!r}: give the name of a column")
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ValueError(
+                f"rows_per_unit={rows!r}: with unit_column={column!r} give the most rows that a step takes of a user, "
+                f"a whole number of at least 1 that was chosen without looking at the data"
+            )
 
 
 def check_arguments(args: TrainingArguments) -> None:

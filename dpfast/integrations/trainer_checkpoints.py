@@ -19,10 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from dpfast.accounting.runs import joined, state_of
 from dpfast.checkpoints import read, written
+from dpfast.data.unit import Unit
 from dpfast.engine import PrivacyEngine
 from dpfast.integrations.distributed import PRIVACY_NAME, is_sharded, load_shards, save_shards, whole_state
 from dpfast.integrations.replayed import digest_of, weights_digest
 from dpfast.integrations.trainer_arguments import DPArguments, check_reports
+from dpfast.integrations.trainer_batches import digest_of_users
 from dpfast.model.private_model import FusedHooks
 from dpfast.noise.stream import as_text, check_state
 from dpfast.planning.planner import check_state as check_plan
@@ -130,6 +132,11 @@ class ResumableTrainer(Trainer):
         check_state(state["noise"])
         check_plan(state["plan"])
         batches = self._batches(0)
+        if (unit := Unit(**state.get("unit", {}))) != batches.unit:
+            raise CheckpointError(
+                f"resume_from_checkpoint: epsilon is for {batches.unit} here, and was for {unit} in {path}: resume "
+                f"with the same unit_column and rows_per_unit"
+            )
         for name in ("num_samples", "steps_per_epoch"):
             mine = getattr(batches, name)
             if state[name] != mine:
@@ -230,6 +237,7 @@ class ResumableTrainer(Trainer):
             "noise_multiplier": self.optimizer.noise_multiplier,
             "batch_seed": batches.seed,
             "step": self.state.global_step,
+            "unit": batches.unit.state_dict(),
             "num_samples": batches.num_samples,
             "steps_per_epoch": batches.steps_per_epoch,
             "extra": self.extra_state,
@@ -243,6 +251,10 @@ class ResumableTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Not needed, and a run that goes on with another precision has none to load into."""
 
+    def _digest(self) -> str | None:
+        """What tells the training data from all others; None where nothing does."""
+        return digest_of(*self._data_and_collator())
+
     def _settings(self) -> dict[str, str]:
         """What has to be as it was for the same noise to meet the same sums."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
@@ -250,12 +262,14 @@ class ResumableTrainer(Trainer):
         found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad")}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
         found |= {"expected_batch_size": self._logical_batch_size}
+        users = getattr(self._batches(0), "units", None)
+        found |= {} if users is None else {"users": digest_of_users(users)}
         found |= {"optimizer": type(self.optimizer.original_optimizer), "lr_scheduler": type(self.lr_scheduler)}
         parts = {"model": self.model, "data_collator": self.data_collator, "compute_loss_func": self.compute_loss_func}
         parts["config"] = _computing(getattr(self.model, "config", None))
         long = {name: as_text({name: part})[name].encode() for name, part in parts.items()}
         if self._data_digest is None:
-            self._data_digest = digest_of(*self._data_and_collator()) or UNKNOWN
+            self._data_digest = self._digest() or UNKNOWN
         assert self._fingerprint is not None, "taken when the optimizer is made private"
         return (
             as_text(found)

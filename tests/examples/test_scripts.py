@@ -28,6 +28,7 @@ SCRIPTS = {  # what each has to print
     "lora_causal_lm": r"epoch 1: epsilon \d(?s:.)*1024 of \d+ parameters",
     "packed_sft": r"epoch 1: epsilon [78]\.\d+ at delta 0.0001(?s:.)*% padding",
     "transformers_trainer": r"epsilon [78]\.\d+ at delta 0.0001, after 2 steps",
+    "preference_pairs": r"right way round: \d+ %(?s:.)*epsilon [78]\.\d+ at delta 0.001 for one preference pair",
     "trl_sft": r"epsilon [78]\.\d+ at delta 0.0001, after 2 steps",
 }
 NEEDS = {
@@ -37,6 +38,7 @@ NEEDS = {
     "lora_causal_lm": ("transformers", "peft"),
     "packed_sft": ("transformers",),
     "transformers_trainer": ("transformers", "accelerate"),
+    "preference_pairs": ("trl", "datasets"),
     "trl_sft": ("trl", "datasets"),
 }
 LAUNCHED = ("ddp", "fsdp")  # by torchrun

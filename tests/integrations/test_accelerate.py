@@ -89,20 +89,22 @@ def killed_and_resumed(output: Path) -> None:
 
 
 def runs(folder: Path, world_size: int) -> dict[str, Any]:
-    """A step without samples, which is noise alone, and a run whose batches are those of any number of processes."""
+    """A step without samples, which is noise alone, and runs whose batches are those of any number of processes."""
     privacy = {"noise_multiplier": 1.0, "log_training_loss": True}
     found = []
-    for name, steps in (("noise", 1), ("run", 4)):
+    users = dict(unit_column="user_id", rows_per_unit=2, expected_batch_size=2)
+    for name, steps in (("users", 4), ("noise", 1), ("run", 4)):
         model = gpt2()
         if int(os.environ.get("RANK", 0)):  # the first rank's weights count
             model.lm_head.weight.data.zero_()
         args = dict(max_steps=steps, gradient_accumulation_steps=4 // world_size)
-        trainer = trainer_of(folder, model, texts(9), privacy, **args)
+        data = [{**row, "user_id": k % 4} for k, row in enumerate(texts(9))]
+        trainer = trainer_of(folder, model, data, privacy | (users if name == "users" else {}), **args)
         assert trainer.args.world_size == world_size
         (only(trainer, []) if name == "noise" else trainer).train()
         found.append(weights(model))
     logged = [(e["step"], round(e["loss"], 4), e["epsilon"]) for e in trainer.state.log_history if "loss" in e]
-    return dict(noise=found[0], run=found[1], history=trainer.engine.accountant.history, logged=logged)
+    return dict(users=found[0], noise=found[1], run=found[2], history=trainer.engine.accountant.history, logged=logged)
 
 
 def test_dptrainer(two, tmp_path):
@@ -111,7 +113,8 @@ def test_dptrainer(two, tmp_path):
     for rank in range(2):
         got = torch.load(two[0] / f"{rank}.pt", weights_only=False)
         assert all(torch.equal(got["noise"][name], p) for name, p in want["noise"].items())
-        assert_same(got["run"], want["run"], rtol=1e-5)
+        for name in ("run", "users"):
+            assert_same(got[name], want[name], rtol=1e-5)
         assert got["history"] == want["history"]
         assert rank or got["logged"] == want["logged"]
 

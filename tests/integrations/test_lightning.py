@@ -164,7 +164,7 @@ def test_a_resumed_run_has_all_its_steps_and_new_noise(tmp_path, at, workers, se
     assert len(keys) == 3 and None not in keys
     held = torch.load(path, weights_only=True)["callbacks"]
     (state,) = [state for state in held.values() if "accountant" in state]
-    assert set(state) == {"accountant", "plan", "sampled"}, "a key, a seed"
+    assert set(state) == {"accountant", "plan", "sampled", "unit"}, "a key, a seed"
 
 
 def test_a_seed_repeats_noise_and_batches(tmp_path):

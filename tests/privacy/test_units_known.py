@@ -111,6 +111,32 @@ def test_rows_that_are_all_alike_tell_no_order():
     mse(users.wrapped(x), y).backward()  # its memory tells
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x, mask):
+        return self.layer(x) * mask
+
+
+@pytest.mark.parametrize("masks", ["few", "one for each row"])
+def test_an_input_in_which_rows_are_alike_does_not_tell_the_order_of_another(masks):
+    """A loop that normalises and shuffles rows within what a mask shows would give rows to other users."""
+    mask = torch.arange(8.0).remainder(2 if masks == "few" else 8)[:, None] + 1
+    users = Users(Masked(), (torch.randn(8, 4), mask), torch.randn(8, 2), IDS, 0.1)
+    x, mask, y = next(iter(users.loader))
+    if masks == "few":
+        with pytest.raises(ValueError, match=UNKNOWN):
+            mse(users.wrapped((x - 1) / 2, mask.clone()), y).backward()
+        users.optimizer.zero_grad()
+        x, mask, y = next(iter(users.loader))
+        mse(users.wrapped(x.clone(), mask * 2), y).backward()  # all rows of x differ
+    else:
+        mse(users.wrapped((x - 1) / 2, mask.clone()), y).backward()
+    assert len(users.wrapped.per_sample_gradient_norms) == 4
+
+
 def test_a_part_of_a_batch_has_the_units_of_its_rows(users):
     x, y = next(iter(users.loader))
     mse(users.wrapped(x[2:5]), y[2:5]).backward()  # users of 1, 1, 2, 4 rows: two of one, one of another
@@ -191,3 +217,15 @@ def test_what_collates_in_another_order_is_refused(collate):
         assert "forward" not in vars(model)
     else:
         everyone(data, [0, 1, 2] * 3, model, 0.1, data_loader=loader)
+
+
+def test_as_many_positions_as_samples_are_no_other_order():
+    """Masks that are the same for all samples look the same when samples come the other way round."""
+    mask = torch.ones(16, 16).tril()[-1:].expand(16, 16) * torch.arange(16.0)
+    dataset = TensorDataset(torch.randn(16, 4), mask, torch.randn(16, 2))
+
+    def together(samples):
+        return default_collate(samples)
+
+    loader = DataLoader(dataset, batch_size=16, collate_fn=together)
+    everyone(dataset, [k // 2 for k in range(16)], nn.Linear(4, 2), 0.1, data_loader=loader)

@@ -241,3 +241,37 @@ def test_a_user_that_no_physical_batch_takes():
         dpfast.wrap_data_loader(data_loader=loader, max_batch_size=5, optimizer=optimizer)
     with dpfast.BatchMemoryManager(data_loader=loader, max_physical_batch_size=6, optimizer=optimizer) as parts:
         assert len(parts) >= 1
+
+
+def test_steps_of_users_and_steps_of_rows_have_no_epsilon_together(tmp_path):
+    """An ε that adds both up would be said of a user, and hold for a row."""
+    engine, data = engine_of(), DataLoader(TensorDataset(torch.randn(8, 2)), batch_size=2)
+    users = dict(poisson_sampling=True, data_loader=data, units=[0, 0, 1, 1, 2, 2, 3, 3], rows_per_unit=2)
+
+    def step(engine, **kw):
+        model = nn.Linear(2, 1)
+        private, optimizer, loader = make_private(model, engine=engine, noise_multiplier=1.0, **kw)
+        (x,) = next(iter(loader))
+        private(x).square().mean().backward()
+        optimizer.step()
+        return private, optimizer
+
+    private, optimizer = step(engine, **users)
+    assert str(engine.unit) == "one user (by a list of ids), at most 2 rows of each in a step"
+    step(engine, **users | dict(rows_per_unit=1))  # another cap, and still users
+    before = [*engine.accountant.history]
+    with pytest.raises(
+        ValueError, match="for one row, and this engine has accounted for steps whose ε is for one user"
+    ):
+        step(engine, data_loader=data)
+    assert engine.accountant.history == before
+    engine.save_checkpoint(path=tmp_path / "users.pt", module=private, optimizer=optimizer)
+    other = engine_of()
+    private, optimizer = step(other, data_loader=data)
+    weights = [p.detach().clone() for p in private.parameters()]
+    with pytest.raises(ValueError, match=r"ε is for one user .* and this engine's for one row"):
+        other.load_checkpoint(path=tmp_path / "users.pt", module=private, optimizer=optimizer)
+    assert all(map(torch.equal, weights, private.parameters())) and len(other.accountant) == 1
+    same = engine_of()
+    same.load_checkpoint(path=tmp_path / "users.pt", module=private, optimizer=optimizer)
+    assert same.unit.column == "" and len(same.accountant) == len(engine.accountant)

@@ -9,7 +9,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-SHOWN = {"epsilon": ".3f", "samples_per_second": ",.0f", "training loss (not private)": ".3f"}
+SHOWN = {
+    "epsilon": ".3f",
+    "samples_per_second": ",.0f",
+    "users_per_second": ",.0f",
+    "training loss (not private)": ".3f",
+}
 
 
 class Progress(TrainerCallback):
@@ -22,7 +27,7 @@ class Progress(TrainerCallback):
     def show(self, figures: dict[str, float]) -> None:
         """Figures by name; those that the bar has no room for are left out."""
         for name, value in figures.items():
-            if name in SHOWN or name.startswith("eval_"):
+            if name in SHOWN or name.startswith(("eval_", "epsilon_per_")):
                 self.shown[name.replace("_per_second", "/s").replace("_", " ")] = format(value, SHOWN.get(name, ".4g"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

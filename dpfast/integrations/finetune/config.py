@@ -31,6 +31,8 @@ class FinetuneConfig:
     model: str | None = _option(None, "folder or hub name of a Transformers model; a small random GPT-2 without it")
     random_weights: bool = _option(False, "start --model (also just a kind, such as gpt2) from random weights")
     task: str = _option("causal-lm", "what to train for", choices=TASKS)
+    dpo: bool = _option(False, "preference pairs: rows with the columns prompt, chosen and rejected, and DPO's loss")
+    dpo_beta: float = _option(0.1, "how near DPO keeps to the model that it starts from")
     train: Any = _option(None, ".jsonl, .csv, .parquet, a folder of datasets.save_to_disk, or text, a sample a line")
     text_column: str = _option("text", "column of the texts")
     label_column: str = _option("label", "column of the classes (classification)")
@@ -47,6 +49,11 @@ class FinetuneConfig:
     accountant: str = _option("prv", "how epsilon is counted", choices=("prv", "rdp"))
     max_grad_norm: float = _option(1.0, "norm that each sample's gradient is clipped to")
     clipping_fn: str = _option("abadi", "abadi, automatic, normalised, psac or global")
+    unit_column: str | None = _option(
+        None,
+        "column that says whose a row is, such as user_id: epsilon is then for one user, and --batch-size in users",
+    )
+    rows_per_unit: int | None = _option(None, "most rows of a user in a step (--unit-column)")
     batch_size: int = _option(64, "expected samples of a step")
     physical_batch_size: int | str = _option("auto", "most samples in memory at once; auto finds what fits")
     epochs: float | None = _option(None, "passes over the data (3, or 20 over the bundled text)")
@@ -93,10 +100,11 @@ class FinetuneConfig:
             choices = each.metadata.get("choices")
             if choices and getattr(self, each.name) not in choices:
                 _refuse(each.name, getattr(self, each.name), f"use one of {', '.join(choices)}")
-        for name in ("batch_size", "max_steps", "lora_rank", "context", "log_every", "save_every"):
+        whole = ("batch_size", "max_steps", "lora_rank", "context", "log_every", "save_every", "rows_per_unit")
+        for name in whole:
             self._whole(name, 2 if name == "context" else 1)
         self._whole("warmup_steps", 0)
-        for name in ("target_epsilon", "max_grad_norm", "epochs", "lora_alpha", "learning_rate"):
+        for name in ("target_epsilon", "max_grad_norm", "epochs", "lora_alpha", "learning_rate", "dpo_beta"):
             self._number(name, above=True)
         for name in ("noise_multiplier", "weight_decay"):
             self._number(name, above=False)
@@ -122,6 +130,15 @@ class FinetuneConfig:
             _refuse("target_epsilon", self.target_epsilon, f"at most {MOST_EPSILON:g}; or give --noise-multiplier")
         if not isinstance(self.report_to, str) or "all" in self.reports():
             _refuse("report_to", self.report_to, "name the reports one by one, such as tensorboard,wandb")
+        if self.unit_column is not None and self.rows_per_unit is None:
+            raise FinetuneError(
+                f"--unit-column {self.unit_column}: give --rows-per-unit too, the most rows that a step takes of a "
+                f"user, chosen without looking at the data"
+            )
+        if self.rows_per_unit is not None and self.unit_column is None:
+            _refuse("rows_per_unit", self.rows_per_unit, "say whose a row is, with --unit-column")
+        if self.dpo:
+            self._check_dpo()
         if self.random_weights and self.model is None:
             raise FinetuneError("--random-weights: say of which model, with --model")
         from dpfast.clipping.functions import clipping_function  # loads torch, which help has no need of
@@ -130,6 +147,16 @@ class FinetuneConfig:
             clipping_function(self.clipping_fn)
         except (ValueError, TypeError) as error:
             raise FinetuneError(f"--clipping-fn: {error}") from error
+
+    def _check_dpo(self) -> None:
+        if self.train is None:
+            raise FinetuneError("--dpo: give --train, with the columns prompt, chosen and rejected")
+        for name, wrong, remedy in (
+            ("task", self.task != "causal-lm", "pairs train a causal language model"),
+            ("fsdp", self.fsdp, "leave it out with --dpo, or train a sharded model with dpfast.integrations.trl"),
+        ):
+            if wrong:
+                raise FinetuneError(f"{option(name)} with --dpo: {remedy}")
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dpfast.data.units import checked_ids
 from dpfast.integrations.finetune.config import FinetuneError
 
 IGNORED = -100
@@ -28,14 +29,18 @@ class Rows:
 
     texts: list[str]
     labels: list[Any] | None = None
+    users: list[Any] | None = None  # whose each row is
+
+    def __len__(self) -> int:
+        return len(self.texts)
 
     def select(self, chosen: Sequence[int]) -> Rows:
         """The rows with these numbers."""
-        labels = None if self.labels is None else [self.labels[k] for k in chosen]
-        return Rows([self.texts[k] for k in chosen], labels)
+        others = ([of[k] for k in chosen] if of is not None else None for of in (self.labels, self.users))
+        return Rows([self.texts[k] for k in chosen], *others)
 
 
-def read_rows(source: Any, text_column: str, label_column: str | None) -> Rows:
+def read_rows(source: Any, text_column: str, label_column: str | None, unit_column: str | None = None) -> Rows:
     """Rows of a file, a folder of ``datasets``, a sequence of mappings or a DataFrame; None is the bundled text.
 
     In a plain text file every line that is not blank is a sample.
@@ -44,32 +49,50 @@ def read_rows(source: Any, text_column: str, label_column: str | None) -> Rows:
         FinetuneError: nothing there, a missing column, or rows that are no text; rows are counted from 1.
     """
     where = "the training data" if source is None or not isinstance(source, (str, Path)) else str(source)
-    columns = [text_column] + ([label_column] if label_column is not None else [])
+    options = {"--text-column": text_column, "--label-column": label_column, "--unit-column": unit_column}
+    asked = {option: name for option, name in options.items() if name is not None}
     if source is None or (isinstance(source, (str, Path)) and Path(source).suffix in (".txt", ".text")):
         if label_column is not None:
             raise FinetuneError(
                 f"{where}: plain text has no labels; classification needs JSONL, CSV or Parquet (--train)"
             )
+        if unit_column is not None:
+            raise FinetuneError(f"{where}: plain text has no columns, and no {unit_column!r} (--unit-column)")
         lines = _text_of(BUNDLED if source is None else Path(source)).splitlines()
         rows = Rows([line.strip() for line in lines if line.strip()])
     else:
-        found = _columns(source, where, columns)
-        rows = Rows(found[0], found[1] if label_column is not None else None)
+        found = columns_of(source, where, asked)
+        rows = Rows(*(found.get(option) for option in ("--text-column", "--label-column", "--unit-column")))  # type: ignore
     if not rows.texts:
         raise FinetuneError(f"{where} is empty: give a file with at least one row")
     bad = [k for k, text in enumerate(rows.texts, 1) if not _is_text(text)]
     if bad:
-        raise FinetuneError(
-            f"{where}: {_listed(bad)} no text in column {text_column!r}: take them out, or fill them in"
-        )
+        raise FinetuneError(f"{where}: {listed(bad)} no text in column {text_column!r}: take them out, or fill them in")
     if rows.labels is not None:
         rows.labels = [x.item() if isinstance(x, np.generic) else x for x in rows.labels]
         bad = [k for k, x in enumerate(rows.labels, 1) if not isinstance(x, (str, int)) or x == ""]
         if bad:
             raise FinetuneError(
-                f"{where}: {_listed(bad)} no class in column {label_column!r}: give a text or an integer"
+                f"{where}: {listed(bad)} no class in column {label_column!r}: give a text or an integer"
             )
+    if rows.users is not None:
+        rows.users = checked_users(rows.users, where)
     return rows
+
+
+def checked_users(users: Sequence[Any], where: str) -> list[Any]:
+    """Ids that tell users apart.
+
+    Raises:
+        FinetuneError: a row has none; rows are counted from 1.
+    """
+    bad = [k for k, user in enumerate(users, 1) if isinstance(user, str) and not user.strip()]
+    if bad:
+        raise FinetuneError(f"{where}: {listed(bad)} no user (--unit-column): give each row one")
+    try:
+        return checked_ids(users)
+    except ValueError as error:
+        raise FinetuneError(f"{where}, --unit-column: {error}") from None
 
 
 def _is_text(x: Any) -> bool:
@@ -82,7 +105,8 @@ def _is_text(x: Any) -> bool:
     return True
 
 
-def _listed(rows: list[int]) -> str:
+def listed(rows: list[int]) -> str:
+    """Some of the numbers of ``rows``, for a message."""
     shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
     return f"row {shown} has" if len(rows) == 1 else f"rows {shown} have"
 
@@ -96,14 +120,24 @@ def _text_of(path: Path) -> str:
         raise FinetuneError(f"{path} is not UTF-8 text: convert it first") from None
 
 
-def _columns(source: Any, where: str, columns: list[str]) -> list[list[Any]]:
-    """The values of the columns asked for."""
+def columns_of(source: Any, where: str, options: Mapping[str, str]) -> dict[str, list[Any]]:
+    """The values of the columns asked for, by the options that name them.
+
+    Raises:
+        FinetuneError: there is no such column.
+    """
+    columns = [*options.values()]
+    found = _columns(source, where, columns, [*options])
+    return dict(zip(options, found, strict=True))
+
+
+def _columns(source: Any, where: str, columns: list[str], options: list[str]) -> list[list[Any]]:
     if isinstance(source, (str, Path)):
         source = _table(Path(source))
     names = getattr(source, "column_names", None) or getattr(source, "columns", None)  # datasets; pandas
     if names is not None:
         names = [str(name) for name in names]
-        _check_columns(where, columns, names, names, None)
+        _check_columns(where, columns, options, names, names, None)
         return [list(source[name]) for name in columns]
     rows = list(source)
     for number, row in enumerate(rows, 1):
@@ -113,12 +147,14 @@ def _columns(source: Any, where: str, columns: list[str]) -> list[list[Any]]:
             # What several rows have is the file's layout. What one row alone has could be anything, and is not shown.
             others = [other for other in rows if other is not row and isinstance(other, Mapping)]
             shown = [name for name in row if isinstance(name, str) and any(name in other for other in others)]
-            _check_columns(where, columns, list(row), shown, number)
+            _check_columns(where, columns, options, list(row), shown, number)
     return [[row[name] for row in rows] for name in columns]
 
 
-def _check_columns(where: str, wanted: list[str], there: list[Any], shown: list[str], row: int | None) -> None:
-    for name, option in zip(wanted, ("--text-column", "--label-column"), strict=False):
+def _check_columns(
+    where: str, wanted: list[str], options: list[str], there: list[Any], shown: list[str], row: int | None
+) -> None:
+    for name, option in zip(wanted, options, strict=True):
         if name not in there:
             place = "" if row is None else f" in row {row}"
             known = f"; there are {', '.join(shown)}" if shown else ""
@@ -178,10 +214,13 @@ def class_names(labels: Iterable[Any]) -> list[Any]:
 class Samples(Dataset):
     """Token ids of all samples in one array, and a label each for classification."""
 
-    def __init__(self, ids: Sequence[Sequence[int]], labels: Sequence[int] | None = None):
+    def __init__(
+        self, ids: Sequence[Sequence[int]], labels: Sequence[int] | None = None, users: Sequence[Any] | None = None
+    ):
         self.ends = np.cumsum([len(x) for x in ids], dtype=np.int64)
         self.tokens = np.fromiter((x for row in ids for x in row), dtype=np.int32, count=int(self.ends[-1]))
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.users = users
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -195,6 +234,11 @@ class Samples(Dataset):
         """Tokens of the longest sample."""
         return int(np.diff(self.ends, prepend=0).max())
 
+    def made_up(self, count: int) -> list[tuple[np.ndarray, int]]:
+        """Samples of the longest length that are nobody's."""
+        ids = np.arange(self.longest + count, dtype=self.tokens.dtype) % 8  # no two neighbours alike
+        return [(ids[k : k + self.longest], 0) for k in range(count)]
+
     @property
     def _fingerprint(self) -> str:  # by this name DPTrainer knows data sets apart
         return self.digest
@@ -205,6 +249,8 @@ class Samples(Dataset):
         found = hashlib.sha256()
         for part in (self.ends, self.tokens, self.labels):
             found.update(b"" if part is None else part.tobytes())
+        if self.users is not None:
+            found.update(repr(self.users).encode())
         return found.hexdigest()
 
 
@@ -239,7 +285,7 @@ def tokenised(rows: Rows, tokenizer: Any, context: int, truncate: bool, label_id
     if label_ids is not None:
         assert rows.labels is not None
         labels = [label_ids[x] for x in rows.labels]
-    return Samples(ids, labels)
+    return Samples(ids, labels, rows.users)
 
 
 class Collate:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpfast.accounting.epsilon import noise_multiplier_for
+from dpfast.data.unit import Unit
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 
 # What a seed is used for, beside what DPTrainer makes of it: independent streams of one seed.
@@ -31,17 +32,23 @@ class Plan:
     expected_batch_size: int
 
 
+def unit_of(config: FinetuneConfig) -> Unit:
+    """What ε is for."""
+    return Unit("preference pair" if config.dpo else "row", config.unit_column, config.rows_per_unit)
+
+
 def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None = None) -> Plan:
-    """Steps and noise for ``samples`` samples; ``noise_multiplier`` if it is known from a checkpoint.
+    """Steps and noise for ``samples`` samples, or as many users; ``noise_multiplier`` if it is known from a checkpoint.
 
     Raises:
         FinetuneError: a batch larger than the data, a delta that promises nothing, an epsilon that cannot be met.
     """
+    them = "samples" if config.unit_column is None else "users"
     if config.batch_size > samples:
-        raise FinetuneError(f"--batch-size {config.batch_size}: there are {samples} samples: give at most that")
+        raise FinetuneError(f"--batch-size {config.batch_size}: there are {samples} {them}: give at most that")
     delta = config.target_delta or min(1e-5, 0.1 / samples)
     if delta >= 1 / samples:
-        raise FinetuneError(f"--target-delta {delta:g}: with {samples} samples it has to be below {1 / samples:.1g}")
+        raise FinetuneError(f"--target-delta {delta:g}: with {samples} {them} it has to be below {1 / samples:.1g}")
     per_epoch = math.ceil(samples / config.batch_size)  # as DPTrainer has it
     epochs = config.epochs or (3 if config.train is not None else 20)
     steps = config.max_steps or max(1, round(epochs * per_epoch))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
-from dpfast.integrations.finetune.privacy import Plan
+from dpfast.integrations.finetune.privacy import Plan, unit_of
 from dpfast.version import __version__
 
 BASE = "base"  # the frozen model of a LoRA result, if it is to be had nowhere else
@@ -97,7 +97,7 @@ def facts(config: FinetuneConfig, plan: Plan, epsilon: float, checked: str) -> d
     return {
         "epsilon": epsilon if math.isfinite(epsilon) else None,
         "delta": plan.delta,
-        "unit": "one row of the training data, added or removed",
+        "unit": f"{unit_of(config)}, added or removed",
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": 1 / plan.steps_per_epoch,
         "steps": plan.steps,
@@ -158,15 +158,18 @@ def page(
     made: bool,
 ) -> str:
     """What a result is, for people, and how to load it."""
+    of_users = config.unit_column is not None
+    clipped = "users'" if of_users else "per-sample"
+    several = "" if of_users else "someone with several rows is protected less; "
     lines = [
         "# A model fine-tuned with differential privacy",
         "",
-        f"(ε, δ) = ({epsilon:.3f}, {plan.delta:g}) towards adding or removing one row of the training data, by the "
+        f"(ε, δ) = ({epsilon:.3f}, {plan.delta:g}) towards adding or removing {unit_of(config)}, by the "
         f"{config.accountant} accountant: {plan.steps} steps of DP-SGD (AdamW) on Poisson batches with sample rate "
-        f"1/{plan.steps_per_epoch}, noise multiplier {plan.noise_multiplier:.4f}, per-sample gradients clipped to "
+        f"1/{plan.steps_per_epoch}, noise multiplier {plan.noise_multiplier:.4f}, {clipped} gradients clipped to "
         f"{config.max_grad_norm:g} ({config.clipping_fn}), {'secure' if config.secure else 'fast'} noise.",
         "",
-        "Not covered: someone with several rows is protected less; which classes there are, the number of rows, the "
+        f"Not covered: {several}which classes there are, the number of {'users' if of_users else 'rows'}, the "
         "sizes of batches, and figures on rows that were held out for evaluation.",
         "",
         "```python",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from dpfast.integrations.distributed import whole_state
 from dpfast.integrations.finetune import checkpoint, model, privacy, result
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import Collate, Rows, Samples, class_names, read_rows, tokenised
+from dpfast.integrations.finetune.pair_trainer import FinetunePairTrainer
+from dpfast.integrations.finetune.preferences import CollatePairs, PairRows, Pairs, read_pairs, tokenised_pairs
 from dpfast.integrations.finetune.processes import Place, sharded, take_place
 from dpfast.integrations.finetune.trainer import FinetuneTrainer, Run
 from dpfast.integrations.replayed import fingerprint
@@ -23,14 +26,16 @@ DECISIVE = (
     *("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps"),
     *("target_epsilon", "target_delta", "noise_multiplier", "accountant", "max_grad_norm", "clipping_fn", "secure"),
     *("bf16", "pure_bf16", "low_precision", "truncate", "fsdp", "lora_alpha"),
+    *("unit_column", "rows_per_unit", "dpo", "dpo_beta"),
 )
 
 
 def finetune(config: FinetuneConfig) -> result.FinetuneResult:
     """Fine-tune a causal language model or a classifier with differential privacy.
 
-    Guarantee: (ε, δ) under adding or removing one row of the training data, as :mod:`dpfast` gives it: a row is a
-    sample (never several rows in one, nor one in several), its loss is its own, batches are Poisson samples, and every
+    Guarantee: (ε, δ) under adding or removing one row of the training data, or all rows of one user where there is a
+    ``unit_column``, as :mod:`dpfast` gives it: a row is a sample (never several rows in one, nor one in several; with
+    ``dpo`` a pair), its loss is its own, batches are Poisson samples, and every
     step is accounted before its noisy gradient is used. A resumed run is bit-equal to one that was not interrupted
     (but for the noise of ``secure``); with another physical batch size, number of ranks, device or torch, under which
     dropout is another one, its noise takes a new key.
@@ -70,7 +75,8 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
         )
 
     rows, held_out = _rows(config, seed)
-    names = class_names([*(rows.labels or [])]) if rows.labels is not None else None
+    labels = rows.labels if isinstance(rows, Rows) else None
+    names = None if labels is None else class_names(labels)
     if names is not None and len(names) < 2:
         raise FinetuneError(f"--label-column {config.label_column}: there is only one class: at least 2 are needed")
     torch.manual_seed(privacy.number(seed, privacy.WEIGHTS))  # all ranks start from the same weights
@@ -80,7 +86,8 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
     data, held_out_data, pad = _tokenised(config, rows, held_out, net, tokenizer, context)
     if config.noise_multiplier is None and held is None:
         say("looking for the noise multiplier ...", flush=True)
-    plan = privacy.plan_of(config, len(data), held["noise_multiplier"] if held else None)
+    units = len(data) if data.users is None else len({*data.users})
+    plan = privacy.plan_of(config, units, held["noise_multiplier"] if held else None)
     if made and config.lora_rank is not None and place.rank == 0 and held is None:  # a run that goes on has it
         net.save_pretrained(output / result.BASE)
     if config.lora_rank is not None:
@@ -101,11 +108,18 @@ def _finetune(config: FinetuneConfig, place: Place) -> result.FinetuneResult:
         checkpoint.check(found, held, state)
         if config.physical_batch_size == "auto":
             config.physical_batch_size = held["physical_batch_size"]
+    reference = copy.deepcopy(net) if config.dpo and config.lora_rank is None else None
     net = net.to(place.device)
     if config.fsdp:
         net = sharded(net)
-    collate = Collate(pad, context, names is not None, data.longest if config.pad else 1)
-    trainer = FinetuneTrainer(net, Run(config, place.device, collate, data, held_out_data, plan, seed), say)
+    least = data.longest if config.pad else 1
+    if isinstance(data, Pairs):
+        pairs = CollatePairs(pad, context, least)
+        run = Run(config, place.device, pairs, data, held_out_data, plan, seed)
+        trainer: FinetuneTrainer = FinetunePairTrainer(net, run, say, reference)
+    else:
+        collate = Collate(pad, context, names is not None, least)
+        trainer = FinetuneTrainer(net, Run(config, place.device, collate, data, held_out_data, plan, seed), say)
     trainer.extra_state = state
     _announce(trainer, place, made, held)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
@@ -126,29 +140,41 @@ def _checkpoint(config: FinetuneConfig, place: Place) -> tuple[Path | None, dict
     return found, checkpoint.peek(found)
 
 
-def _rows(config: FinetuneConfig, seed: int) -> tuple[Rows, Rows | None]:
+def _rows(config: FinetuneConfig, seed: int) -> tuple[Rows, Rows | None] | tuple[PairRows, PairRows | None]:
     """Rows to train on and rows to evaluate on."""
     label = config.label_column if config.task == "classification" else None
-    rows = read_rows(config.train, config.text_column, label)
+
+    def read(source: Any, users: str | None) -> Any:
+        if config.dpo:
+            return read_pairs(source, users)
+        return read_rows(source, config.text_column, label, users)
+
+    rows = read(config.train, config.unit_column)
     if config.eval is None:
         return rows, None
     try:
         fraction = float(config.eval)
     except (TypeError, ValueError):
-        return rows, read_rows(config.eval, config.text_column, label)
+        return rows, read(config.eval, None)
     if not 0 < fraction < 1:
         raise FinetuneError(f"--eval {config.eval}: give a file, or a fraction between 0 and 1")
-    # A coin for each row: whether one is there does not change where the others go.
+    # A coin for each row or user: whether one is there does not change where the others go.
     words = np.random.SeedSequence(seed, spawn_key=(privacy.HELD_OUT,))
-    out = np.random.default_rng(words).random(len(rows.texts)) < fraction
+    order = {user: k for k, user in enumerate(dict.fromkeys(rows.users or range(len(rows))))}
+    coins = np.random.default_rng(words).random(len(order)) < fraction
+    out = coins if rows.users is None else coins[[order[user] for user in rows.users]]
     if out.all() or not out.any():
         raise FinetuneError(f"--eval {config.eval}: too few rows to hold some out: give a file")
     return rows.select(np.flatnonzero(~out).tolist()), rows.select(np.flatnonzero(out).tolist())
 
 
 def _tokenised(
-    config: FinetuneConfig, rows: Rows, held_out: Rows | None, net: Any, tokenizer: Any, context: int
-) -> tuple[Samples, Samples | None, int]:
+    config: FinetuneConfig, rows: Any, held_out: Any, net: Any, tokenizer: Any, context: int
+) -> tuple[Samples | Pairs, Samples | Pairs | None, int]:
+    if config.dpo:
+        pairs = tokenised_pairs(rows, tokenizer, context, config.truncate)
+        others = None if held_out is None else tokenised_pairs(held_out, tokenizer, context, True)
+        return pairs, others, tokenizer.pad_token_id
     label_ids = None
     if rows.labels is not None:
         label_ids = {name: net.config.label2id[str(name)] for name in set(rows.labels)}
@@ -174,9 +200,14 @@ def _announce(trainer: FinetuneTrainer, place: Place, made: bool, held: dict[str
     chosen = " (found to fit)" if config.physical_batch_size == "auto" else ""
     ranks = f", over {place.world_size} ranks" if place.world_size > 1 else ""
     say(f"model     {type(model).__name__} ({kind}), {trained:,} of {every:,} parameters train, {place.device}")
-    say(f"data      {plan.samples:,} samples{source}, the longest of {run.data.longest} tokens{more}")
-    say(f"batches   {plan.expected_batch_size} samples expected, {size} at a time{chosen}{ranks}")
+    them, of_users = "pairs" if config.dpo else "samples", ""
+    if config.unit_column is not None:
+        of_users = f" of {plan.samples:,} users ({config.unit_column})"
+    say(f"data      {len(run.data):,} {them}{source}{of_users}, the longest of {run.data.longest} tokens{more}")
+    expected = "users" if config.unit_column is not None else them
+    say(f"batches   {plan.expected_batch_size} {expected} expected, {size} {them} at a time{chosen}{ranks}")
     say(f"privacy   noise multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps, delta {plan.delta:g}")
+    say(f"          epsilon is for {privacy.unit_of(config)}")
     if held is not None:
         say(f"resumed   after step {held['step']}")
     if plan.noise_multiplier == 0:
@@ -199,7 +230,8 @@ def _finish(
         result.save(Path(config.output), net, tokenizer, card, result.facts(config, plan, epsilon, checked), state)
     place.wait()
     shown = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-    say(f"done      epsilon {epsilon:.3f} at delta {delta:g} after {steps} steps{shown}")
+    of = f" for {privacy.unit_of(config)}"
+    say(f"done      epsilon {epsilon:.3f} at delta {delta:g}{of}, after {steps} steps{shown}")
     if lost:
         say(f"          {lost} gradients were not finite and counted as zero")
     say(f"          result in {config.output}; {config.output}/checkpoints holds the noise's key: never publish it")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.validators.errors import UnsupportedModuleError
 from safetensors import SafetensorError
@@ -19,11 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from dpfast.data.units import Units, rows_by_id
 from dpfast.integrations.finetune import fit
 from dpfast.integrations.finetune.callbacks import Ending, Interruption, Progress, TensorBoard
 from dpfast.integrations.finetune.checkpoint import FOLDER, KEEP
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import IGNORED, Collate, Samples
+from dpfast.integrations.finetune.preferences import CollatePairs, Pairs
 from dpfast.integrations.finetune.privacy import Plan
 from dpfast.integrations.trainer import DPArguments, DPTrainer
 from dpfast.integrations.trainer_arguments import check_reports
@@ -40,9 +41,9 @@ class Run:
 
     config: FinetuneConfig
     device: torch.device
-    collate: Collate
-    data: Samples
-    held_out: Samples | None
+    collate: Collate | CollatePairs
+    data: Samples | Pairs
+    held_out: Samples | Pairs | None
     plan: Plan
     seed: int
 
@@ -57,7 +58,7 @@ class Run:
         asked = config.physical_batch_size
         return TrainingArguments(
             output_dir=str(output / FOLDER),
-            per_device_train_batch_size=asked if isinstance(asked, int) else 1,  # until choose_size
+            per_device_train_batch_size=asked if isinstance(asked, int) else config.rows_per_unit or 1,  # until chosen
             max_steps=plan.steps,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -93,6 +94,8 @@ class Run:
             expected_batch_size=plan.expected_batch_size,
             log_training_loss=config.show_training_loss,
             pad=config.pad,
+            unit_column=config.unit_column,
+            rows_per_unit=config.rows_per_unit,
         )
 
 
@@ -148,18 +151,38 @@ class FinetuneTrainer(DPTrainer):
         if not isinstance(size, int):
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             most = math.ceil(self.run.plan.expected_batch_size / self.args.world_size)
+            most *= self.run.config.rows_per_unit or 1
             size = fit.fitting_size(self._attempt, most, self.args.device, 8 * trained)
             size = int(min(sizes[0] for sizes in self.optimizer.ranks.gathered([size])))
         self.args.per_device_train_batch_size = self._train_batch_size = size
+        self._check_size()
+
+    @property
+    def _users(self) -> Units | None:
+        config, users = self.run.config, self.run.data.users
+        if config.unit_column is None or config.rows_per_unit is None or users is None:
+            return None
+        indices = range(len(users))
+        return Units(rows_by_id(users, indices), config.rows_per_unit, column=config.unit_column)
+
+    def _check_size(self) -> None:
+        users, size = self._users, self._train_batch_size
+        if users is not None and users.largest > size:
+            raise FinetuneError(
+                f"--physical-batch-size {size}: a user has {users.largest} rows in a batch, and is never split: give "
+                f"at least that, or a smaller --rows-per-unit"
+            )
 
     def _attempt(self, rows: int) -> None:
         """Forward and backward of made-up samples, and nothing left of them."""
-        longest = self.run.data.longest
-        ids = np.arange(longest + rows, dtype=self.run.data.tokens.dtype) % 8  # no two neighbours alike
-        batch = self.run.collate([(ids[k : k + longest], 0) for k in range(rows)])
+        assert self.hooks is not None
+        clipped_sum, (_, collate) = self.hooks.clipped_sum, self._data_and_collator()
+        batch = self._on_device(collate(self.run.data.made_up(rows)))
+        clipped_sum.units = [0] * (self.rows_of_a_sample * rows) if clipped_sum.by_unit else None
         try:
-            self._losses(self.model, self._prepare_inputs(batch)).sum().backward()
+            self._losses(self.model, batch).sum().backward()
         finally:
+            clipped_sum.units = None
             self.optimizer.zero_grad()
 
     # ---------------------------------------------------------------- a step
@@ -185,7 +208,8 @@ class FinetuneTrainer(DPTrainer):
             now, step = time.perf_counter(), self.state.global_step
             steps = (step - self.since[1]) / (now - self.since[0])
             # The expected number of samples: the number in a Poisson batch is not private.
-            logs["samples_per_second"] = self.run.plan.expected_batch_size * steps
+            them = "samples" if self.run.config.unit_column is None else "users"
+            logs[f"{them}_per_second"] = self.run.plan.expected_batch_size * steps
             self.since = now, step
         super().log(logs, *args, **kwargs)
 
