@@ -98,7 +98,7 @@ def test_waves_and_whole_tiles_cost():
         tiles = T // 128
         row = ghost_row(programs=B * tiles * (tiles + 1) // 2)
         multiplied = SHAPES["ghost, B 8, T 1024, d 1024, p 4096"].multiplied
-        assert multiplied({"BLOCK_T": 128, "BLOCK_K": 64}) == B * 8 * 9 * 128**2 * (d + p)
+        assert multiplied({"BLOCK_T": 128, "BLOCK_S": 128, "BLOCK_K": 64}) == B * 8 * 9 * 128**2 * (d + p)
         found = predicted.of_products(row, B * T**2 * (d + p), B * tiles * (tiles + 1) * 128**2 * (d + p), H100)
         assert found["share"] < found["at_most"] and found["of"] == "tensor cores"
         assert found["flops_per_second"] == pytest.approx(B * T**2 * (d + p) / found["seconds"])
@@ -158,7 +158,11 @@ def test_every_family_and_shape_is_asked_for():
 
     keys = {job["key"] for job in static.jobs_of(small=False)}
     assert set(SHAPES) <= keys and len(keys) == len(static.jobs_of(small=False))
-    families = {path.stem for path in (ROOT / "kernels/dpfast_kernels").glob("*.py")} - {"__init__", "common"}
+    families = {path.stem for path in (ROOT / "kernels/dpfast_kernels").glob("*.py")} - {
+        "__init__",
+        "common",
+        "ghost_tiles",
+    }
     for target in (80, 90):
         assert {key.partition(":")[0] for key in keys if key.endswith(f"sm_{target}")} == families
     assert all(title in SHAPES for named in static.RATES.values() for titles in named.values() for title in titles)
