@@ -1,4 +1,5 @@
-"""2-D convolutions: linear layers over their patches, which are read where they are (implicit im2col), not unfolded.
+"""1-D and 2-D convolutions: linear layers over their patches, which are read where they are (implicit im2col) and not
+unfolded. A 1-D one has images of one line. There is no kernel for 3-D ones: PyTorch's operators unfold their patches.
 
 ``x [R, C, H, W]`` and ``G [R, p, OH, OW]``, samples first, R/B rows a sample. A transposed convolution is the adjoint
 of one with the same weight: there ``x`` and ``G`` change places. Padding is with zeros, as much of it as is read.

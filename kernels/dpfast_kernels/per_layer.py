@@ -3,6 +3,10 @@
 Norms are those of ``ghost_norm`` or ``gradient_norm``, the sum is that of ``weight_gradient``, and the last launch adds
 noise: (sum + std · z) · scale. Noise made by the program of a tile, with the tile in its registers, leaves room for
 half a tile: 255 registers for 128 × 128. What a launch of its own reads and writes is a few per cent of a layer's time.
+
+Benchmarks compare dpfast with this way of clipping, and dpfast itself trains by others. So C, the noise's std and the
+scale are numbers, which a captured launch would keep: nothing moves them while such a benchmark trains. Key and step,
+which no two launches may share, are in device memory.
 """
 
 import math
@@ -41,9 +45,9 @@ def factors_kernel(
             · (1 + 2⁻²⁴ scaling_units)
 
     The first bound is on the rounding of the norm (8 units: of n, the factor and the last sums), the second on that of
-    the sample's gradient, which is made again for the sum, the third on that of ratios of factors: see
-    ``weight_gradient``. A bias is one more input, which is 1. Factor 0 where n is not finite. What underflows is not
-    bounded: C must be far above 1e-15.
+    the sample's gradient, which is made for the sum and, but for ghost norms, for the norm as well; the third on that
+    of ratios of factors: see ``weight_gradient``. A bias is one more input, which is 1. Factor 0 where n is not finite.
+    What underflows is not bounded: C must be far above 1e-15.
     """
     b = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     norms += b * norms_b

@@ -106,6 +106,21 @@ def test_waves_and_whole_tiles_cost():
     assert shares == sorted(shares) and 0.15 < shares[0] < 0.25 and 0.40 < shares[-1] < 0.48
 
 
+def test_tiles_that_are_kept_in_memory():
+    """A program's tiles are counted in turn, each with what is stored and loaded of it beside the main loop."""
+    shape = SHAPES["ghost, q, k and v of 2 inputs, B 8, T 1024, d 1024, p 1024"]
+    wide = {"BLOCK_T": 128, "BLOCK_S": 256, "BLOCK_K": 64}
+    pairs, tile, diagonal = 2 * 8 * 20, 4 * 128 * 256, 4 * 128 * 128
+    assert shape.kept(wide) == (3, pairs * 4 * tile + 2 * 8 * 8 * 3 * diagonal)  # 320 pairs on 132 processors
+    assert shape.multiplied(wide) == 3 * 132 * 2 * 128 * 256 * (1024 + 3 * 1024)
+    assert shape.kept(wide | {"BLOCK_S": 128}) == (1, 0.0)
+    row = ghost_row(programs=132)
+    once, thrice = (predicted.of_products(row, 1e12, 1e12, H100, turns) for turns in (1, 3))
+    assert thrice["seconds"] - once["seconds"] == pytest.approx(2 * (1500 * 8 / 4 + H100.latency) / H100.hertz)
+    moved = predicted.of_products(row, 1e12, 1e12, H100, 1, 132 * H100.l2_bytes * 1e6)
+    assert moved["seconds"] - once["seconds"] == pytest.approx(1e6 / H100.hertz)
+
+
 def test_memory_is_shared_by_the_processors():
     loop = {"instructions": 40, "warps": 4, "flops": 0, "shared_bytes": 0, "loaded": 8192, "stored": 0, "fma": 0}
     few, many = (
