@@ -94,8 +94,9 @@ def ghost_kernel(
         n = (index // pairs % N).to(tl.int64)
         row, column = tile_pair(index % pairs, tiles)
         A = one_of(As, which, INPUTS, ALIGNED) + n * a_n
+        out = partials + wide(which * layers) * 4 * N * pairs + index % (N * pairs)
         in_registers(
-            *(A, Gs, partials + index % (N * pairs), which * layers, layers, n, T, d, p, wide(N) * pairs, row, column),
+            *(A, Gs, out, which * layers, layers, n, T, d, p, wide(N) * pairs, row, column),
             *(a_t, a_d, g_n, g_t, g_p, LAYERS, ALIGNED, DTYPE, PRECISION, BLOCK_T, BLOCK_K),
         )
     else:
@@ -129,12 +130,12 @@ def in_registers(
     for layer in range(first_layer, first_layer + layers):
         G = one_of(Gs, layer, LAYERS, ALIGNED) + n * g_n
         gg = gram(G, rows, columns, T, p, g_t, g_p, DTYPE, PRECISION, BLOCK_K)
-        at = out + wide(layer) * 4 * stride
         diagonal = rows[:, None] == columns[None, :]
-        tl.store(at, times * tl.sum(aa * gg))
-        tl.store(at + stride, times * tl.sum(tl.abs(aa * gg)))
-        tl.store(at + 2 * stride, tl.sum(tl.where(diagonal, aa, 0.0)))
-        tl.store(at + 3 * stride, tl.sum(tl.where(diagonal, gg, 0.0)))
+        tl.store(out, times * tl.sum(aa * gg))
+        tl.store(out + stride, times * tl.sum(tl.abs(aa * gg)))
+        tl.store(out + 2 * stride, tl.sum(tl.where(diagonal, aa, 0.0)))
+        tl.store(out + 3 * stride, tl.sum(tl.where(diagonal, gg, 0.0)))
+        out += 4 * stride
 
 
 @triton.jit
