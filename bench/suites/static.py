@@ -28,8 +28,9 @@ from bench.suites.static_cases import SHAPES, SMALL
 from dpfast import tables
 
 TMA = (
-    "No kernel loads by tensor descriptors (TMA). A norm-GEMM that did took 76 instructions a step in place of 140 "
-    "and 154 registers, but moved the same bytes; and the L2 cache, not issue, keeps kernels from their tensor cores."
+    "No kernel loads by tensor descriptors (TMA). A norm-GEMM that did took 76 instructions a step in place of 140, "
+    "but the bytes were the same, and the L2 cache limits it. Kernels that issue limits read what descriptors cannot "
+    "address: rows of odd lengths, or rows at indices."
 )
 NOTE = "Predicted from machine code, not measured: nothing here has run on a GPU."
 FEW = ("noise",)  # the families of a small run
