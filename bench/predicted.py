@@ -64,11 +64,19 @@ def at_most(row: Row, machine: Machine) -> tuple[float, str, dict[str, float]]:
     return product / taken, max(clocks, key=clocks.__getitem__), clocks
 
 
-def of_products(row: Row, flops: float, multiplied: float, machine: Machine) -> dict[str, Any]:
-    """A call worth ``flops`` whose programs multiply so much: seconds, the share of the peak, and what limits it."""
+def of_products(
+    row: Row, flops: float, multiplied: float, machine: Machine, turns: int = 1, beside: float = 0.0
+) -> dict[str, Any]:
+    """A call worth ``flops`` whose programs multiply so much: seconds, the share of the peak, and what limits it.
+
+    Args:
+        turns: tiles that a program works on, one after the other.
+        beside: bytes that all programs move from and to the L2 cache outside of their main loops.
+    """
     share, limit, clocks = at_most(row, machine)
     peak = machine.tensor_flops if "tensor" in clocks else machine.fma_flops
-    program = multiplied / row["programs"] / peak / share + row["outside"] * row["warps"] / ISSUED
+    program = multiplied / row["programs"] / peak / share + beside / row["programs"] / machine.l2_bytes
+    program += turns * row["outside"] * row["warps"] / ISSUED + (turns - 1) * machine.latency
     taken = _of_all(program, row, machine)
     return {
         "at_most": share,

@@ -185,7 +185,7 @@ def _aligned(side: Tensor) -> Tensor:
 def _certified(
     stats: Tensor, sides: Sequence[tuple[Tensor, Tensor]], products: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms ``[n, B]`` and their bounds, of a kernel's rows ``[n, rows, B·g]``: squared, absolute, ``‖A_i‖²``,
+    """Squared norms ``[n, B]`` and their bounds, of a kernel's rows ``[n, 4, B·g]``: squared, absolute, ``‖A_i‖²``,
     ``‖G_i‖²``.
 
     ``products`` are the lengths of those that make the norm itself. Besides, the contribution that is summed later is
@@ -193,7 +193,7 @@ def _certified(
     that a kernel made.
     """
     B, groups, T, _ = sides[0][0].shape
-    squared, absolute, energy_a, energy_g = stats[:, :4].double().unflatten(2, (B, groups)).unbind(1)
+    squared, absolute, energy_a, energy_g = stats.double().unflatten(2, (B, groups)).unbind(1)
     u, grown = unit_roundoff(torch.float32), scaling_growth(T)
     sizes = [(A.shape[-1], G.shape[-1]) for A, G in sides]
     lost = underflow(torch.float32) * T

@@ -47,10 +47,10 @@ def _kernels(gram: float, tile: float | None, sample: float, sum: float, lines: 
 
 
 CUDA = {  # of a linear layer or of a convolution's patches, whose elements have so many bits
-    ("linear", 16): _kernels(gram=2.8e14, tile=5.5e14, sample=5.2e14, sum=4.4e14),
-    ("linear", 32): _kernels(gram=2.4e13, tile=2.7e13, sample=2.7e13, sum=2.7e13),
-    ("convolution", 16): _kernels(gram=2.8e14, tile=None, sample=1.1e14, sum=1.1e14, lines=2e11),
-    ("convolution", 32): _kernels(gram=2.4e13, tile=None, sample=1.9e13, sum=1.9e13, lines=2e11),
+    ("linear", 16): _kernels(gram=4.3e14, tile=5.6e14, sample=5.2e14, sum=5.8e14),
+    ("linear", 32): _kernels(gram=2.4e13, tile=4.3e13, sample=4.3e13, sum=4.4e13),
+    ("convolution", 16): _kernels(gram=2.8e14, tile=None, sample=2.3e14, sum=2.1e14, lines=2e11),
+    ("convolution", 32): _kernels(gram=2.4e13, tile=None, sample=1.8e13, sum=1.8e13, lines=2e11),
 }
 OTHER = Rates(gram=2e13, tile=None, sample=2e13, sum=2e13, write=2e12, read=2e12, call=1e-5, passes=2)  # float64
 

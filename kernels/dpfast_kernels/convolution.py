@@ -1,4 +1,5 @@
-"""2-D convolutions: linear layers over their patches, which are read where they are (implicit im2col), not unfolded.
+"""1-D and 2-D convolutions: linear layers over their patches, which are read where they are (implicit im2col) and not
+unfolded. A 1-D one has images of one line. There is no kernel for 3-D ones: PyTorch's operators unfold their patches.
 
 ``x [R, C, H, W]`` and ``G [R, p, OH, OW]``, samples first, R/B rows a sample. A transposed convolution is the adjoint
 of one with the same weight: there ``x`` and ``G`` change places. Padding is with zeros, as much of it as is read.
@@ -19,8 +20,10 @@ import triton.language as tl
 from .common import (
     INTERPRETED,
     TRITON_DTYPE,
+    Chip,
     Compile,
     cdiv,
+    chip,
     dot,
     dot_dtype,
     dot_precision,
@@ -42,14 +45,14 @@ class Config:
     num_stages: int
 
 
-def configure(p: int, d: int, dtype: torch.dtype, vectorised: bool) -> Config:
-    """Tiles of at most 64 × 128 or 128 × 128 where both sides come in vectors; else of 64 × 32, as addresses need many
-    registers. Of those that are large enough, the one for which programs together read the least.
+def configure(p: int, d: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
+    """Tiles of at most 64 × 128, or 128 × 128 on a large chip, where both sides come in vectors; else of 64 × 32, as
+    addresses need many registers. Of those that are large enough, the one for which programs together read the least.
     """
     if INTERPRETED:
         return Config(16, 16, 16, 4, 1)
     narrow = dtype != torch.float32
-    block_p = max(16, min(128 if vectorised and narrow else 64, pow2(p)))
+    block_p = max(16, min(128 if vectorised and narrow and chip.large else 64, pow2(p)))
     if not vectorised or not narrow:
         return Config(block_p, max(16, min(32, pow2(d))), 32, 8 if not narrow else 4, 1)
     choices = [size for size in (16, 32, 64, 128) if size <= max(16, pow2(d))]
@@ -315,7 +318,7 @@ class Plan:
         channels = x.shape[1] // groups
         self.p, self.d = G.shape[1] // groups, channels * kernel[0] * kernel[1]
         dtype = dot_dtype(x, G)
-        self.config = config or configure(self.p, self.d, dtype, vectorised(x, G))
+        self.config = config or configure(self.p, self.d, dtype, vectorised(x, G), chip(G.device))
         images, height, width = box = box_of(rows, *G.shape[2:], self.config.BLOCK_K)
         self.steps = cdiv(rows, images) * cdiv(G.shape[2], height) * cdiv(G.shape[3], width)
         tiles_p, tiles_d = cdiv(self.p, self.config.BLOCK_P), cdiv(self.d, self.config.BLOCK_D)

@@ -22,7 +22,7 @@ from .common import (
     vectorised,
     wide,
 )
-from .ghost import gram, pairs_of, tile_pair
+from .ghost_tiles import gram, pairs_of, tile_pair
 
 PIECE = 8 if INTERPRETED else 32
 """Sorted positions that one program walks over."""

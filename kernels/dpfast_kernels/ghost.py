@@ -3,14 +3,16 @@
 Many layers are one launch, whose last programs leave processors idle once and not once a layer. A program has one pair
 of tiles of one sample of one input: it forms the tile of A Aᵀ and keeps it for all layers that the input goes to, such
 as query, key and value, or gate and up, whose tiles of G Gᵀ it forms one after the other.
+
+A square tile of A Aᵀ is kept in registers. That leaves half of them for G Gᵀ, and a product of 128 × 128 waits for the
+L2 cache. Where there is enough to do, tiles are of 128 × 256, which need three quarters of the bytes, and that of A Aᵀ
+is kept in memory: one tile a processor, each of which goes through several pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from .common import (
     INTERPRETED,
@@ -19,16 +21,14 @@ from .common import (
     Compile,
     cdiv,
     chip,
-    dot,
     dot_dtype,
     dot_precision,
     launch,
     meta,
     next_power_of_2,
     vectorised,
-    wide,
 )
-from .weighted_sum import pick
+from .ghost_tiles import ghost_kernel, pairs_of
 
 MOST = 4 if INTERPRETED else 8
 """Layers of one launch, unless more have one input: a few waves of programs leave little idle in the last one."""
@@ -37,129 +37,44 @@ MOST = 4 if INTERPRETED else 8
 @dataclass(frozen=True)
 class Config:
     BLOCK_T: int
+    BLOCK_S: int  # BLOCK_T, or twice as many
     BLOCK_K: int
     num_warps: int
     num_stages: int
 
+    def tiles(self, T: int) -> int:
+        """Those of a sample: each two rows of tiles cover one of squares of BLOCK_S."""
+        return pairs_of(T, self.BLOCK_S) * (self.BLOCK_S // self.BLOCK_T)
 
-def configure(N: int, T: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
-    """Tiles of 128 × 128, or smaller ones where those would leave half of the processors without work; ``N`` samples of
-    all inputs together.
+
+SQUARE, WIDE = Config(128, 128, 64, 8, 4), Config(128, 256, 64, 8, 3)
+
+
+def configure(N: int, T: int, d: int, p: int, layers: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
+    """Tiles of 128 × 128 or 128 × 256, or smaller ones where those would leave half of the processors without work;
+    ``N`` samples of all inputs together, which go to so many ``layers`` each.
     """
     if INTERPRETED:
-        return Config(16, 16, 4, 1)
+        return Config(16, 16, 16, 4, 1)
     slow = dtype == torch.float32 or not vectorised
     block = max(16, min(64 if slow else 128, next_power_of_2(T)))
     while block > 32 and 2 * N * pairs_of(T, block) < chip.processors:
         block //= 2
     warps = {16: 2, 32: 4}.get(block, 8)
     if slow:
-        return Config(block, 32, warps, 3)
-    return Config(block, 64 if block > 16 else 128, warps, 4)
+        return Config(block, block, 16 if dtype == torch.float32 else 32, warps, 3)
+    if block == 128 and chip.large:
+        return min((SQUARE, WIDE), key=lambda config: cache_bytes(config, N, T, d, p, layers, chip))
+    return Config(block, block, 64 if block > 16 else 128, warps, 4)
 
 
-def pairs_of(T: int, block: int) -> int:
-    """Pairs (t, s) of tiles with t ≤ s."""
-    tiles = cdiv(T, block)
-    return tiles * (tiles + 1) // 2
-
-
-@triton.jit
-def tile_pair(index, tiles):
-    """(row, column) with row ≤ column < tiles, each once for index < tiles (tiles + 1) / 2. The triangle is folded into
-    a rectangle: row r of the triangle, then row tiles - 1 - r (tiles - r where tiles is odd), fill one row of it.
-    """
-    width = tiles | 1
-    r = index // width
-    c = index % width
-    upper = c < tiles - r
-    row = tl.where(upper, r, tiles - r - 1 + tiles % 2)
-    column = tl.where(upper, r + c, row + c - (tiles - r))
-    return row, column
-
-
-@triton.jit
-def gram(
-    X, rows, columns, T, d, stride_t, stride_d, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """x_t · x_s for the given rows t and columns s of X [T, d], in float32."""
-    k = tl.arange(0, BLOCK_K)
-    left = X + rows.to(tl.int64)[:, None] * stride_t + k.to(tl.int64)[None, :] * stride_d
-    right = X + columns.to(tl.int64)[None, :] * stride_t + k.to(tl.int64)[:, None] * stride_d
-    sums = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
-    for start in range(0, d, BLOCK_K):
-        # [BLOCK_T, BLOCK_K]
-        x = tl.load(left, mask=(rows < T)[:, None] & (k < d - start)[None, :], other=0.0).to(DTYPE)
-        # [BLOCK_K, BLOCK_T]
-        y = tl.load(right, mask=(columns < T)[None, :] & (k < d - start)[:, None], other=0.0).to(DTYPE)
-        sums = dot(x, y, sums, PRECISION)
-        left += BLOCK_K * wide(stride_d)
-        right += BLOCK_K * wide(stride_d)
-    return sums
-
-
-@triton.jit
-def one_of(Xs, which, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Xs[which]."""
-    # as a distance from the first tensor: what is known of a distance's alignment outlives the addition
-    bytes: tl.constexpr = Xs[0].dtype.element_ty.primitive_bitwidth // 8
-    distance = (pick(Xs, which, COUNT) - Xs[0].to(tl.int64)) // bytes
-    if ALIGNED:
-        distance = tl.multiple_of(distance, 16 // bytes)
-    return Xs[0] + distance
-
-
-@triton.jit(do_not_specialize=["layers"])  # of a loop of 1, Triton 3.6 makes products that wait for each other
-def ghost_kernel(
-    As,  # tuple: [N, T, d]
-    Gs,  # tuple: [N, T, p], for each input those of its layers
-    partials,  # [layers, 6, N, pairs]
-    layers,  # of each input
-    N,
-    T,
-    d,
-    p,
-    pairs,
-    tiles,
-    a_n,
-    a_t,
-    a_d,
-    g_n,
-    g_t,
-    g_p,
-    INPUTS: tl.constexpr,
-    LAYERS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # Σ_{t,s} (a_t · a_s)(g_t · g_s) over one pair of tiles of one sample; twice where t and s are of different tiles
-    index = tl.program_id(0)
-    which = index // (N * pairs)
-    n = (index // pairs % N).to(tl.int64)
-    pair = index % pairs
-    row, column = tile_pair(pair, tiles)
-    rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = column * BLOCK_T + tl.arange(0, BLOCK_T)
-    times = tl.where(row == column, 1.0, 2.0)
-
-    # [BLOCK_T, BLOCK_T]
-    A = one_of(As, which, INPUTS, ALIGNED) + n * a_n
-    aa = gram(A, rows, columns, T, d, a_t, a_d, DTYPE, PRECISION, BLOCK_K)
-    for layer in range(which * layers, which * layers + layers):
-        G = one_of(Gs, layer, LAYERS, ALIGNED) + n * g_n
-        gg = gram(G, rows, columns, T, p, g_t, g_p, DTYPE, PRECISION, BLOCK_K)
-        diagonal = rows[:, None] == columns[None, :]
-        out = partials + (wide(layer) * 6 * N + n) * pairs + pair
-        stats_stride = wide(N) * pairs
-        tl.store(out, times * tl.sum(aa * gg))
-        tl.store(out + stats_stride, times * tl.sum(tl.abs(aa * gg)))
-        tl.store(out + 2 * stats_stride, tl.sum(tl.where(diagonal, aa, 0.0)))
-        tl.store(out + 3 * stats_stride, tl.sum(tl.where(diagonal, gg, 0.0)))
-        tl.store(out + 4 * stats_stride, times * tl.sum(gg))
-        tl.store(out + 5 * stats_stride, times * tl.sum(tl.abs(gg)))
+def cache_bytes(config: Config, N: int, T: int, d: int, p: int, layers: int, chip: Chip) -> int:
+    """What the processor with the most tiles moves from and to the L2 cache, which limits both forms."""
+    rows, columns = config.BLOCK_T, config.BLOCK_S
+    tile = 2 * (rows + columns) * (d + layers * p)
+    if columns > rows:
+        tile += 4 * rows * columns * (1 + layers)
+    return cdiv(N * config.tiles(T), chip.processors) * tile
 
 
 def by_input(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor]) -> list[list[list[int]]]:
@@ -190,15 +105,22 @@ def run(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], config: Config |
         layers = [k for some in inputs for k in some]
         A, G = As[layers[0]], Gs[layers[0]]
         dtype = dot_dtype(A, G)
-        chosen = config or configure(N * len(inputs), T, dtype, vectorised(A, G), chip(A.device))
-        pairs = pairs_of(T, chosen.BLOCK_T)
-        partials = torch.empty((len(layers), 6, N, pairs), dtype=torch.float32, device=A.device)
+        d, p, each, gpu = A.shape[2], G.shape[2], len(inputs[0]), chip(A.device)
+        chosen = config or configure(N * len(inputs), T, d, p, each, dtype, vectorised(A, G), gpu)
+        rows, columns = chosen.BLOCK_T, chosen.BLOCK_S
+        pairs = chosen.tiles(T)
+        programs = all_pairs = len(inputs) * N * pairs
+        partials = torch.empty((len(layers), 4, N, pairs), dtype=torch.float32, device=A.device)
+        kept = None
+        if columns > rows:
+            programs = min(all_pairs, gpu.processors)
+            kept = partials.new_empty((programs, columns + rows, rows))
         sides = filled([As[some[0]] for some in inputs]), filled([Gs[k] for k in layers])
-        sizes = N, T, A.shape[2], G.shape[2], pairs, cdiv(T, chosen.BLOCK_T)
+        sizes = N, T, d, p, pairs, cdiv(T, columns), all_pairs
         launch(
             ghost_kernel,
-            (len(inputs) * N * pairs,),
-            *(*sides, partials, len(inputs[0]), *sizes, *A.stride(), *G.stride()),
+            (programs,),
+            *(*sides, partials, kept, each, *sizes, *A.stride(), *G.stride()),
             device=A.device,
             INPUTS=len(sides[0]),
             LAYERS=len(sides[1]),
@@ -219,28 +141,29 @@ def filled(Xs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 @torch.library.custom_op("dpfast_kernels::ghost_norm", mutates_args=())
 def ghost_norm(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
-    """For each sample of A [N, T, d] and G [N, T, p], rows of a float32 [6, N]:
+    """For each sample of A [N, T, d] and G [N, T, p], rows of a float32 [4, N]:
 
-    ==============  =============================  ==============================================
-    squared         Σ_{t,s} (a_t·a_s)(g_t·g_s)     ‖G_nᵀA_n‖², may come out negative
-    absolute        Σ_{t,s} |a_t·a_s| |g_t·g_s|    how much of it may have cancelled
-    energy_A        Σ_t ‖a_t‖²
-    energy_G        Σ_t ‖g_t‖²
-    bias_squared    Σ_{t,s} g_t·g_s                ‖Σ_t g_t‖², the bias' part
-    bias_absolute   Σ_{t,s} |g_t·g_s|
-    ==============  =============================  ==============================================
+    ========  ===========================  =====================================
+    squared   Σ_{t,s} (a_t·a_s)(g_t·g_s)   ‖G_nᵀA_n‖², may come out negative
+    absolute  Σ_{t,s} |a_t·a_s| |g_t·g_s|  how much of it may have cancelled
+    energy_A  Σ_t ‖a_t‖²
+    energy_G  Σ_t ‖g_t‖²
+    ========  ===========================  =====================================
+
+    A bias has no row, though ‖Σ_t g_t‖² is the sum of G Gᵀ: its per-sample gradient Σ_t g_t is written out for the
+    clipped sum, and the kernel that writes it gives its norm as well.
     """
     return run([A], [G])[0]
 
 
 @ghost_norm.register_fake
 def _(A, G):
-    return A.new_empty((6, A.shape[0]), dtype=torch.float32)
+    return A.new_empty((4, A.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("dpfast_kernels::ghost_norms", mutates_args=())
 def ghost_norms(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``ghost_norm`` of layers with A [N, T, d] and G [N, T, p] of one N and T each: float32 [len(As), 6, N].
+    """``ghost_norm`` of layers with A [N, T, d] and G [N, T, p] of one N and T each: float32 [len(As), 4, N].
 
     One launch for up to 8 layers that are alike in all but where they are in memory. Where that is the same for several
     A, ``A Aᵀ`` is formed once.
@@ -250,20 +173,24 @@ def ghost_norms(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor]) -> torch
 
 @ghost_norms.register_fake
 def _(As, Gs):
-    return As[0].new_empty((len(As), 6, As[0].shape[0]), dtype=torch.float32)
+    return As[0].new_empty((len(As), 4, As[0].shape[0]), dtype=torch.float32)
 
 
-def _case(dtype: torch.dtype, N: int, T: int, d: int, p: int, wgmma: bool, layers: int = 1) -> Compile:
+def _case(
+    dtype: torch.dtype, N: int, T: int, d: int, p: int, wgmma: bool, layers: int = 1, config: Config | None = None
+) -> Compile:
     def call():
         inputs = [meta(N, T, d, dtype=dtype) for _ in range(2 if layers > 1 else 1)]
-        run(inputs * layers, [meta(N, T, p, dtype=dtype) for _ in inputs * layers])
+        run(inputs * layers, [meta(N, T, p, dtype=dtype) for _ in inputs * layers], config)
 
-    return Compile(f"ghost_norm {dtype} {N}x{T}x{d}x{p} {layers}", call, wgmma)
+    return Compile(f"ghost_norm {dtype} {N}x{T}x{d}x{p} {layers}{' square' if config else ''}", call, wgmma)
 
 
 COMPILES = [
     _case(torch.bfloat16, 8, 1024, 1024, 1024, True, layers=3),
-    _case(torch.bfloat16, 32, 1024, 1024, 4096, True),
+    _case(torch.bfloat16, 8, 4096, 4096, 4096, True, layers=3),
+    _case(torch.float16, 32, 1024, 1024, 4096, True),
+    _case(torch.bfloat16, 32, 1024, 1024, 4096, True, config=SQUARE),
     _case(torch.bfloat16, 2, 512, 1024, 4096, True),
     _case(torch.bfloat16, 512, 16, 1024, 4096, False),
     _case(torch.float32, 32, 1024, 1024, 4096, False),

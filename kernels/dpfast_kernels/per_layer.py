@@ -3,6 +3,10 @@
 Norms are those of ``ghost_norm`` or ``gradient_norm``, the sum is that of ``weight_gradient``, and the last launch adds
 noise: (sum + std · z) · scale. Noise made by the program of a tile, with the tile in its registers, leaves room for
 half a tile: 255 registers for 128 × 128. What a launch of its own reads and writes is a few per cent of a layer's time.
+
+Benchmarks compare dpfast with this way of clipping, and dpfast itself trains by others. So C, the noise's std and the
+scale are numbers, which a captured launch would keep: nothing moves them while such a benchmark trains. Key and step,
+which no two launches may share, are in device memory.
 """
 
 import math
@@ -14,13 +18,15 @@ import triton.language as tl
 from .common import INTERPRETED, Compile, cdiv, launch, meta
 from .ghost import ghost_norm
 from .noise import noisy
+from .normalization import sum_positions
 from .sample_gradients import gradient_norm
 from .weight_gradient import SCALING_UNITS, Config, run
 
 
 @triton.jit
 def factors_kernel(
-    norms,  # [6, B], see ghost_norm
+    norms,  # [4, B], see ghost_norm
+    bias_squares,  # [B] where BIAS
     factors,  # [B]
     C,
     units,
@@ -39,9 +45,9 @@ def factors_kernel(
             · (1 + 2⁻²⁴ scaling_units)
 
     The first bound is on the rounding of the norm (8 units: of n, the factor and the last sums), the second on that of
-    the sample's gradient, which is made again for the sum, the third on that of ratios of factors: see
-    ``weight_gradient``. A bias is one more input, which is 1. Factor 0 where n is not finite. What underflows is not
-    bounded: C must be far above 1e-15.
+    the sample's gradient, which is made for the sum and, but for ghost norms, for the norm as well; the third on that
+    of ratios of factors: see ``weight_gradient``. A bias is one more input, which is 1. Factor 0 where n is not finite.
+    What underflows is not bounded: C must be far above 1e-15.
     """
     b = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     norms += b * norms_b
@@ -50,8 +56,9 @@ def factors_kernel(
     energy_A = tl.load(norms + 2 * norms_r, mask=b < B, other=0.0)
     energy_G = tl.load(norms + 3 * norms_r, mask=b < B, other=0.0)
     if BIAS:
-        squared += tl.load(norms + 4 * norms_r, mask=b < B, other=0.0)
-        absolute += tl.load(norms + 5 * norms_r, mask=b < B, other=0.0)
+        bias_squared = tl.load(bias_squares + b, mask=b < B, other=0.0)
+        squared += bias_squared
+        absolute += bias_squared
         energy_A += tl.cast(T, tl.float32)
     squared = tl.where(squared < 0.0, 0.0, squared)  # NaN stays
     squared += (units * absolute + 8.0 * squared) * 5.9604644775390625e-08
@@ -84,13 +91,18 @@ def finish_kernel(
     tl.store(at, tl.reshape(noisy(summed[None, :], start, stream, parameter, std, scale, QUADS), (BLOCK,)), mask=j < d)
 
 
-def factors_of(norms: torch.Tensor, T: int, C: float, units: tuple[float, float], bias: bool) -> torch.Tensor:
-    """Factors [B] from the norms [6, B] of samples of T positions; ``units`` are those of ``factors_kernel``."""
+def factors_of(
+    norms: torch.Tensor, bias_squares: torch.Tensor | None, T: int, C: float, units: tuple[float, float]
+) -> torch.Tensor:
+    """Factors [B] from the norms [4, B] of samples of T positions, and those of their bias, if any, which are a tensor
+    without gaps; ``units`` are those of ``factors_kernel``.
+    """
     B = norms.shape[1]
     factors = torch.empty(B, dtype=torch.float32, device=norms.device)
     block = 16 if INTERPRETED else 128
-    arguments = norms, factors, C, *units, SCALING_UNITS, B, T, *norms.stride()
-    launch(factors_kernel, (cdiv(B, block),), *arguments, device=norms.device, BIAS=bias, BLOCK=block, num_warps=4)
+    arguments = norms, bias_squares, factors, C, *units, SCALING_UNITS, B, T, *norms.stride()
+    options = {"BIAS": bias_squares is not None, "BLOCK": block, "num_warps": 4}
+    launch(factors_kernel, (cdiv(B, block),), *arguments, device=norms.device, **options)
     return factors
 
 
@@ -154,7 +166,8 @@ def per_layer_noisy_gradient(
     norms = (ghost_norm if ghost else gradient_norm)(A, G)
     # dot products of length n err by √n + n/32 units; a sum of squares, whose absolute is itself, by a few
     units, sum_units = (sum(math.sqrt(n) + n / 32 for n in sizes) + 8 for sizes in ((d, p) if ghost else (), (T,)))
-    factors = factors_of(norms, T, max_grad_norm, (units, sum_units), bias)
+    bias_squares = sum_positions(G)[1] if bias else None
+    factors = factors_of(norms, bias_squares, T, max_grad_norm, (units, 2 * sum_units))
     weight, bias_sum = clipped_sum(A, G, factors, bias)
     bias_gradient = finish(bias_sum[None], stream, bias_parameter, std, scale)[0]
     return finish(weight, stream, weight_parameter, std, scale), bias_gradient, factors
@@ -167,7 +180,7 @@ def _(A, G, max_grad_norm, stream, weight_parameter, bias_parameter, std, scale,
 
 
 COMPILES = [
-    Compile("factors of a layer", lambda: factors_of(meta(6, 32), 1024, 1.0, (99.5, 50.5), True)),
+    Compile("factors of a layer", lambda: factors_of(meta(4, 32), meta(32), 1024, 1.0, (99.5, 101.0))),
     Compile("noise", lambda: finish(meta(4096, 1024), meta(3, dtype=torch.int64), 3, 1.5, 0.5)),
     Compile("noise, odd", lambda: finish(meta(4095, 1023), meta(3, dtype=torch.int64), 3, 1.5, 0.5)),
     Compile("one position", lambda: clipped_sum(meta(32, 1, 1024), meta(32, 1, 4096), meta(32), True)),

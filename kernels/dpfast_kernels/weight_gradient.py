@@ -66,12 +66,16 @@ class Config:
 
 
 def configure(B: int, groups: int, T: int, d: int, p: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
-    """Tiles of 128 × 256 where they are read 16 bytes at a time and are not mostly empty: registers hold no more."""
+    """Tiles of 128 × 256 where they are read 16 bytes at a time and are not mostly empty: registers hold no more. Of
+    float32 they are of 128 × 128, for which a thread reads 16 numbers of shared memory for 64 products.
+    """
     if INTERPRETED:
         return Config(16, 16, 32, 4, 1, splits=max(min(2, B), accumulators(B, T), 1))
     block_p, block_d = (64 if p <= 64 else 128), (64 if d <= 64 else 128)
     block_t, warps, stages = (64 if chip.large else 32), 8, 4
-    if dtype == torch.float32 or (dtype == torch.float16 and T < BY_SAMPLE):
+    if dtype == torch.float32 and vectorised and T >= BY_SAMPLE and min(d, p) > 64:
+        block_t, stages = 16, 3
+    elif dtype == torch.float32 or (dtype == torch.float16 and T < BY_SAMPLE):
         block_t, block_p, block_d, stages = 16, 64, 64, 3
     elif not vectorised:
         block_t, block_p, block_d, stages = 32, 64, 64, 3

@@ -98,12 +98,27 @@ def test_waves_and_whole_tiles_cost():
         tiles = T // 128
         row = ghost_row(programs=B * tiles * (tiles + 1) // 2)
         multiplied = SHAPES["ghost, B 8, T 1024, d 1024, p 4096"].multiplied
-        assert multiplied({"BLOCK_T": 128, "BLOCK_K": 64}) == B * 8 * 9 * 128**2 * (d + p)
+        assert multiplied({"BLOCK_T": 128, "BLOCK_S": 128, "BLOCK_K": 64}) == B * 8 * 9 * 128**2 * (d + p)
         found = predicted.of_products(row, B * T**2 * (d + p), B * tiles * (tiles + 1) * 128**2 * (d + p), H100)
         assert found["share"] < found["at_most"] and found["of"] == "tensor cores"
         assert found["flops_per_second"] == pytest.approx(B * T**2 * (d + p) / found["seconds"])
         shares.append(found["share"])
     assert shares == sorted(shares) and 0.15 < shares[0] < 0.25 and 0.40 < shares[-1] < 0.48
+
+
+def test_tiles_that_are_kept_in_memory():
+    """A program's tiles are counted in turn, each with what is stored and loaded of it beside the main loop."""
+    shape = SHAPES["ghost, q, k and v of 2 inputs, B 8, T 1024, d 1024, p 1024"]
+    wide = {"BLOCK_T": 128, "BLOCK_S": 256, "BLOCK_K": 64}
+    pairs, tile, diagonal = 2 * 8 * 20, 4 * 128 * 256, 4 * 128 * 128
+    assert shape.kept(wide) == (3, pairs * 4 * tile + 2 * 8 * 8 * 3 * diagonal)  # 320 pairs on 132 processors
+    assert shape.multiplied(wide) == 3 * 132 * 2 * 128 * 256 * (1024 + 3 * 1024)
+    assert shape.kept(wide | {"BLOCK_S": 128}) == (1, 0.0)
+    row = ghost_row(programs=132)
+    once, thrice = (predicted.of_products(row, 1e12, 1e12, H100, turns) for turns in (1, 3))
+    assert thrice["seconds"] - once["seconds"] == pytest.approx(2 * (1500 * 8 / 4 + H100.latency) / H100.hertz)
+    moved = predicted.of_products(row, 1e12, 1e12, H100, 1, 132 * H100.l2_bytes * 1e6)
+    assert moved["seconds"] - once["seconds"] == pytest.approx(1e6 / H100.hertz)
 
 
 def test_memory_is_shared_by_the_processors():
@@ -158,7 +173,11 @@ def test_every_family_and_shape_is_asked_for():
 
     keys = {job["key"] for job in static.jobs_of(small=False)}
     assert set(SHAPES) <= keys and len(keys) == len(static.jobs_of(small=False))
-    families = {path.stem for path in (ROOT / "kernels/dpfast_kernels").glob("*.py")} - {"__init__", "common"}
+    families = {path.stem for path in (ROOT / "kernels/dpfast_kernels").glob("*.py")} - {
+        "__init__",
+        "common",
+        "ghost_tiles",
+    }
     for target in (80, 90):
         assert {key.partition(":")[0] for key in keys if key.endswith(f"sm_{target}")} == families
     assert all(title in SHAPES for named in static.RATES.values() for titles in named.values() for title in titles)

@@ -83,14 +83,14 @@ class Heads(nn.Module):
 
 def test_layers_on_one_input(monkeypatch):
     """All their ghost norms are of one op, which forms the Gram matrix of the input of the two that are alike once."""
-    from dpfast_kernels import ghost
+    from dpfast_kernels import ghost, ghost_tiles
 
     launched = []
     made = ghost.launch
     monkeypatch.setattr(ghost, "launch", lambda *args, **kw: launched.append(args[1]) or made(*args, **kw))
     x, target = torch.randn(3, 20, 6), torch.randn(3, 20, 3)
     assert_exact(Heads(), (x,), target, mse, 100.0, plan={"": "ghost"})
-    pairs = ghost.pairs_of(20, 16)
+    pairs = ghost_tiles.pairs_of(20, 16)
     # q and k are of one shape and of one input, v and out of another shape and of two
     assert sorted(launched) == [(3 * pairs,), (2 * 3 * pairs,)] or torch.cuda.is_available()
 
