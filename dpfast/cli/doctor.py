@@ -43,9 +43,10 @@ def report(strict: bool) -> int:
     section("native libraries", [*map(library_row, libraries), ("cache", "in", cache_folder())])
     section("rates of plans", [(name, *said_of(torch.device(name))) for name in planned()])
     section("ops", rows)
-    fallen = [(op, device) for op, device, backend, _ in rows if backend not in MEANT]
+    fallen = [reason for _, _, backend, reason in rows if backend not in MEANT]
     if fallen:
-        print(f"{len(fallen)} of {len(rows)} ops fall back to the reference")
+        print(f"{len(fallen)} of {len(rows)} ops fall back to the reference:")
+        print(textwrap.indent("\n".join(dict.fromkeys(fallen)), "  "))
     return 1 if strict and fallen else 0
 
 

@@ -76,7 +76,7 @@ def said_by_doctor(capsys):
 
 def test_strict_fails_where_an_op_falls_back(here, capsys, monkeypatch):
     assert main(["doctor", "--strict"]) == 1
-    assert "1 of 2 ops fall back to the reference" in capsys.readouterr().out
+    assert "1 of 2 ops fall back to the reference:\n  the card is too old\n" in capsys.readouterr().out
     monkeypatch.setattr(ops, "backends", lambda: ROWS[:1])
     assert main(["doctor", "--strict"]) == 0
     assert "fall back" not in capsys.readouterr().out

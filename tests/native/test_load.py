@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -308,3 +309,13 @@ def test_cuda_is_built_at_first_use(apart, monkeypatch, store):
         native._found.pop("cuda")
         Devices(monkeypatch, capability)
         assert native.available("cuda") if reason is None else reason in native.why_not("cuda")
+    # Of a later CUDA than torch's it is passed over: the drivers that serve torch need not serve it.
+    toolkit = int(re.search(r"cuda_(\d+)", build.about(found.path)["nvcc"])[1])
+    for torchs, passed_over in [(f"{toolkit}.9", False), (f"{toolkit + 1}.0", False), (f"{toolkit - 1}.8", True)]:
+        native._found.pop("cuda")
+        Devices(monkeypatch, (9, 0))
+        monkeypatch.setattr(torch.version, "cuda", torchs)
+        assert native.available("cuda") is not passed_over
+        assert (
+            f"is built with CUDA {toolkit}, and torch with {torchs}" in (native.why_not("cuda") or "")
+        ) is passed_over
