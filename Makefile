@@ -49,7 +49,7 @@ oldest: OLDEST_PYTHON = $(shell for each in python3.12 $(HOME)/.pyenv/versions/3
 oldest:
 	test -x $(REHEARSAL)/bin/python || $(OLDEST_PYTHON) -m venv $(REHEARSAL)
 	$(REHEARSAL)/bin/python -m pip install -q --no-compile 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4' \
-		'opacus>=1.6,<1.7' tabulate 'setuptools>=77' pytest hypothesis psutil tqdm matplotlib
+		'opacus>=1.6,<1.7' tabulate 'setuptools>=77' pytest hypothesis psutil tqdm matplotlib 'transformers>=5'
 
 # make rehearse [REHEARSAL=folder]: the kernels' tests, all cases compiled, with what a machine with a GPU has
 rehearse: oldest

@@ -136,7 +136,7 @@ def test_a_wheel_carries_library_and_sources(tree, tmp_path):
     assert "dpfast/native/csrc/register.cpp" in names and not [name for name in names if name.endswith(".so")]
 
 
-def test_an_old_setuptools_is_told_in_a_line(tree, tmp_path):
+def test_an_old_setuptools_or_none_is_told_in_a_line(tree, tmp_path):
     """As setup.py meets it in a build without isolation. In one with it pip installs what is required."""
     old = tmp_path / "old/setuptools"
     old.mkdir(parents=True)
@@ -146,6 +146,10 @@ def test_an_old_setuptools_is_told_in_a_line(tree, tmp_path):
     done = python(tree, "setup.py", "--version", PYTHONPATH=str(old.parent))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "setuptools 65.5.0 is too old: pip install 'setuptools>=77'\n"
+    (old / "__init__.py").write_text("raise ImportError(\"No module named 'setuptools'\")")
+    done = python(tree / "release", "-c", "import backend", PYTHONPATH=str(old.parent))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "No module named 'setuptools': pip install 'setuptools>=77'" in done.stderr
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert required == ["setuptools>=77", f"torch>={'.'.join(map(str, build.TARGET))}"]
 
