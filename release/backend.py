@@ -5,6 +5,6 @@ pip would show a stack trace of its own. setup.py says where one is too old.
 """
 
 try:
-    from setuptools.build_meta import *  # noqa: F403: the hooks, as setuptools has them
+    from setuptools.build_meta import *  # noqa: F403 (the hooks, as setuptools has them)
 except ImportError as error:
     raise SystemExit(f"{error}: pip install 'setuptools>=77', or leave --no-build-isolation out") from error

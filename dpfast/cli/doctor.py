@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
@@ -23,7 +24,14 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; its exit status."""
     parser = Parser("dpfast doctor", description="Versions, devices, native libraries, and the backend of each op.")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
-    return report(parser.parse_args(arguments).strict)
+    strict = parser.parse_args(arguments).strict
+    try:
+        status = report(strict)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `doctor | head`: whoever reads has seen enough, and Python flushes once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def report(strict: bool) -> int:
