@@ -24,6 +24,8 @@ demo: $(READY)
 # Two at a time, as each test works on one thread: half of the folders, and all that is not in these.
 HALF := tests/kernels tests/layers tests/ops tests/native tests/capture tests/planning tests/dropin $(wildcard tests/test_*.py)
 
+# Each of the processes that tests start would else compile the sources of torch and of Transformers for itself.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \

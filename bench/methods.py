@@ -6,6 +6,7 @@ Everything goes through each library's own engine, as a user's script would; not
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bench.functional import private_gradients
 from bench.workloads import Workload, sequence_loss
 from dpfast.planning.planner import WAYS
 
@@ -66,6 +68,7 @@ METHODS: dict[str, Method] = {
         Method("functorch", "Opacus functorch", "opacus", "functorch", any_variant=True),
         Method("ghost", "Opacus ghost", "opacus", "ghost", any_variant=True),
         Method("fastdp", "fastDP", "fastDP", any_variant=True),
+        Method("opake", "Opake", "opake", any_variant=True),
         Method("flashdp", "per-layer, FlashDP-style (ours)", "bench", layerwise=True, any_variant=True),
     )
 }
@@ -107,7 +110,7 @@ class Trainer:
     engine: Any
     ghost: bool = False
     summed: bool = False  # the loss is a sum over the samples
-    recorded: Callable[..., Tensor] | None = None  # forward, loss and backward
+    recorded: Callable[..., Tensor] | None = None  # forward, loss and backward in one call
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Any:
         """As the method's criterion gives it."""
@@ -149,6 +152,10 @@ def prepare(
     elif method.library in ("bench", "fastDP"):
         attach = _fastdp if method.library == "fastDP" else _flashdp
         trainer = Trainer(model, optimizer, loader, criterion, attach(model, optimizer, loader, **settings))
+    elif method.library == "opake":
+        trainer = Trainer(model, optimizer, loader, criterion, None)
+        one = functools.partial(sequence_loss, criterion)
+        trainer.recorded = private_gradients(model, one, loader.batch_size or 1, **settings)
     else:
         engine = importlib.import_module(method.library).PrivacyEngine(secure_mode=False)
         ghost = method.mode == "ghost"

@@ -23,7 +23,7 @@ from dpfast import tables
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 RECORDS = ROOT / "bench" / "results"
 COMPARED = RECORDS / "models-cpu-20261122-182528.json"  # all methods on all models
-SHOWN = ("dpfast", "hooks", "functorch", "ghost", "fastdp", "flashdp")
+SHOWN = ("dpfast", "hooks", "functorch", "ghost", "fastdp", "opake", "flashdp")
 IN_README = {  # its models, by shorter names, and its methods
     "mlp": "MLP",
     "resnet18": "ResNet-18",
@@ -95,7 +95,9 @@ def _under(report: str) -> str:
 
 
 def compared(data: dict[str, Any], methods: Sequence[str], names: dict[str, str] | None = None) -> tuple[str, str]:
-    """A table with a line for each model and a column for each method, and the notes to it."""
+    """A table with a line for each model and a column for each method that was measured, and the notes to it."""
+    measured = {row["method"] for part in data["suite"]["works"].values() for row in part["rows"]}
+    methods = [method for method in methods if method in measured]
     letters: dict[str, str] = {}
     lines = []
     for name, part in data["suite"]["works"].items():

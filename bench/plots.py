@@ -30,9 +30,10 @@ COLOURS = {
     "functorch": "#D55E00",
     "ghost": "#CC79A7",
     "fastdp": "#009E73",
+    "opake": "#A65628",
     "flashdp": "#F0E442",
 }
-MARKS = dict(zip(COLOURS, "oxsPhX^vD*p", strict=True))
+MARKS = dict(zip(COLOURS, "oxsPhX^vD<*p", strict=True))
 
 
 @dataclass

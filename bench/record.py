@@ -26,7 +26,7 @@ from bench.measure import ROOT
 logger = logging.getLogger(__name__)
 SOURCES = ("dpfast", "kernels", "csrc", "bench")  # folders that decide a figure ...
 KINDS = (".py", ".cpp", ".cu", ".h")  # ... by files of these kinds
-LIBRARIES = ("torch", "triton", "opacus", "numpy", "fastDP", "transformers", "peft")
+LIBRARIES = ("torch", "triton", "opacus", "numpy", "fastDP", "opake", "transformers", "peft")
 SHAPE = {"machine": dict, "device": dict, "configuration": dict, "finished": bool, "suite": dict}
 
 

@@ -23,7 +23,7 @@ from bench.suites.models import draw_bars, heading, reasons, roof_line, rows_of,
 from bench.workloads import FULL, Workload
 from dpfast import tables
 
-KINDS = ("nonprivate", "dpfast", "hooks", "functorch", "ghost", "fastdp", "flashdp")
+KINDS = ("nonprivate", "dpfast", "hooks", "functorch", "ghost", "fastdp", "opake", "flashdp")
 GROWING = ("nonprivate", "dpfast", "hooks", "ghost")  # of a sweep, where none are named
 NAMED = "bench.layer_workloads:layers"
 

@@ -9,10 +9,22 @@ namespace {
 
 constexpr int AXES = 3;  // fewer spatial dimensions come with 1s in front
 
+// Lines of few floats, for which a call of memcpy takes longer than the copy.
+inline void copy_line(const float* from, int64_t n, float* to) {
+  constexpr int64_t STEP = 4;
+  if (n > 64) {
+    std::copy_n(from, n, to);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + STEP <= n; i += STEP) memcpy(to + i, from + i, STEP * sizeof(float));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
 void widen(const void* from, Type type, int64_t first, int64_t n, float* to) {
   switch (type) {
     case Type::float32:
-      std::copy_n(static_cast<const float*>(from) + first, n, to);
+      copy_line(static_cast<const float*>(from) + first, n, to);
       break;
     case Type::bfloat16:
       for (int64_t i = 0; i < n; ++i) to[i] = scalar::read(static_cast<const scalar::bf16*>(from) + first + i);
@@ -66,44 +78,60 @@ struct Layout {
 
   // Element e of all patches, given where it is in the first one.
   void pack(const float* from, float* to) const {
-    const int64_t length = out[2], by = step_x;
-    for (size_t t = 0; t < places.size(); t += length, to += length) {
+    if (step_x == 1 && out[2] == 4) return pack_lines<4>(from, to);
+    if (step_x == 1 && out[2] == 8) return pack_lines<8>(from, to);
+    if (step_x == 1 && out[2] == 16) return pack_lines<16>(from, to);
+    for (size_t t = 0; t < places.size(); t += out[2], to += out[2]) {
       const float* line = from + places[t];
-      if (by == 1)
-        std::copy_n(line, length, to);
+      if (step_x == 1)
+        copy_line(line, out[2], to);
       else
-        for (int64_t x = 0; x < length; ++x) to[x] = line[x * by];
+        for (int64_t x = 0; x < out[2]; ++x) to[x] = line[x * step_x];
     }
   }
 
-  // x[row, channel] of `from` [R, C, *] into its place; what is padding is 0 already.
-  void copy(const Tensor& from, int64_t row, int64_t channel, const Integers& padding, float* to) const {
-    const int64_t size[AXES] = {from.size(2), from.size(3), from.size(4)};
+  template <int LENGTH>
+  void pack_lines(const float* from, float* to) const {
+    const int64_t* place = places.data();
+    for (const int64_t* end = place + places.size(); place != end; place += LENGTH, to += LENGTH)
+      memcpy(to, from + *place, LENGTH * sizeof(float));
+  }
+
+  // One row and channel of `size` that begins at element `at` of `from`, into its place; what is padding is 0 already.
+  void copy(const void* from, Type type, int64_t at, const int64_t* size, const Integers& padding, float* to) const {
     const int64_t width = std::min(size[2], sizes[2] - padding[2]);
     for (int64_t z = 0; z < std::min(size[0], sizes[0] - padding[0]); ++z)
       for (int64_t y = 0; y < std::min(size[1], sizes[1] - padding[1]); ++y) {
-        const int64_t first = (((row * from.size(1) + channel) * size[0] + z) * size[1] + y) * size[2];
+        const int64_t first = at + (z * size[1] + y) * size[2];
         float* line = to + ((z + padding[0]) * sizes[1] + y + padding[1]) * sizes[2] + padding[2];
-        if (width > 0) widen(from.const_data_ptr(), type_of(from), first, width, line);
+        if (width > 0) widen(from, type, first, width, line);
       }
   }
 };
 
 // The arguments of both ops, checked; and where the patches are.
 struct Convolution {
-  const Tensor &x, &G;
+  // A tensor [R, C, *]: what it holds of one row and channel, and where; asked once, as each question is a call of torch.
+  struct Side {
+    const void* data;
+    Type type;
+    int64_t channels, size[AXES], line;
+
+    explicit Side(const Tensor& tensor)
+        : data(tensor.const_data_ptr()), type(type_of(tensor)), channels(tensor.size(1)),
+          size{tensor.size(2), tensor.size(3), tensor.size(4)}, line(size[0] * size[1] * size[2]) {}
+  };
+
   const Integers& padding;
-  int64_t batch, groups, channels, rows, line;
+  int64_t batch, groups, sample_rows, channels, rows;
+  Side x, G;
   Layout layout;
 
   Convolution(const Tensor& x, const Tensor& G, int64_t batch, int64_t groups, const Integers& kernel,
               const Integers& stride, const Integers& padding, const Integers& dilation)
-      : x(x), G(G), padding(padding), batch(batch), groups(groups),
-        layout(check(x, G, batch, groups, kernel, stride, padding, dilation), x.size(1) / groups, G, kernel, stride,
-               dilation) {
-    channels = x.size(1) / groups, rows = G.size(1) / groups;
-    line = G.size(2) * G.size(3) * G.size(4);
-  }
+      : padding(padding), batch(batch), groups(groups),
+        sample_rows(check(x, G, batch, groups, kernel, stride, padding, dilation)), channels(x.size(1) / groups),
+        rows(G.size(1) / groups), x(x), G(G), layout(sample_rows, channels, G, kernel, stride, dilation) {}
 
   int64_t size() const { return int64_t(layout.elements.size()); }
   int64_t positions() const { return int64_t(layout.places.size()); }
@@ -135,22 +163,22 @@ struct Convolution {
 
   // x of a sample and group, padded.
   void read_x(int64_t i, int64_t group, std::vector<float>& to) const {
-    to.assign(layout.rows * channels * layout.outer, 0.0f);
-    for (int64_t row = 0; row < layout.rows; ++row)
+    to.assign(sample_rows * channels * layout.outer, 0.0f);
+    for (int64_t row = 0; row < sample_rows; ++row)
       for (int64_t c = 0; c < channels; ++c)
-        layout.copy(x, i * layout.rows + row, group * channels + c, padding,
-                    to.data() + (row * channels + c) * layout.outer);
+        layout.copy(x.data, x.type, ((i * sample_rows + row) * x.channels + group * channels + c) * x.line, x.size,
+                    padding, to.data() + (row * channels + c) * layout.outer);
   }
 
   // f(position of the first, j, values): the backprops of a sample and group, a row of G and row j of weight at a time.
   template <class F>
   void read_G(int64_t i, int64_t group, std::vector<float>& scratch, const F& f) const {
-    scratch.resize(line);
-    for (int64_t row = 0; row < layout.rows; ++row)
+    scratch.resize(G.line);
+    for (int64_t row = 0; row < sample_rows; ++row)
       for (int64_t j = 0; j < rows; ++j) {
-        const int64_t from = (i * layout.rows + row) * G.size(1) + group * rows + j;
-        widen(G.const_data_ptr(), type_of(G), from * line, line, scratch.data());
-        f(row * line, j, scratch.data());
+        const int64_t from = (i * sample_rows + row) * G.channels + group * rows + j;
+        widen(G.data, G.type, from * G.line, G.line, scratch.data());
+        f(row * G.line, j, scratch.data());
       }
   }
 };
@@ -167,7 +195,7 @@ std::tuple<Tensor, Tensor> convolution_grad_samples(Tensor x, Tensor G, int64_t 
     c.read_x(i, group, padded);
     by_position.assign(c.positions() * width, 0.0f);
     c.read_G(i, group, scratch, [&](int64_t first, int64_t j, const float* values) {
-      for (int64_t t = 0; t < c.line; ++t) by_position[(first + t) * width + j] = values[t];
+      for (int64_t t = 0; t < c.G.line; ++t) by_position[(first + t) * width + j] = values[t];
     });
     float* out = static_cast<float*>(samples.data_ptr()) + i * size * all + group * c.rows;
     squares[i * groups + group] =
@@ -187,7 +215,7 @@ std::tuple<Tensor, Tensor> convolution_grad_samples(Tensor x, Tensor G, int64_t 
 Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Integers kernel, Integers stride,
                          Integers padding, Integers dilation) {
   constexpr double LOST = std::numeric_limits<float>::min();  // the most that a product loses to underflow
-  constexpr int64_t STRIP = 32;  // rows of the Gram matrices at a time, of which only s >= t is made, and counted twice
+  constexpr int64_t STRIP = 36;  // rows of the Gram matrices at a time, of which only s >= t is made, and counted twice
   const Convolution c(x, G, batch, groups, kernel, stride, padding, dilation);
   const int64_t T = c.positions(), size = c.size(), width = kernels().patch_gradient_width(T);
   Tensor sums = make({5, batch, groups}, ScalarType::Double, x);
@@ -198,10 +226,15 @@ Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Inte
     thread_local std::vector<float> padded, packed, backprops, scratch, gram[2];
     c.read_x(i, group, padded);
     packed.assign(size * width, 0.0f);
-    for (int64_t e = 0; e < size; ++e) c.layout.pack(padded.data() + c.layout.elements[e], packed.data() + e * width);
+    const float* first_patch = padded.data();
+    float* to = packed.data();
+    for (int64_t element : c.layout.elements) {
+      c.layout.pack(first_patch + element, to);
+      to += width;
+    }
     backprops.assign(c.rows * width, 0.0f);
     c.read_G(i, group, scratch, [&](int64_t first, int64_t j, const float* values) {
-      std::copy_n(values, c.line, backprops.data() + j * width + first);
+      std::copy_n(values, c.G.line, backprops.data() + j * width + first);
     });
     double total[5] = {};
     for (int64_t begin = 0; begin < T; begin += STRIP) {
@@ -211,12 +244,18 @@ Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Inte
                                 packed.data() + begin, width, n, gram[0].data(), n});
       kernels().patch_gradient({backprops.data(), ascending.data() + begin, height, lines.data(), c.rows,
                                 backprops.data() + begin, width, n, gram[1].data(), n});
+      const auto add = [&](int64_t first, int64_t count, double times) {
+        double sum, absolute;
+        kernels().product_sums(sum, absolute, gram[0].data() + first, gram[1].data() + first, Type::float32, count);
+        total[0] += times * sum;
+        total[1] += times * absolute;
+      };
+      if (n == height) add(0, height * height, 1);
       for (int64_t t = 0; t < height; ++t) {
         const float *a = gram[0].data() + t * n, *g = gram[1].data() + t * n;
-        for (int64_t s = 0; s < n; ++s) {
-          const double product = double(a[s]) * double(g[s]) * (s < height ? 1 : 2);
-          total[0] += product;
-          total[1] += std::fabs(product);
+        if (n > height) {
+          add(t * n, height, 1);
+          add(t * n + height, n - height, 2);
         }
         const double length_a = std::sqrt(a[t] + double(size) * LOST), length_g = std::sqrt(g[t] + double(c.rows) * LOST);
         total[2] += length_a;

@@ -227,19 +227,23 @@ std::tuple<Tensor, Tensor> channel_sums(Tensor G, Tensor x, Tensor mean, Tensor 
   const Type type = type_of(G);
   const std::vector<double> means = numbers(mean), rstds = numbers(rstd);
   Tensor weight = make({R, C}, sum_type(type), G), bias = make({R, C}, sum_type(type), G);
-  const auto put = [](const Tensor& tensor, int64_t k, double value) {
-    if (tensor.scalar_type() == ScalarType::Double)
-      static_cast<double*>(tensor.data_ptr())[k] = value;
+  const bool wide = type == Type::float64;
+  void *weights = weight.data_ptr(), *biases = bias.data_ptr();
+  const auto put = [wide](void* to, int64_t k, double value) {
+    if (wide)
+      static_cast<double*>(to)[k] = value;
     else
-      static_cast<float*>(tensor.data_ptr())[k] = float(value);
+      static_cast<float*>(to)[k] = float(value);
   };
-  share(Integers(R * C, 2 * T), [&](size_t k) {
-    const int64_t statistic = int64_t(k) / (C / groups);  // channels of a group lie side by side
-    double w, b;
-    kernels().sum_channel(
-        w, b, {type, given(G, int64_t(k) * T), given(x, int64_t(k) * T), T, means[statistic], rstds[statistic]});
-    put(weight, int64_t(k), w);
-    put(bias, int64_t(k), b);
+  const int64_t together = C / groups, bytes = T * int64_t(G.element_size());  // channels of a group lie side by side
+  const char *of_G = given(G, 0), *of_x = given(x, 0);
+  share(Integers(R * groups, 2 * together * T), [&](size_t group) {
+    for (int64_t k = int64_t(group) * together; k < int64_t(group + 1) * together; ++k) {
+      double w, b;
+      kernels().sum_channel(w, b, {type, of_G + k * bytes, of_x + k * bytes, T, means[group], rstds[group]});
+      put(weights, k, w);
+      put(biases, k, b);
+    }
   });
   return {weight, bias};
 }

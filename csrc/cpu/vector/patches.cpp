@@ -13,28 +13,31 @@ constexpr int LANES = W;
 using Vector = f32;
 DPFAST_FN Vector broadcast(float x) { return splat(x); }
 DPFAST_FN Vector multiply_add(Vector a, Vector b, Vector c) { return fma(a, b, c); }
-DPFAST_FN double squares_of(const float* x, int n) {
+struct Squares {
   f64 sum = {};
-  for (int i = 0; i < n; i += W) {
-    const f64 wide = to_double(load<f32>(x + i));
+  DPFAST_FN void add(Vector x) {
+    const f64 wide = to_double(x);
     sum = fma(wide, wide, sum);
   }
-  double lanes[W], total = 0;
-  memcpy(lanes, &sum, sizeof(lanes));
-  for (double lane : lanes) total += lane;
-  return total;
-}
+};
 #else
 // Four floats at once, which every compiler makes of it; fma may be a call there.
 constexpr int LANES = 4;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 DPFAST_FN Vector broadcast(float x) { return x - Vector{}; }
 DPFAST_FN Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-DPFAST_FN double squares_of(const float* x, int n) {
-  double total = 0;
-  for (int i = 0; i < n; ++i) total += double(x[i]) * double(x[i]);
-  return total;
-}
+struct Squares {
+  double sum[LANES] = {};
+  DPFAST_FN void add(Vector x) {
+    for (int i = 0; i < LANES; ++i) sum[i] += double(x[i]) * double(x[i]);
+  }
+};
+#endif
+
+#if defined(DPFAST_LANES) && DPFAST_LANES == 16
+constexpr int MOST = 4;  // vectors of columns at a time: 24 sums and 5 operands in 32 registers
+#else
+constexpr int MOST = 2;  // 12 sums in 16 registers
 #endif
 
 // So many positions are added up in registers; then what came before is added. Equal terms, rounded alike in one long
@@ -42,15 +45,14 @@ DPFAST_FN double squares_of(const float* x, int n) {
 constexpr int64_t CHUNK = 256;
 
 // out[k][j] = Σ_t x[element_k + place_t] · G[t][j], k of ROWS elements of a patch, j of VECTORS · LANES columns.
-// Returns Σ out².
+// Adds out² to squares. A function of its own, whose sums all are in registers.
 template <int ROWS, int VECTORS>
-double block(const PatchGradient& a, int64_t k, int64_t j) {
+__attribute__((noinline)) void block(const PatchGradient& a, int64_t k, int64_t j, Squares& squares) {
   const int64_t kept = std::min<int64_t>(VECTORS * LANES, a.columns - j);  // beyond are zeros
   const float* x[ROWS];
+  DPFAST_UNROLL
   for (int r = 0; r < ROWS; ++r) x[r] = a.x + a.elements[k + r];
   const float* G = a.G + j;
-  float row[VECTORS * LANES] = {};
-  double squares = 0;
   for (int64_t begin = 0; begin == 0 || begin < a.positions; begin += CHUNK) {
     const int64_t end = std::min(a.positions, begin + CHUNK);
     Vector sum[ROWS][VECTORS] = {};
@@ -66,29 +68,36 @@ double block(const PatchGradient& a, int64_t k, int64_t j) {
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add(value, g[v], sum[r][v]);
       }
     }
+    DPFAST_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       float* out = a.out + (k + r) * a.stride + j;
+      float row[VECTORS * LANES] = {};
       if (begin > 0) {
         memcpy(row, out, kept * sizeof(float));
+        DPFAST_UNROLL
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = load<Vector>(row + v * LANES) + sum[r][v];
       }
-      memcpy(row, sum[r], sizeof(row));
-      memcpy(out, row, kept * sizeof(float));
-      if (end == a.positions) squares += squares_of(row, VECTORS * LANES);
+      float* to = kept == VECTORS * LANES ? out : row;
+      DPFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) memcpy(to + v * LANES, &sum[r][v], sizeof(Vector));
+      if (to == row) memcpy(out, row, kept * sizeof(float));
+      if (end < a.positions) continue;
+      DPFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) squares.add(sum[r][v]);
     }
   }
-  return squares;
 }
 
-// Columns j, j + 1, ... of the result: all elements of a patch.
+// Columns j, j + 1, ... of the result: all elements of a patch. As many sums at a time as there are registers, and
+// no fewer than additions that a processor has under way.
 template <int VECTORS>
-double columns(const PatchGradient& a, int64_t j) {
-  constexpr int ROWS = 6;  // with VECTORS = 4: 24 sums and 5 operands in 32 registers
-  double squares = 0;
+void columns(const PatchGradient& a, int64_t j, Squares& squares) {
+  constexpr int ROWS = VECTORS == MOST ? 6 : 8;
   int64_t k = 0;
-  for (; k + ROWS <= a.size; k += ROWS) squares += block<ROWS, VECTORS>(a, k, j);
-  for (; k < a.size; ++k) squares += block<1, VECTORS>(a, k, j);
-  return squares;
+  for (; k + ROWS <= a.size; k += ROWS) block<ROWS, VECTORS>(a, k, j, squares);
+  for (; k + 4 <= a.size; k += 4) block<4, VECTORS>(a, k, j, squares);
+  for (; k + 2 <= a.size; k += 2) block<2, VECTORS>(a, k, j, squares);
+  for (; k < a.size; ++k) block<1, VECTORS>(a, k, j, squares);
 }
 
 }  // namespace
@@ -96,18 +105,16 @@ double columns(const PatchGradient& a, int64_t j) {
 int64_t patch_gradient_width(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
 
 double patch_gradient(const PatchGradient& a) {
-#if defined(DPFAST_LANES) && DPFAST_LANES == 16
-  constexpr int MOST = 4;
-#else
-  constexpr int MOST = 2;  // 12 sums in 16 registers
-#endif
   const int64_t all = patch_gradient_width(a.columns);
-  double squares = 0;
+  Squares squares;
   int64_t j = 0;
-  for (; j + MOST * LANES <= all; j += MOST * LANES) squares += columns<MOST>(a, j);
-  for (; j + 2 * LANES <= all; j += 2 * LANES) squares += columns<2>(a, j);
-  for (; j < all; j += LANES) squares += columns<1>(a, j);
-  return squares;
+  for (; j + MOST * LANES <= all; j += MOST * LANES) columns<MOST>(a, j, squares);
+  for (; j + 2 * LANES <= all; j += 2 * LANES) columns<2>(a, j, squares);
+  for (; j < all; j += LANES) columns<1>(a, j, squares);
+  double lanes[LANES], total = 0;
+  memcpy(lanes, &squares.sum, sizeof(lanes));
+  for (double lane : lanes) total += lane;
+  return total;
 }
 
 }  // namespace dpfast::DPFAST_ISA

@@ -90,12 +90,24 @@ struct Squares {
     }
   }
 
+  // Sum i and sum i + n / 2 of n, until there is one.
   static double total(const f64* sums) {
-    double all[SUMS];
-    memcpy(all, sums, sizeof(all));
-    for (int half = SUMS / 2; half > 0; half /= 2)
+    f64 left[SUMS / W];
+    memcpy(left, sums, sizeof(left));
+    DPFAST_UNROLL
+    for (int half = SUMS / W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) left[i] = left[i] + left[i + half];
+#ifdef DPFAST_LANES
+    const f64half halves = left[0].low + left[0].high;
+    double all[W / 2];
+    memcpy(all, &halves, sizeof(all));
+    DPFAST_UNROLL
+    for (int half = W / 4; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) all[i] += all[i + half];
     return all[0];
+#else
+    return left[0];
+#endif
   }
 };
 
