@@ -54,13 +54,6 @@ def test_what_the_workflow_covers():
     assert "GPU_RUNNER" in jobs["gpu"]["if"] and "GPU_RUNNER" in jobs["gpu"]["runs-on"]  # skipped without one
 
 
-def test_pages_name_targets_that_are_there():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    for page in pages:
-        shown = re.findall(r"`(make [^`\n]+)`|^(make .*)$", page.read_text(), re.M)
-        assert {name for one in shown for name in MAKE.findall(" ".join(one))} <= targets(), page.name
-
-
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
 def test_issue_forms(path):
     form = loaded(path)
