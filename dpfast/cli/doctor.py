@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
@@ -23,7 +24,14 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; its exit status."""
     parser = Parser("dpfast doctor", description="Versions, devices, native libraries, and the backend of each op.")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if an op has no kernel")
-    return report(parser.parse_args(arguments).strict)
+    strict = parser.parse_args(arguments).strict
+    try:
+        status = report(strict)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `doctor | head`: whoever reads has seen enough, and Python flushes once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def report(strict: bool) -> int:
@@ -43,9 +51,10 @@ def report(strict: bool) -> int:
     section("native libraries", [*map(library_row, libraries), ("cache", "in", cache_folder())])
     section("rates of plans", [(name, *said_of(torch.device(name))) for name in planned()])
     section("ops", rows)
-    fallen = [(op, device) for op, device, backend, _ in rows if backend not in MEANT]
+    fallen = [reason for _, _, backend, reason in rows if backend not in MEANT]
     if fallen:
-        print(f"{len(fallen)} of {len(rows)} ops fall back to the reference")
+        print(f"{len(fallen)} of {len(rows)} ops fall back to the reference:")
+        print(textwrap.indent("\n".join(dict.fromkeys(fallen)), "  "))
     return 1 if strict and fallen else 0
 
 

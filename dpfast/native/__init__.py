@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,10 @@ def _check_installed(device: str, path: Path) -> None:
     if about.get("digest") != build.digest(device, build.find_csrc()):
         raise build.BuildError(f"{path} is of other sources, flags or processors than those here")
     if device == "cuda":
+        toolkit = re.search(r"cuda_(\d+)", about["nvcc"])
+        if toolkit and torch.version.cuda and int(toolkit[1]) > int(torch.version.cuda.partition(".")[0]):
+            cause = f"is built with CUDA {toolkit[1]}, and torch with {torch.version.cuda}, for which older drivers do"
+            raise build.BuildError(f"{path} {cause}")
         has = [int(arch) for arch in about["arches"].split()]
         missing = [arch for arch in _arches() if int(arch) not in has and int(arch) < has[-1]]  # later: by PTX
         if missing:

@@ -159,7 +159,7 @@ def torch_folder() -> tuple[Path, str]:
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        fix = "install torch first, and build with --no-build-isolation"
+        fix = "install torch first, or leave --no-build-isolation out"
         raise BuildError("torch, whose headers are needed, is not there", fix)
     folder = Path(spec.submodule_search_locations[0])
     header = folder / "include/torch/headeronly/version.h"

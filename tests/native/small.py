@@ -32,6 +32,8 @@ def checkout(folder: Path) -> Path:
     native.mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    (folder / "release").mkdir()
+    shutil.copy(ROOT / "release/backend.py", folder / "release")
     for path in [*(ROOT / "dpfast/native").glob("*.py"), ROOT / "dpfast/native/about.cpp"]:
         shutil.copy(path, native)
     (folder / "dpfast/__init__.py").write_text("")

@@ -1,6 +1,7 @@
 """setup.py with each DPFAST_BUILD, what wheels carry, and the real CUDA sources for every architecture."""
 
 import re
+import tomllib
 import zipfile
 
 import pytest
@@ -68,7 +69,7 @@ def test_none_builds_nothing(tree):
 def test_the_cpu_library_without_nvcc(tree, choice):
     status, said, libraries = build_ext(tree, choice, **NO_CUDA)
     assert status == 0 and libraries == ["libdpfast_cpu.so"], said
-    assert re.search(r"cpu +built in \d+ s", said)
+    assert re.search(r"cpu +built in \d+ s", said) and "WITHOUT" not in said
     assert ("cuda  not built: no nvcc in CUDA_HOME=/nonexistent" if choice == "auto" else "cuda  not asked for") in said
     about = build.about(tree / "dpfast/native/libdpfast_cpu.so")
     assert about["device"] == "cpu" and about["digest"] == build.digest("cpu", tree / "csrc")
@@ -79,6 +80,9 @@ def test_no_compiler(tree, without):
     cause = "CXX=/nonexistent is not a program" if "CXX" in without else "no C++ compiler (c++, g++ or clang++)"
     status, said, libraries = build_ext(tree, "auto", **without)
     assert status == 0 and not libraries and f"cpu   not built: {cause}" in said, said
+    # Loudly, and last of all.
+    last = said[said.index("dpfast is built WITHOUT its compiled cpu library") :]
+    assert f"Cause:   {cause}" in last and "name one in CXX, and build again" in last and last.strip().endswith("!!!!")
     status, said, libraries = build_ext(tree, "cpu", **without)
     assert status != 0 and not libraries and f"DPFAST_BUILD=cpu: no cpu library: {cause}" in said, said
 
@@ -108,6 +112,7 @@ def test_the_cuda_library(tree):
     (tree / "csrc/cuda/kernel.cu").write_text(BROKEN)  # auto does without, and says why
     status, said, libraries = build_ext(tree, "auto")
     assert status == 0 and re.search(r"cpu +built .*\n *cuda +not built: compiling kernel.cu failed: .*the_cause", said)
+    assert "WITHOUT its compiled cuda library" in said
 
 
 @needs_compiler
@@ -129,6 +134,24 @@ def test_a_wheel_carries_library_and_sources(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(tmp_path / "dpfast-0.0.1-py3-none-any.whl").namelist()
     assert "dpfast/native/csrc/register.cpp" in names and not [name for name in names if name.endswith(".so")]
+
+
+def test_an_old_setuptools_or_none_is_told_in_a_line(tree, tmp_path):
+    """As setup.py meets it in a build without isolation. In one with it pip installs what is required."""
+    old = tmp_path / "old/setuptools"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text(
+        '__version__ = "65.5.0"\nDistribution = object\ndef setup(): raise AssertionError\n'
+    )
+    done = python(tree, "setup.py", "--version", PYTHONPATH=str(old.parent))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "setuptools 65.5.0 is too old: pip install 'setuptools>=77'\n"
+    (old / "__init__.py").write_text("raise ImportError(\"No module named 'setuptools'\")")
+    done = python(tree / "release", "-c", "import backend", PYTHONPATH=str(old.parent))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "No module named 'setuptools': pip install 'setuptools>=77'" in done.stderr
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert required == ["setuptools>=77", f"torch>={'.'.join(map(str, build.TARGET))}"]
 
 
 @needs_compiler

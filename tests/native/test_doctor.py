@@ -1,6 +1,8 @@
 """``python -m dpfast doctor``, read as a user or a script would."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,10 +78,19 @@ def said_by_doctor(capsys):
 
 def test_strict_fails_where_an_op_falls_back(here, capsys, monkeypatch):
     assert main(["doctor", "--strict"]) == 1
-    assert "1 of 2 ops fall back to the reference" in capsys.readouterr().out
+    assert "1 of 2 ops fall back to the reference:\n  the card is too old\n" in capsys.readouterr().out
     monkeypatch.setattr(ops, "backends", lambda: ROWS[:1])
     assert main(["doctor", "--strict"]) == 0
     assert "fall back" not in capsys.readouterr().out
+
+
+def test_whoever_reads_may_stop(here, monkeypatch):
+    """`doctor | head` is no error with a stack trace, and nothing is left to be written at exit."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["doctor"]) == 1
 
 
 def test_alone_it_prints_the_help(capsys):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -308,3 +309,10 @@ def test_cuda_is_built_at_first_use(apart, monkeypatch, store):
         native._found.pop("cuda")
         Devices(monkeypatch, capability)
         assert native.available("cuda") if reason is None else reason in native.why_not("cuda")
+    # Of a later CUDA than torch's it is passed over: the drivers that serve torch need not serve it.
+    toolkit = int(re.search(r"cuda_(\d+)", build.about(found.path)["nvcc"])[1])
+    for torchs, passed_over in [(f"{toolkit}.9", False), (f"{toolkit + 1}.0", False), (f"{toolkit - 1}.8", True)]:
+        native._found.pop("cuda")
+        Devices(monkeypatch, (9, 0))
+        monkeypatch.setattr(torch.version, "cuda", torchs)
+        assert native.library("cuda").origin == ("cached" if passed_over else "installed")
