@@ -24,6 +24,10 @@ from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
 from dpfast.optim.step_checks import agree, check_low_precision, check_noise_multiplier, look_for_bypass, refuse_step
 from dpfast.refusals import ParametersChangedError, ReplacedMethodError
 
+# A step is never compiled: torch.compile was seen to make another update of it (on Python 3.12, where it follows more of
+# Python). As torch.optim does it, without loading the compiler before it is there.
+as_written = torch._disable_dynamo
+
 PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
 StepHook = Callable[[DPOptimizer], None]
 
@@ -190,12 +194,14 @@ class FusedDPOptimizer(DPOptimizer):
         """Whether the method ``name`` was replaced, by a subclass or on this very optimizer."""
         return name in vars(self) or getattr(type(self), name) is not getattr(FusedDPOptimizer, name)
 
+    @as_written
     def clip_and_accumulate(self) -> None:
         """Put the clipped sums into ``p.summed_grad``: every backward has made them at its end."""
         for p, total in self._put_aside.items():
             p.summed_grad = total
         self._put_aside = {}
 
+    @as_written
     def add_noise(self) -> None:
         """Noisy gradients, from every trainable parameter's ``summed_grad`` to its ``grad``; once a step.
 
@@ -216,6 +222,7 @@ class FusedDPOptimizer(DPOptimizer):
             for p, grad in grads.items():
                 p.grad = like(grad, p)
 
+    @as_written
     def scale_grad(self) -> None:
         """Divide gradients, unless :meth:`add_noise` has done so in its own pass, as it does if neither is replaced."""
         if self._divided or self.loss_reduction != "mean":
@@ -270,6 +277,7 @@ class FusedDPOptimizer(DPOptimizer):
         ops.noisy_grad_([centred], [centred], [len(self.clipped_sum.index)], beside)
         self.clipping.sensitivity = adaptive.next_threshold(self.clipping.sensitivity, centred.item() + 0.5)
 
+    @as_written
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale, and account; False if this call only ends a physical batch."""
         if self.ascending.moves:
@@ -300,6 +308,7 @@ class FusedDPOptimizer(DPOptimizer):
             self._end_logical_batch()
         return True
 
+    @as_written
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Noise, scale, account and update; only the end of a physical batch where a step is skipped."""
         if closure is not None:
@@ -392,6 +401,7 @@ class FusedDPOptimizer(DPOptimizer):
             self.ascending.see_gradients()
             self.ascending.after_update()
 
+    @as_written
     def begin_step(self) -> bool:
         """Whether this call of step ends a logical batch; refuses what cannot be released."""
         refuse_step(self)
@@ -504,6 +514,7 @@ class FusedDPOptimizer(DPOptimizer):
             if master is not None:
                 self.original_optimizer.state[p][MASTER] = master.detach().clone().to(p.device)
 
+    @as_written
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; the sums of earlier physical batches of an unfinished logical batch stay.
 

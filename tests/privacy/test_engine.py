@@ -170,6 +170,7 @@ def test_checkpoint(form, tmp_path):
         "grad_clip_scheduler_state_dict",
         "plan_state_dict",
         "runs",
+        "unit",
     }
     if form == "buffer":
         target.seek(0)

@@ -192,19 +192,35 @@ def test_a_step_is_not_recorded(monkeypatch, secure):
     assert optimizer.noise.step == 1
 
 
-def test_a_compiled_step_draws_noise_each_time():
-    """``torch.compile(optimizer.step)``: the noise, the update and the accounting of the step as it is."""
+@pytest.mark.parametrize("compiled", ["step", "loop body"])
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_compiled_step_is_the_step_as_it_is(kind, noise_multiplier, compiled):
+    """Its noise, update and accounting, where ``optimizer.step`` is compiled, or a function that calls it."""
     found = []
-    for compiled in (False, True):
+    for what in (None, compiled):
         torch.manual_seed(1)
         engine = engine_of()
-        model, wrapped, optimizer, _ = private(engine=engine, noise_generator=torch.Generator().manual_seed(5))
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        model = net()
+        _, wrapped, optimizer, _ = private(
+            model,
+            engine=engine,
+            optimizer=kind(model.parameters(), lr=0.1),
+            noise_multiplier=noise_multiplier,
+            noise_generator=torch.Generator().manual_seed(5),
+        )
+        step = torch.compile(optimizer.step, backend="eager") if what == "step" else optimizer.step
         x = torch.ones(B, D)
-        for _ in range(3):
+
+        def body(optimizer=optimizer, wrapped=wrapped, step=step, x=x):
             optimizer.zero_grad()
             wrapped(x).sum().backward()
             step()
+
+        if what == "loop body":
+            body = torch.compile(body, backend="eager")
+        for _ in range(3):
+            body()
         found.append([p.detach().clone() for p in model.parameters()])
         assert sum(steps for *_, steps in engine.accountant.history) == 3
     assert same(*found)
