@@ -24,8 +24,8 @@ from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
 from dpfast.optim.step_checks import agree, check_low_precision, check_noise_multiplier, look_for_bypass, refuse_step
 from dpfast.refusals import ParametersChangedError, ReplacedMethodError
 
-# A step is never compiled: torch.compile was seen to make another update of it (on Python 3.12, where it follows more of
-# Python). As torch.optim does it, without loading the compiler before it is there.
+# A step is never compiled: torch.compile was seen to make another update of it (on Python 3.12, where it follows more
+# of Python). As torch.optim does it, without loading the compiler before it is there.
 as_written = torch._disable_dynamo
 
 PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")  # of a step, as in Opacus
