@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measurements on a machine with a GPU, in at most 400 seconds: OUT=folder bench/gpu.sh
 #
-# It needs Python 3.11 or newer with torch, triton, numpy, psutil, tqdm, matplotlib and pytest; nvcc and a C++ compiler
+# It needs Python 3.11 or newer with torch, triton, numpy, psutil, tabulate, tqdm, matplotlib and pytest; nvcc and a C++ compiler
 # for the native libraries, which are built for this GPU alone; no network. What matters most comes first: models beside
 # ordinary training, then the kernels beside cuBLAS, then the tests. In OUT it leaves, as it goes, log.txt, stages.txt
 # (status and seconds of every stage that has ended), what each process of tests says, and the record, tables and plots
@@ -11,7 +11,7 @@
 # with the same OUT, and with nothing else. Where OUT is emptied between two calls, carry the unfinished records (*.json)
 # into it.
 #
-#   OUT        where to leave all that (default bench/out/gpu)
+#   OUT        where to leave all that (default bench/out/gpu): about 30 files; where fewer come back, pack the folder
 #   ALL        the seconds that there are (default 400)
 #   WHEELS     a folder of wheels that is installed first: opacus, and what else is missing of its dependencies
 #   PYTHON     default python3
