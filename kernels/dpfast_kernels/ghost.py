@@ -28,6 +28,7 @@ from .common import (
     vectorised,
     wide,
 )
+from .segments import OF_A_CASE, Segments, sample_at
 from .weighted_sum import pick
 
 MOST = 4 if INTERPRETED else 8
@@ -56,6 +57,16 @@ def configure(N: int, T: int, dtype: torch.dtype, vectorised: bool, chip: Chip) 
     if slow:
         return Config(block, 32, warps, 3)
     return Config(block, 64 if block > 16 else 128, warps, 4)
+
+
+def configure_packed(segments: Segments, inputs: int, dtype: torch.dtype, vectorised: bool, chip: Chip) -> Config:
+    """Tiles of the least work, as many are mostly empty where segments are short; small tiles do a product slower."""
+    if INTERPRETED:
+        return Config(16, 16, 4, 1)
+    slow = dtype == torch.float32 or not vectorised
+    speeds = {16: 0.25, 32: 0.5, 64: 1.0} if slow else {16: 0.2, 32: 0.4, 64: 0.8, 128: 1.0}
+    block = min(speeds, key=lambda block: sum(segments.pairs(block)) * block**2 / speeds[block])
+    return configure(inputs * sum(segments.pairs(block)), block, dtype, vectorised, chip)
 
 
 def pairs_of(T: int, block: int) -> int:
@@ -113,14 +124,16 @@ def one_of(Xs, which, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
 def ghost_kernel(
     As,  # tuple: [N, T, d]
     Gs,  # tuple: [N, T, p], for each input those of its layers
-    partials,  # [layers, 6, N, pairs]
+    partials,  # [layers, 6, slots]
+    bounds,  # of packed rows, whose samples are segments
+    owners,  # and the segment of each slot
+    firsts,  # of which each segment has those from here on
     layers,  # of each input
-    N,
+    slots,  # of one layer: pairs of tiles of all samples
     T,
     d,
     p,
-    pairs,
-    tiles,
+    pairs,  # of one sample where there are no segments
     a_n,
     a_t,
     a_d,
@@ -137,23 +150,29 @@ def ghost_kernel(
 ):
     # Σ_{t,s} (a_t · a_s)(g_t · g_s) over one pair of tiles of one sample; twice where t and s are of different tiles
     index = tl.program_id(0)
-    which = index // (N * pairs)
-    n = (index // pairs % N).to(tl.int64)
-    pair = index % pairs
-    row, column = tile_pair(pair, tiles)
+    which = index // slots
+    slot = index % slots
+    if owners is None:
+        n = (slot // pairs).to(tl.int64)
+        pair = slot % pairs
+    else:
+        n = tl.load(owners + slot).to(tl.int64)
+        pair = slot - tl.load(firsts + n)
+    sample, first, length = sample_at(bounds, n, slot < slots, T)
+    row, column = tile_pair(pair, tl.cdiv(length, BLOCK_T))
     rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = column * BLOCK_T + tl.arange(0, BLOCK_T)
     times = tl.where(row == column, 1.0, 2.0)
 
     # [BLOCK_T, BLOCK_T]
-    A = one_of(As, which, INPUTS, ALIGNED) + n * a_n
-    aa = gram(A, rows, columns, T, d, a_t, a_d, DTYPE, PRECISION, BLOCK_K)
+    A = one_of(As, which, INPUTS, ALIGNED) + sample * a_n + first * a_t
+    aa = gram(A, rows, columns, length, d, a_t, a_d, DTYPE, PRECISION, BLOCK_K)
     for layer in range(which * layers, which * layers + layers):
-        G = one_of(Gs, layer, LAYERS, ALIGNED) + n * g_n
-        gg = gram(G, rows, columns, T, p, g_t, g_p, DTYPE, PRECISION, BLOCK_K)
+        G = one_of(Gs, layer, LAYERS, ALIGNED) + sample * g_n + first * g_t
+        gg = gram(G, rows, columns, length, p, g_t, g_p, DTYPE, PRECISION, BLOCK_K)
         diagonal = rows[:, None] == columns[None, :]
-        out = partials + (wide(layer) * 6 * N + n) * pairs + pair
-        stats_stride = wide(N) * pairs
+        stats_stride = wide(slots)
+        out = partials + layer * 6 * stats_stride + slot
         tl.store(out, times * tl.sum(aa * gg))
         tl.store(out + stats_stride, times * tl.sum(tl.abs(aa * gg)))
         tl.store(out + 2 * stats_stride, tl.sum(tl.where(diagonal, aa, 0.0)))
@@ -182,23 +201,34 @@ def by_input(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor]) -> list[lis
     return launches
 
 
-def run(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], config: Config | None = None) -> torch.Tensor:
-    """``ghost_norms``, with another configuration where one is given."""
-    N, T, _ = As[0].shape
+def run(
+    As: Sequence[torch.Tensor],
+    Gs: Sequence[torch.Tensor],
+    config: Config | None = None,
+    segments: Segments | None = None,
+) -> torch.Tensor:
+    """``ghost_norms``, with another configuration where one is given, or of the segments of rows As [1, R, d]."""
     sums, order = [], []
     for inputs in by_input(As, Gs):
         layers = [k for some in inputs for k in some]
         A, G = As[layers[0]], Gs[layers[0]]
+        N, T, _ = A.shape
         dtype = dot_dtype(A, G)
-        chosen = config or configure(N * len(inputs), T, dtype, vectorised(A, G), chip(A.device))
-        pairs = pairs_of(T, chosen.BLOCK_T)
-        partials = torch.empty((len(layers), 6, N, pairs), dtype=torch.float32, device=A.device)
+        if segments is None:
+            chosen = config or configure(N * len(inputs), T, dtype, vectorised(A, G), chip(A.device))
+            pairs = pairs_of(T, chosen.BLOCK_T)
+            tables, slots = (None, None, None), N * pairs
+        else:
+            chosen = config or configure_packed(segments, len(inputs), dtype, vectorised(A, G), chip(A.device))
+            tables = segments.places(A.device), *segments.owners(chosen.BLOCK_T, A.device)
+            pairs, slots = 1, len(tables[1])
+        partials = torch.empty((len(layers), 6, slots), dtype=torch.float32, device=A.device)
         sides = filled([As[some[0]] for some in inputs]), filled([Gs[k] for k in layers])
-        sizes = N, T, A.shape[2], G.shape[2], pairs, cdiv(T, chosen.BLOCK_T)
+        sizes = slots, T, A.shape[2], G.shape[2], pairs
         launch(
             ghost_kernel,
-            (len(inputs) * N * pairs,),
-            *(*sides, partials, len(inputs[0]), *sizes, *A.stride(), *G.stride()),
+            (len(inputs) * slots,),
+            *(*sides, partials, *tables, len(inputs[0]), *sizes, *A.stride(), *G.stride()),
             device=A.device,
             INPUTS=len(sides[0]),
             LAYERS=len(sides[1]),
@@ -207,9 +237,20 @@ def run(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], config: Config |
             PRECISION=dot_precision(dtype),
             **asdict(chosen),
         )
-        sums += partials.sum(3).unbind()  # always in the same order
+        sums += added_up(partials, N, tables[2]).unbind()
         order += layers
     return torch.stack([sums[order.index(k)] for k in range(len(order))])
+
+
+def added_up(partials: torch.Tensor, N: int, firsts: torch.Tensor | None) -> torch.Tensor:
+    """``[layers, 6, N]`` of ``[layers, 6, slots]``, always in the same order; in float64 where segments differ."""
+    if firsts is None:
+        return partials.unflatten(2, (N, -1)).sum(3) if partials.shape[2] else partials.new_zeros(len(partials), 6, N)
+    if partials.is_meta:
+        return partials.new_empty(len(partials), 6, len(firsts) - 1)
+    by_slot = partials.flatten(0, 1).T.double()
+    sums = torch.segment_reduce(by_slot, "sum", offsets=firsts.long(), axis=0, unsafe=True, initial=0)
+    return sums.T.unflatten(0, (-1, 6))
 
 
 def filled(Xs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -253,12 +294,28 @@ def _(As, Gs):
     return As[0].new_empty((len(As), 6, As[0].shape[0]), dtype=torch.float32)
 
 
+def packed_ghost_norms(As: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], segments: Segments) -> torch.Tensor:
+    """``ghost_norms`` of the segments of rows A [1, R, d] and G [1, R, p], which are not copied: float64.
+
+    A program has a pair of tiles of one segment: there is none for pairs of positions of different segments.
+    """
+    return run(As, Gs, segments=segments)
+
+
 def _case(dtype: torch.dtype, N: int, T: int, d: int, p: int, wgmma: bool, layers: int = 1) -> Compile:
     def call():
         inputs = [meta(N, T, d, dtype=dtype) for _ in range(2 if layers > 1 else 1)]
         run(inputs * layers, [meta(N, T, p, dtype=dtype) for _ in inputs * layers])
 
     return Compile(f"ghost_norm {dtype} {N}x{T}x{d}x{p} {layers}", call, wgmma)
+
+
+def _packed(dtype: torch.dtype, d: int, p: int, wgmma: bool) -> Compile:
+    def call():
+        A, G = meta(1, 32_768, d, dtype=dtype), meta(1, 32_768, p, dtype=dtype)
+        run([A], [G], segments=OF_A_CASE)
+
+    return Compile(f"packed ghost_norm {dtype} {d}x{p}", call, wgmma)
 
 
 COMPILES = [
@@ -269,4 +326,7 @@ COMPILES = [
     _case(torch.float32, 32, 1024, 1024, 4096, False),
     _case(torch.bfloat16, 32, 1023, 1023, 4095, True),
     _case(torch.bfloat16, 1, 1, 1, 1, False),
+    _packed(torch.bfloat16, 1024, 4096, True),
+    _packed(torch.float32, 1024, 4096, False),
+    _packed(torch.bfloat16, 1023, 4095, True),
 ]
