@@ -27,7 +27,7 @@ def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int],
     by_sides: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     by_stats: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     by_ghost: dict[tuple[torch.device, int, int], list[int]] = {}
-    by_packed: dict[tuple[torch.device, int], list[int]] = {}
+    by_packed: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     parts = []
     for place, forms in enumerate(parameters):
         form = forms[0]
@@ -42,7 +42,7 @@ def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int],
         elif isinstance(form, Factored) and form.is_ghost():
             by_ghost.setdefault((form.G.device, form.shape.groups, form.shape.T), []).append(place)
         elif isinstance(form, PackedSides) and form.is_ghost():
-            by_packed.setdefault((form.G.device, id(form.table)), []).append(place)
+            by_packed.setdefault((*_kind(form.G), id(form.places)), []).append(place)
         else:
             parts.append(_alone(forms, groups[place], count))
     for places in by_sides.values():
@@ -60,7 +60,7 @@ def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int],
     for places in by_packed.values():
         forms = [parameters[place][0] for place in places]
         sides = [(form.A, form.G) for form in forms]  # type: ignore[union-attr]
-        certified = ops.packed_ghost_squared_norms(sides, forms[0].table)  # type: ignore[union-attr]
+        certified = ops.packed_ghost_squared_norms(sides, forms[0].places)  # type: ignore[union-attr]
         parts.append(ops.in_groups(*certified, [groups[place] for place in places], count))
     return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 

@@ -1,14 +1,15 @@
 """From packed rows to their segments: each is clipped by itself, though a layer has seen them in one row.
 
-Norms are of segments: on a GPU by kernels that know where they lie, else of segments of about one length at a time,
-which are put beside each other for that. Clipped sums are of whole rows where that can be, each position with the
-factor of its segment, so that a product has the tokens that are there and nothing stays copied.
+The segments of a weight, and of a tied one if it is large, are clipped where they lie. Those of what is small are put
+beside each other by their lengths, some layers at a time. A product of a clipped sum has the tokens that are there:
+each position comes with the factor of its segment.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dpfast.capture.segments import PACKED, UNMARKED, Segments
 from dpfast.capture.which_samples import ForwardPass
 from dpfast.clipping.closing import Factors, Setting, weighted
 from dpfast.clipping.norms import squared_norms
-from dpfast.clipping.segment_kinds import check_form, kinds_of
+from dpfast.clipping.segment_kinds import Alike, check_form, kinds_of
 from dpfast.clipping.sums_of_forms import combine
 from dpfast.clipping.units import Clipped
 from dpfast.ops import index_of
@@ -29,6 +30,7 @@ from dpfast.planning.planner import Once, Plan, Planner, Shape
 from dpfast.refusals import UnitsError
 
 AT_ONCE = 1 << 26  # bytes of sides that are put beside each other before norms are taken of them
+LARGE = 1 << 20  # bytes of a segment's sides that are not put beside others, as that takes longer than an op
 
 Named = tuple[Any, int, Sequence[Summed]]  # a parameter, its group and its forms
 
@@ -75,7 +77,9 @@ class _Pass:
         self._of_kinds: list[list[Named]] = [[] for _ in self.kinds]  # kept for sums
         self._chunk: list[list[Named]] = [[] for _ in self.kinds]  # whose norms are still to be taken
         self._bytes = 0
-        self._table: Any = None
+        length = segments.length
+        bounds = [(row * length + start, row * length + end) for row, start, end in segments.bounds]
+        self._places = ops.Places(bounds, segments.rows * length)
 
     def take(self, p: Any, group: int, forms: Sequence[Form | Waiting], name: str) -> None:
         """The forms of a parameter, of rows."""
@@ -89,6 +93,12 @@ class _Pass:
         summed = [] if plan is not None and plan.way == "instantiate" else self._positions_of(forms)
         if summed:
             self._by_position.append((p, group, summed))
+            if sum(x.nbytes for form in forms for x in form.kept()) >= LARGE * len(self.segments):
+                for unit, kind in enumerate(self._single):
+                    its = combine([kind.regrouped(form) for form in forms], self.planner, name)
+                    self.add([(p, group, its)], slice(unit, unit + 1))
+                    kind.forget()
+                return
         for kind, chunk, kept in zip(self.kinds, self._chunk, self._of_kinds, strict=True):
             its = _planned([kind.regrouped(form) for form in forms], plan, self.planner, name)
             chunk.append((p, group, its))
@@ -97,6 +107,11 @@ class _Pass:
         self._bytes += sum(x.nbytes for form in forms for x in form.kept())
         if self._bytes >= AT_ONCE:
             self.end_chunk()
+
+    @cached_property
+    def _single(self) -> list[Alike]:
+        """Each segment by itself, so that it is a view."""
+        return [Alike(self.segments, [unit]) for unit in range(len(self.segments))]
 
     def end_chunk(self) -> None:
         """Take the norms of what was put beside each other; if no sum needs it, it can go."""
@@ -119,13 +134,7 @@ class _Pass:
             more, of_more = _weighted(kept, factors[:, index_of(kind.units, factors.device)], scale)
             parts, owners = parts + more, owners + of_more
         more, of_more = _weighted(self._by_position, factors, scale)
-        known: dict[int, Tensor] = {}  # parameters of one kind have the same weights
-        for form, row in more:
-            if id(row) not in known:
-                numbers = self.segments.numbers.flatten().to(row.device)
-                known[id(row)] = torch.cat([row, row.new_zeros(1)])[numbers]  # -1 is the last one
-            parts.append((form, known[id(row)]))
-        return parts, owners + of_more
+        return parts + [(form, self._places.by_position(row)) for form, row in more], owners + of_more
 
     def _shape_of(self, form: Factored) -> Shape:
         """As if all segments were equally long; ghost norms over them cost as much."""
@@ -135,13 +144,8 @@ class _Pass:
         return form.shape._replace(batch=len(lengths), T=T)
 
     def _packed(self, form: Factored, plan: Plan) -> Summed:
-        if self._table is None:
-            length = self.segments.length
-            self._table = ops.table_of(
-                [(r * length + start, r * length + end) for r, start, end in self.segments.bounds]
-            )
         A, G = (side.reshape(1, -1, side.shape[-1]) for side in (form.A, form.G))
-        sides = PackedSides(A, G, self._table, form.rows, form.row, plan)
+        sides = PackedSides(A, G, self._places, form.rows, form.row, plan)
         if plan.way != "instantiate":
             return sides
         samples, squares = sides.samples()

@@ -39,13 +39,13 @@ from dpfast.ops.norms import (
     squared_norm,
 )
 from dpfast.ops.packed import (
+    Places,
     has_packed,
     packed_clipped_weight_gradient,
     packed_ghost_squared_norms,
     packed_grad_samples,
     packed_tile_squared_norm,
     sums_by_position,
-    table_of,
 )
 from dpfast.ops.reductions import (
     all_normalised_sums,
@@ -96,6 +96,7 @@ __all__ = [
     "HeadBackward",
     "HeadSides",
     "Noise",
+    "Places",
     "alike_for_every_batch",
     "all_grad_samples",
     "all_left_in",
@@ -156,7 +157,6 @@ __all__ = [
     "squared_norm",
     "sum_positions",
     "sums_by_position",
-    "table_of",
     "tile_squared_norm",
     "token_losses",
     "weighted_sum",
