@@ -22,30 +22,40 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.norm_after:
-            x = self.norm1(x + self._attention(x))
+            x = self.norm1(x + self._attention(x, mask))
             return self.norm2(x + self.down(F.gelu(self.up(x))))
-        x = x + self._attention(self.norm1(x))
+        x = x + self._attention(self.norm1(x), mask)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
 class Positions(nn.Module):
-    """A table of positions; their ids are ``[1, T]``, which all samples share, unless copied out to ``[B, T]``."""
+    """A table of positions; ids are ``[1, T]``, which all samples share, unless copied out to ``[B, T]``, or given."""
 
     def __init__(self, length: int, width: int, expanded: bool) -> None:
         super().__init__()
         self.table, self.expanded = nn.Embedding(length, width), expanded
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        if ids is not None:
+            return self.table(ids)
         ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         return self.table(ids.repeat(x.shape[0], 1) if self.expanded else ids)
+
+
+def within_segments(position_ids: Tensor | None) -> Tensor | None:
+    """A causal mask ``[rows, 1, T, T]`` of packed rows ``[rows, T]``, in whose segments positions begin at 0."""
+    if position_ids is None:
+        return None
+    numbers = (position_ids == 0).cumsum(1)
+    return (numbers[:, :, None] == numbers[:, None, :]).tril().unsqueeze(1)
 
 
 def small_weights(model: nn.Module) -> None:
@@ -70,10 +80,10 @@ class GPT(nn.Module):
         if variant != "untied":
             self.head.weight = self.tokens.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(ids)
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        x, mask = self.tokens(ids) + self.positions(ids, position_ids), within_segments(position_ids)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return self.head(self.norm(x))
 
 
@@ -220,19 +230,19 @@ class LlamaBlock(nn.Module):
         self.gate, self.up = linear(width, hidden), linear(width, hidden)
         self.down = linear(hidden, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.norm1(x)
         q = rotated(self.q(h).unflatten(2, (self.heads, -1)).transpose(1, 2), cos, sin)
         k = rotated(self.k(h).unflatten(2, (self.key_heads, -1)).transpose(1, 2), cos, sin)
         v = self.v(h).unflatten(2, (self.key_heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [B, heads, T, n]`` turned by ``cos``, ``sin`` ``[T, n / 2]``."""
+    """``x [B, heads, T, n]`` turned by ``cos``, ``sin`` ``[T, n / 2]`` or ``[B, 1, T, n / 2]``."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -266,10 +276,13 @@ class Llama(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        x, mask = self.tokens(ids), within_segments(position_ids)
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        if position_ids is not None:
+            cos, sin = self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, cos, sin, mask)
         return self.head(self.norm(x))
 
 

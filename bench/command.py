@@ -37,7 +37,7 @@ USES: dict[str, tuple[str, ...]] = {  # options
 NAMED = {"models": workloads, "host": host_workloads.workloads}  # what --model can name of a suite
 DEVICES = ("cpu", "cuda")
 TABLES = {name: f"bench.suites.{name}" for name in SUITES}  # what prints a record
-TABLES |= {name: f"bench.{name}" for name in ("ascent", "distributed")}
+TABLES |= {name: f"bench.{name}" for name in ("ascent", "distributed", "packed")}
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.capture.packed_sides import PackedSides
 from dpfast.capture.recomputed import Recomputed
 from dpfast.planning.planner import Plan, Shape
 
@@ -82,7 +83,7 @@ class OuterProduct:
         return self.factored().clipped_sum(factors)
 
     def placed(self, summed: Tensor) -> Tensor:
-        return _place_rows(summed, self.row, self.rows, 0)
+        return ops.place_rows(summed, self.row, self.rows, 0)
 
     def instantiate(self) -> Instantiated:
         return self.factored().instantiate()
@@ -148,7 +149,7 @@ class Factored:
 
     def placed(self, summed: Tensor) -> Tensor:
         """A sum over its rows at their place among the parameter's."""
-        return _place_rows(summed, self.row, self.rows, 0)
+        return ops.place_rows(summed, self.row, self.rows, 0)
 
     def instantiate(self) -> Instantiated:
         return self._written(*ops.grad_samples(self.A, self.G))
@@ -159,7 +160,7 @@ class Factored:
         return [form._written(*one) for form, one in zip(them, made, strict=True)]
 
     def _written(self, samples: Tensor, squares: Tensor | None) -> Instantiated:
-        return Instantiated(_place_rows(samples, self.row, self.rows, 1), self.plan, squares)
+        return Instantiated(ops.place_rows(samples, self.row, self.rows, 1), self.plan, squares)
 
     def touched(self) -> Tensor:
         return _any_nonzero(self.G)
@@ -317,6 +318,7 @@ class NormalisedSum:
 
 
 Form = Instantiated | OuterProduct | Factored | EmbeddingRows | Convolved | Recomputed
+Summed = Form | PackedSides  # what norms and sums are of; layers hand over forms
 PRODUCTS = (OuterProduct, Factored)
 WAITING = (PositionSum, NormalisedSum, Factored)
 Waiting = PositionSum | NormalisedSum | Factored  # a backward pass may write these out at its end
@@ -378,18 +380,6 @@ def stored(form: Recomputed) -> Factored:
 def written(form: Form) -> Tensor:
     """Its per-sample gradients ``[B, *parameter.shape]``, or with those dimensions in one."""
     return (stored(form) if isinstance(form, Recomputed) else form).instantiate().samples
-
-
-def _place_rows(values: Tensor, row: int, rows: int, dim: int) -> Tensor:
-    """``values`` at ``[row, row + n)`` of ``rows`` zero rows along ``dim``."""
-    n = values.shape[dim]
-    if n == rows:
-        return values
-    shape = list(values.shape)
-    shape[dim] = rows
-    out = values.new_zeros(shape)
-    out.narrow(dim, row, n).copy_(values)
-    return out
 
 
 def sketch(form: Form) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.capture.forms import Form, Waiting
+from dpfast.capture.forms import Form, Summed, Waiting
 from dpfast.capture.graph_calls import GraphCalls
 from dpfast.capture.mean_in_16_bits import refusal
 from dpfast.capture.recorder import Recorder, between_passes
@@ -432,9 +432,9 @@ class ClippedSum(Recorder):
             self.samples += len(norms)
         self._count(lost)
 
-    def _share(self, owners: Sequence[nn.Parameter], flat: Sequence[tuple[Form, Tensor]]) -> None:
+    def _share(self, owners: Sequence[nn.Parameter], flat: Sequence[tuple[Summed, Tensor]]) -> None:
         """All ranks add up the same parameters in the same order, whatever each one's batch has reached."""
-        parts: dict[nn.Parameter, list[tuple[Form, Tensor]]] = {}
+        parts: dict[nn.Parameter, list[tuple[Summed, Tensor]]] = {}
         for p, part in zip(owners, flat, strict=True):
             parts.setdefault(p, []).append(part)
         for p in self.names:

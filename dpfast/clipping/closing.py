@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpfast.capture.forms import Form, Waiting, forms_of
+from dpfast.capture.forms import Form, Summed, Waiting, forms_of
 from dpfast.clipping.norms import squared_norms
 from dpfast.clipping.sums_of_forms import clipped_sums, combine
 from dpfast.clipping.thresholds import Clipping
@@ -59,10 +59,10 @@ def factors_of(
 
 
 def weighted(
-    params: Sequence[Any], forms: Sequence[Sequence[Form]], groups: Sequence[int], factors: Tensor, scale: float
-) -> tuple[list[tuple[Form, Tensor]], list[Any]]:
+    params: Sequence[Any], forms: Sequence[Sequence[Summed]], groups: Sequence[int], factors: Tensor, scale: float
+) -> tuple[list[tuple[Summed, Tensor]], list[Any]]:
     """Each form with the weights of its samples, and the parameter that it is of."""
-    parts: list[tuple[Form, Tensor]] = []
+    parts: list[tuple[Summed, Tensor]] = []
     owners: list[Any] = []
     known: dict[Any, Tensor] = {}  # parameters of one kind have the same weights
     for p, group, its in zip(params, groups, forms, strict=True):

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
-from dpfast.capture.forms import Convolved, Factored, Form, Instantiated, OuterProduct
+from dpfast.capture.forms import Convolved, Factored, Instantiated, OuterProduct, Summed
+from dpfast.capture.packed_sides import PackedSides
 from dpfast.clipping.sums_of_forms import squared_norm
 
 STATS = (Factored, Convolved)
 
 
-def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], count: int) -> Tensor:
+def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int], count: int) -> Tensor:
     """``‖g_i‖²`` and the bound on its error, over the parameters of each group: ``[2, count, B]``, float64.
 
     A parameter's per-sample gradient is the sum over its forms.
@@ -26,6 +27,7 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
     by_sides: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     by_stats: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     by_ghost: dict[tuple[torch.device, int, int], list[int]] = {}
+    by_packed: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     parts = []
     for place, forms in enumerate(parameters):
         form = forms[0]
@@ -39,6 +41,8 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
             by_stats.setdefault((*_kind(form.G), form.shape.groups), []).append(place)
         elif isinstance(form, Factored) and form.is_ghost():
             by_ghost.setdefault((form.G.device, form.shape.groups, form.shape.T), []).append(place)
+        elif isinstance(form, PackedSides) and form.is_ghost():
+            by_packed.setdefault((*_kind(form.G), id(form.places)), []).append(place)
         else:
             parts.append(_alone(forms, groups[place], count))
     for places in by_sides.values():
@@ -53,6 +57,11 @@ def squared_norms(parameters: Sequence[Sequence[Form]], groups: Sequence[int], c
         forms = [parameters[place][0] for place in places]
         certified = ops.ghost_squared_norms([(form.A, form.G) for form in forms])  # type: ignore[union-attr]
         parts.append(ops.in_groups(*certified, [groups[place] for place in places], count))
+    for places in by_packed.values():
+        forms = [parameters[place][0] for place in places]
+        sides = [(form.A, form.G) for form in forms]  # type: ignore[union-attr]
+        certified = ops.packed_ghost_squared_norms(sides, forms[0].places)  # type: ignore[union-attr]
+        parts.append(ops.in_groups(*certified, [groups[place] for place in places], count))
     return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
 
@@ -60,12 +69,12 @@ def _kind(x: Tensor) -> tuple[torch.device, torch.dtype]:
     return x.device, ops.compute_dtype(x.dtype)
 
 
-def _alone(forms: Sequence[Form], group: int, count: int) -> Tensor:
+def _alone(forms: Sequence[Summed], group: int, count: int) -> Tensor:
     squared, bound = squared_norm(forms)
     return ops.in_groups(squared.unsqueeze(0), bound.unsqueeze(0), [group], count)
 
 
-def _of_sides(parameters: Sequence[tuple[Form, int]], count: int) -> Tensor:
+def _of_sides(parameters: Sequence[tuple[Summed, int]], count: int) -> Tensor:
     """Of gradients that are written out, and of products ``a ⊗ g``, from the squared norms of all these together."""
     products, written, of_products, of_written = [], [], [], []
     for form, group in parameters:

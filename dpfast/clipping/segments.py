@@ -1,14 +1,14 @@
 """From packed rows to their segments: each is clipped by itself, though a layer has seen them in one row.
 
-Segments of about one length are put beside each other, behind their last position zeros up to the longest of them, so
-that a segment is a sample and every formula for samples holds for it with its bound. Lengths that are taken together
-differ by less than half, and there are two such kinds for each doubling of lengths.
+The segments of a weight, and of a tied one if it is large, are clipped where they lie. Those of what is small are put
+beside each other by their lengths, some layers at a time. A product of a clipped sum has the tokens that are there:
+each position comes with the factor of its segment.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,86 +16,23 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
-from dpfast.capture.forms import (
-    EmbeddingRows,
-    Factored,
-    Form,
-    Instantiated,
-    NormalisedSides,
-    NormalisedSum,
-    OuterProduct,
-    PositionSum,
-    Waiting,
-    by,
-)
-from dpfast.capture.recomputed import Recomputed
+from dpfast.capture.forms import EmbeddingRows, Factored, Form, Instantiated, Summed, Waiting, by
+from dpfast.capture.packed_sides import PackedSides
 from dpfast.capture.segments import PACKED, UNMARKED, Segments
 from dpfast.capture.which_samples import ForwardPass
-from dpfast.clipping.closing import Factors, Setting, factors_of, weighted
+from dpfast.clipping.closing import Factors, Setting, weighted
+from dpfast.clipping.norms import squared_norms
+from dpfast.clipping.segment_kinds import Alike, check_form, kinds_of
 from dpfast.clipping.sums_of_forms import combine
 from dpfast.clipping.units import Clipped
 from dpfast.ops import index_of
-from dpfast.planning.planner import Once
+from dpfast.planning.planner import Once, Plan, Planner, Shape
 from dpfast.refusals import UnitsError
 
+AT_ONCE = 1 << 26  # bytes of sides that are put beside each other before norms are taken of them
+LARGE = 1 << 20  # bytes of a segment's sides that are not put beside others, as that takes longer than an op
 
-class Alike:
-    """Segments of about one length.
-
-    Attributes:
-        units: the number of each among all segments.
-        longest: positions of the longest.
-    """
-
-    def __init__(self, segments: Segments, units: Sequence[int]):
-        self.segments, self.units = segments, tuple(units)
-        self.longest = max(segments.lengths[unit] for unit in units)
-        self._known: dict[Any, tuple[Tensor, Tensor]] = {}  # several layers have one input
-        self._sums: dict[int, tuple[Any, tuple[Instantiated, Instantiated]]] = {}
-
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """Where the positions stand in all rows, one behind the other, and where they go."""
-        source, target = [], []
-        for k, unit in enumerate(self.units):
-            row, start, end = self.segments.bounds[unit]
-            source.append(torch.arange(start, end) + row * self.segments.length)
-            target.append(torch.arange(end - start) + k * self.longest)
-        return torch.cat(source), torch.cat(target)
-
-    def of(self, x: Tensor) -> Tensor:
-        """``x [rows, T, *]``, T whole numbers of positions, as ``[units, longest · T / length, *]``."""
-        key = x.data_ptr(), x.shape, x.stride(), x.dtype
-        if key not in self._known:
-            self._known[key] = x, self._of(x)  # with what keeps the address from being used again
-        return self._known[key][1]
-
-    def _of(self, x: Tensor) -> Tensor:
-        each = x.shape[1] // self.segments.length
-        source, target = (index.to(x.device) for index in self._places)
-        rows = x.reshape(self.segments.rows * self.segments.length, each, *x.shape[2:]).index_select(0, source)
-        count = len(self.units) * self.longest
-        if len(source) < count:
-            rows = rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, target, rows)
-        return rows.view(len(self.units), self.longest * each, *x.shape[2:])
-
-    def both(self, sides: NormalisedSides) -> tuple[Instantiated, Instantiated]:
-        """What weight and bias of a normalisation layer get of each segment."""
-        if id(sides) not in self._sums:
-            shape = sides.G.shape[:2]
-            mean = None if sides.mean is None else self._of(sides.mean.reshape(shape))
-            rstd = self._of(sides.rstd.reshape(shape))
-            made = NormalisedSides(self.of(sides.G), self.of(sides.x), mean, rstd).made()
-            self._sums[id(sides)] = sides, made
-        return self._sums[id(sides)][1]
-
-
-def kinds_of(segments: Segments) -> list[Alike]:
-    """Segments by their lengths, in half octaves."""
-    kinds: dict[int, list[int]] = {}
-    for unit, n in enumerate(segments.lengths):
-        kinds.setdefault(math.floor(2 * math.log2(n)), []).append(unit)
-    return [Alike(segments, units) for _, units in sorted(kinds.items())]
+Named = tuple[Any, int, Sequence[Summed]]  # a parameter, its group and its forms
 
 
 def clipped_segments(
@@ -107,101 +44,144 @@ def clipped_segments(
 ) -> Clipped:
     """Norms and factors of segments, from the forms of packed rows; ``recorded`` is emptied on the way.
 
-    What is summed are the very forms that norms were taken of, so that the bounds on these cover it. Positions outside
-    of all segments contribute nothing.
+    What is summed are the very sides or gradients that norms were taken of, so that the bounds on these cover it.
+    Positions outside of all segments contribute nothing.
 
     Raises:
         UnitsError: a parameter's gradients are not kept by positions; it is named.
     """
-    params = [*recorded]
-    for p in params:
-        for form in recorded[p]:
-            _check(form, segments, setting.names[p])
-    kinds = kinds_of(segments)
-    its: list[list[list[Form]]] = [[] for _ in kinds]
-    once = Once(setting.planner)
-    for p in params:
-        forms, name = recorded[p], setting.names[p]
-        for kind, of_kind in zip(kinds, its, strict=True):
-            of_kind.append(_planned([_regrouped(form, kind) for form in forms], once, name))
-        forms.clear()
-    device = thresholds.device
-    squared, bounds, factors = (
-        torch.zeros(len(thresholds), len(segments), dtype=torch.float64, device=device) for _ in "123"
-    )
-    lost = torch.zeros(len(segments), dtype=torch.bool, device=device)
-    parts: list[tuple[Form, Tensor]] = []
-    owners: list[Any] = []
-    for kind, of_kind in zip(kinds, its, strict=True):
-        found = factors_of(of_kind, groups, device, setting, thresholds)
-        more, of_more = weighted(params, of_kind, groups, found.factors, setting.scales.of_weights)
-        parts += more
-        owners += of_more
-        units = index_of(kind.units, device)
-        squared[:, units], bounds[:, units] = found.squared, found.bounds
-        factors[:, units], lost[units] = found.factors, found.lost
+    for p, its in recorded.items():
+        for form in its:
+            check_form(form, segments, setting.names[p])
+    passing = _Pass(segments, setting.planner, len(thresholds), thresholds.device)
+    for group, (p, its) in zip(groups, recorded.items(), strict=True):
+        passing.take(p, group, its, setting.names[p])
+        its.clear()
+    passing.end_chunk()
+    passing.add(passing.whole, slice(None))
+    squared, bounds = passing.totals
+    factors, lost = setting.clipping.factors(squared, bounds, setting.scales.of_norms, thresholds)
+    parts, owners = passing.weighted(factors, setting.scales.of_weights)
     return Clipped(Factors(factors, squared, bounds, lost), parts, owners)
 
 
-def _planned(forms: list[Form], planner: Once, name: str) -> list[Form]:
+class _Pass:
+    """One backward pass over packed rows, a parameter after the other."""
+
+    def __init__(self, segments: Segments, planner: Planner, groups: int, device: torch.device):
+        self.segments, self.planner = segments, Once(planner)
+        self.kinds = kinds_of(segments)
+        self.totals = torch.zeros(2, groups, len(segments), dtype=torch.float64, device=device)
+        self.whole: list[Named] = []  # forms of all segments, whose norms are taken together
+        self._by_position: list[Named] = []  # forms of all positions, for sums alone
+        self._of_kinds: list[list[Named]] = [[] for _ in self.kinds]  # kept for sums
+        self._chunk: list[list[Named]] = [[] for _ in self.kinds]  # whose norms are still to be taken
+        self._bytes = 0
+        length = segments.length
+        bounds = [(row * length + start, row * length + end) for row, start, end in segments.bounds]
+        self._places = ops.Places(bounds, segments.rows * length)
+
+    def take(self, p: Any, group: int, forms: Sequence[Form | Waiting], name: str) -> None:
+        """The forms of a parameter, of rows."""
+        one = forms[0]
+        plan = None
+        if len(forms) == 1 and isinstance(one, Factored) and one.A.shape[1] == 1 and one.A.shape[2] > 1:
+            plan = self.planner.choose(name, self._shape_of(one))
+            if one.A.shape[2] == self.segments.length and ops.has_packed(one.A, one.G):
+                self.whole.append((p, group, [self._packed(one, plan)]))
+                return
+        summed = [] if plan is not None and plan.way == "instantiate" else self._positions_of(forms)
+        if summed:
+            self._by_position.append((p, group, summed))
+            if sum(x.nbytes for form in forms for x in form.kept()) >= LARGE * len(self.segments):
+                for unit, kind in enumerate(self._single):
+                    its = combine([kind.regrouped(form) for form in forms], self.planner, name)
+                    self.add([(p, group, its)], slice(unit, unit + 1))
+                    kind.forget()
+                return
+        for kind, chunk, kept in zip(self.kinds, self._chunk, self._of_kinds, strict=True):
+            its = _planned([kind.regrouped(form) for form in forms], plan, self.planner, name)
+            chunk.append((p, group, its))
+            if not summed:
+                kept.append((p, group, its))
+        self._bytes += sum(x.nbytes for form in forms for x in form.kept())
+        if self._bytes >= AT_ONCE:
+            self.end_chunk()
+
+    @cached_property
+    def _single(self) -> list[Alike]:
+        """Each segment by itself, so that it is a view."""
+        return [Alike(self.segments, [unit]) for unit in range(len(self.segments))]
+
+    def end_chunk(self) -> None:
+        """Take the norms of what was put beside each other; if no sum needs it, it can go."""
+        for kind, chunk in zip(self.kinds, self._chunk, strict=True):
+            self.add(chunk, index_of(kind.units, self.totals.device))
+            chunk.clear()
+            kind.forget()
+        self._bytes = 0
+
+    def add(self, named: Sequence[Named], units: Tensor | slice) -> None:
+        """Squared norms and bounds of forms, to those of their units."""
+        if named:
+            forms, groups = [its for _, _, its in named], [group for _, group, _ in named]
+            self.totals[:, :, units] += squared_norms(forms, groups, self.totals.shape[1]).to(self.totals.device)
+
+    def weighted(self, factors: Tensor, scale: float) -> tuple[list[tuple[Summed, Tensor]], list[Any]]:
+        """Every form that is summed with the weights of its samples, and the parameter that it is of."""
+        parts, owners = _weighted(self.whole, factors, scale)
+        for kind, kept in zip(self.kinds, self._of_kinds, strict=True):
+            more, of_more = _weighted(kept, factors[:, index_of(kind.units, factors.device)], scale)
+            parts, owners = parts + more, owners + of_more
+        more, of_more = _weighted(self._by_position, factors, scale)
+        return parts + [(form, self._places.by_position(row)) for form, row in more], owners + of_more
+
+    def _shape_of(self, form: Factored) -> Shape:
+        """As if all segments were equally long; ghost norms over them cost as much."""
+        lengths = self.segments.lengths
+        each = form.A.shape[2] // self.segments.length
+        T = math.ceil(math.sqrt(sum(n * n for n in lengths) / len(lengths))) * each
+        return form.shape._replace(batch=len(lengths), T=T)
+
+    def _packed(self, form: Factored, plan: Plan) -> Summed:
+        A, G = (side.reshape(1, -1, side.shape[-1]) for side in (form.A, form.G))
+        sides = PackedSides(A, G, self._places, form.rows, form.row, plan)
+        if plan.way != "instantiate":
+            return sides
+        samples, squares = sides.samples()
+        return Instantiated(samples, plan, squares)
+
+    def _positions_of(self, forms: Sequence[Form | Waiting]) -> list[Form]:
+        """The forms with each position for a sample, where a sum of these is as exact: a weight, a table, or both."""
+        kinds = [type(form) for form in forms]
+        if not {*kinds} <= {Factored, EmbeddingRows} or kinds.count(Factored) > 1:
+            return []
+        made: list[Form] = []
+        for form in forms:
+            assert isinstance(form, Factored | EmbeddingRows)
+            if not ops.sums_by_position(form.G) or form.G.shape[-2] != self.segments.length:
+                return []
+            if isinstance(form, EmbeddingRows):
+                made.append(EmbeddingRows(form.ids.reshape(-1, 1), form.G.reshape(-1, 1, form.G.shape[-1]), form.rows))
+            elif form.A.shape[1] == 1:
+                A, G = (side.reshape(-1, 1, 1, side.shape[-1]) for side in (form.A, form.G))
+                made.append(Factored(A, G, form.rows, form.row))
+            else:
+                return []
+        return made
+
+
+def _weighted(named: Sequence[Named], factors: Tensor, scale: float) -> tuple[list[tuple[Summed, Tensor]], list[Any]]:
+    params, groups, forms = ([*each] for each in zip(*named, strict=True)) if named else ([], [], [])
+    return weighted(params, forms, groups, factors, scale)
+
+
+def _planned(forms: list[Form], plan: Plan | None, planner: Planner, name: str) -> list[Form]:
+    if plan is not None and isinstance(one := forms[0], Factored):
+        return [by(one, plan)] if one.shape.T > 1 else forms
     if len(forms) == 1 and isinstance(one := forms[0], Factored) and one.shape.T > 1:
         return [by(one, planner.choose(name, one.shape))]
     return combine(forms, planner, name)
-
-
-def _check(form: Form | Waiting, segments: Segments, name: str) -> None:
-    """A form has to be by positions of the rows."""
-    T = _positions(form)
-    if T is None or form.batch != segments.rows or T == 0 or T % segments.length:
-        raise UnitsError(
-            f"units={PACKED!r}: the gradient of {name} is not kept by the positions of packed rows, "
-            f"{[segments.rows, segments.length]}, so that it cannot be told which sample has which part of it. "
-            f"Convolutions, recurrent layers, bare parameters and layers of other packages do that: freeze it with "
-            f"requires_grad_(False), or pad samples to rows of their own"
-        )
-
-
-def _positions(form: Form | Waiting) -> int | None:
-    """How many a row has; None where they are gone."""
-    if isinstance(form, Instantiated | OuterProduct):
-        return 1
-    if isinstance(form, Factored):
-        return form.A.shape[2]
-    if isinstance(form, EmbeddingRows | PositionSum):
-        return form.G.shape[1]
-    if isinstance(form, NormalisedSum):
-        return form.sides.G.shape[1]
-    return form.sides.x.shape[1] if isinstance(form, Recomputed) else None
-
-
-def _regrouped(form: Form | Waiting, kind: Alike) -> Form:
-    """The form with the segments of one kind for samples."""
-    if isinstance(form, Instantiated):  # a row has one position, and is a segment
-        return Instantiated(kind.of(form.samples.unsqueeze(1)).squeeze(1))
-    if isinstance(form, OuterProduct):
-        form = form.factored()
-    if isinstance(form, Factored):
-        A, G = (_by_group(side, kind.of) for side in (form.A, form.G))
-        return Factored(A, G, form.rows, form.row)
-    if isinstance(form, EmbeddingRows):
-        return EmbeddingRows(kind.of(form.ids), kind.of(form.G), form.rows)
-    if isinstance(form, PositionSum):
-        samples, squares = ops.sum_positions(kind.of(form.G))
-        return Instantiated(samples, squares=squares)
-    if isinstance(form, NormalisedSum):
-        return kind.both(form.sides)[form.which]
-    assert isinstance(form, Recomputed)  # its norm was that of whole rows
-    sides, outside = form.sides, kind.of(torch.ones_like(form.sides.targets)) == 0
-    weights, normalisers = kind.of(sides.weights), kind.of(sides.normalisers)
-    targets = kind.of(sides.targets).masked_fill(outside, ops.IGNORED)
-    return Recomputed(sides._replace(x=kind.of(sides.x), targets=targets, normalisers=normalisers, weights=weights))
-
-
-def _by_group(side: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """``[rows, g, T, d]`` as ``[units, g, T', d]``."""
-    if side.shape[1] == 1:
-        return of(side.squeeze(1)).unsqueeze(1)
-    return of(side.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def check_samples(forward: ForwardPass, drawn: bool) -> None:

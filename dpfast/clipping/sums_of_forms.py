@@ -23,6 +23,7 @@ from dpfast.capture.forms import (
     Form,
     Instantiated,
     OuterProduct,
+    Summed,
     by,
     stored,
 )
@@ -70,7 +71,7 @@ def combine(forms: Sequence[Form], planner: Planner, name: str) -> list[Form]:
     return combined
 
 
-def squared_norm(forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
+def squared_norm(forms: Sequence[Summed]) -> tuple[Tensor, Tensor]:
     """``‖Σ_f form_f‖²`` per sample and a bound on its error, cross-terms included.
 
     A form's bound covers what its clipped sum errs by: ``σ_f`` in norm, by which its norm with the bound exceeds its
@@ -91,7 +92,7 @@ def squared_norm(forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
     return squared.clamp_min(0), bound
 
 
-def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+def clipped_sums(parts: list[tuple[Summed, Tensor]]) -> Iterator[tuple[int, Tensor]]:
     """Each form's clipped sum with its factors, and its place in ``parts``; all that are written out in one launch.
 
     ``parts`` is emptied on the way: what a sum was made of can go.
@@ -105,8 +106,8 @@ def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor
             kind = samples.dtype, samples.device, samples.shape[0]
             written.setdefault(kind, []).append((place, samples, factors))
         elif isinstance(form, PRODUCTS) and form.G.nbytes + form.A.nbytes < SMALL:
-            kind = form.G.dtype, form.G.device, ops.is_small(form.A, form.G)
-            products.setdefault(kind, []).append((place, form, factors))
+            alone = form.G.dtype, form.G.device, form.batch, ops.is_small(form.A, form.G)
+            products.setdefault(alone, []).append((place, form, factors))
         else:
             yield place, form.clipped_sum(factors)
         del form
@@ -120,7 +121,7 @@ def clipped_sums(parts: list[tuple[Form, Tensor]]) -> Iterator[tuple[int, Tensor
         yield from zip(places, ops.weighted_sums(samples_of, factors_of), strict=True)
 
 
-def _cross_term(one: Form, other: Form) -> tuple[Tensor, Tensor]:
+def _cross_term(one: Summed, other: Summed) -> tuple[Tensor, Tensor]:
     """``⟨one_i, other_i⟩``; :func:`combine` leaves the kinds in the order factored, embedding, instantiated."""
     if isinstance(one, Recomputed):
         assert isinstance(other, EmbeddingRows)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, Instantiated, OuterProduct, by
+from dpfast.capture.forms import Convolved, EmbeddingRows, Factored, Form, Instantiated, OuterProduct, Summed, by
 from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weighted
 from dpfast.clipping.grad_samples import gradients
 from dpfast.ops import compute_dtype, index_of
@@ -49,7 +49,7 @@ class Clipped(NamedTuple):
     """What clipping makes of the units of a backward pass."""
 
     found: Factors  # of all units, in the order in which they appear
-    parts: list[tuple[Form, Tensor]]  # forms, each with the weights of its units
+    parts: list[tuple[Summed, Tensor]]  # forms, each with the weights of its units
     owners: list[Any]  # the parameter that each is of
 
 
@@ -123,7 +123,7 @@ def clipped_units(
     count = sum(len(kind.units) for kind in kinds)
     squared, bounds, factors = (torch.zeros(len(thresholds), count, dtype=torch.float64, device=device) for _ in "123")
     lost = torch.zeros(count, dtype=torch.bool, device=device)
-    parts: list[tuple[Form, Tensor]] = []
+    parts: list[tuple[Summed, Tensor]] = []
     owners: list[Any] = []
     for kind in kinds:
         its = [of_units(each, kind, setting.planner, setting.names[p]) for p, each in zip(params, forms, strict=True)]

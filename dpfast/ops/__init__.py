@@ -25,6 +25,7 @@ from dpfast.ops.matmul import (
     has_ghost_stats,
     has_tiles,
     is_small,
+    place_rows,
     tile_squared_norm,
 )
 from dpfast.ops.noise import KEY_WORDS, Noise, noisy_grad_
@@ -36,6 +37,15 @@ from dpfast.ops.norms import (
     one_position_squared_norm,
     side_norms,
     squared_norm,
+)
+from dpfast.ops.packed import (
+    Places,
+    has_packed,
+    packed_clipped_weight_gradient,
+    packed_ghost_squared_norms,
+    packed_grad_samples,
+    packed_tile_squared_norm,
+    sums_by_position,
 )
 from dpfast.ops.reductions import (
     all_normalised_sums,
@@ -86,6 +96,7 @@ __all__ = [
     "HeadBackward",
     "HeadSides",
     "Noise",
+    "Places",
     "alike_for_every_batch",
     "all_grad_samples",
     "all_left_in",
@@ -117,6 +128,7 @@ __all__ = [
     "grad_samples",
     "has_convolution_stats",
     "has_ghost_stats",
+    "has_packed",
     "has_products",
     "has_tiles",
     "head_backward",
@@ -136,9 +148,15 @@ __all__ = [
     "normalised_sums",
     "numbers_of",
     "one_position_squared_norm",
+    "packed_clipped_weight_gradient",
+    "packed_ghost_squared_norms",
+    "packed_grad_samples",
+    "packed_tile_squared_norm",
+    "place_rows",
     "side_norms",
     "squared_norm",
     "sum_positions",
+    "sums_by_position",
     "tile_squared_norm",
     "token_losses",
     "weighted_sum",

@@ -50,7 +50,7 @@ def ghost_squared_norms(sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor,
         stats = ghost_norms([aligned[id(sides[k][0])] for k in together], [aligned[id(sides[k][1])] for k in together])
         found |= dict(zip(together, stats, strict=True))
     made = torch.stack([found[k] for k in range(len(sides))])
-    return _certified(made, sides, [(A.shape[-1], G.shape[-1]) for A, G in sides])
+    return certified_stats(made, sides, [(A.shape[-1], G.shape[-1]) for A, G in sides])
 
 
 def has_ghost_stats(A: Tensor, G: Tensor) -> bool:
@@ -93,7 +93,7 @@ def tile_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     from dpfast_kernels.sample_gradients import gradient_norm
 
     stats = _by_sample(lambda A, G: gradient_norm(*(_aligned(side).flatten(0, 1) for side in (A, G))), A, G)
-    squared, bound = _certified(stats.unsqueeze(0), [(A, G)], [()])
+    squared, bound = certified_stats(stats.unsqueeze(0), [(A, G)], [()])
     return squared[0], bound[0]
 
 
@@ -140,6 +140,18 @@ def clipped_weight_gradients(sides: Sequence[tuple[Tensor, Tensor]], factors: Se
         yield from reference.clipped_weight_gradients(sides, factors)
 
 
+def place_rows(values: Tensor, row: int, rows: int, dim: int) -> Tensor:
+    """``values`` at ``[row, row + n)`` of ``rows`` zero rows along ``dim``."""
+    n = values.shape[dim]
+    if n == rows:
+        return values
+    shape = list(values.shape)
+    shape[dim] = rows
+    out = values.new_zeros(shape)
+    out.narrow(dim, row, n).copy_(values)
+    return out
+
+
 def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Factors ``[B]`` of each of n tensors: ``[n, B]``, or ``[B]`` where they are the same for all."""
     if all([row is factors[0] for row in factors]):
@@ -150,7 +162,7 @@ def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _copies(G: Tensor) -> bool:
     """Whether an op would have to copy such backprops as a whole."""
     if is_triton("clipped_weight_gradient", G):
-        return _aligned_columns(G.shape[-1]) > 0
+        return aligned_columns(G.shape[-1]) > 0
     return G.dtype != reference.compute_dtype(G.dtype)
 
 
@@ -171,18 +183,18 @@ def _by_sample(stats: Callable[[Tensor, Tensor], Tensor], A: Tensor, G: Tensor) 
     return torch.cat([stats(*part) for part in parts], 1)
 
 
-def _aligned_columns(n: int) -> int:
+def aligned_columns(n: int) -> int:
     """How many are to be added to rows of n, to align them."""
     return 0 if n % 16 == 0 or n < WIDE else -n % 16
 
 
 def _aligned(side: Tensor) -> Tensor:
     """With zero columns up to whole 16, where rows are long: kernels read other rows element by element."""
-    more = _aligned_columns(side.shape[-1])
+    more = aligned_columns(side.shape[-1])
     return F.pad(side, (0, more)) if more else side
 
 
-def _certified(
+def certified_stats(
     stats: Tensor, sides: Sequence[tuple[Tensor, Tensor]], products: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
     """Squared norms ``[n, B]`` and their bounds, of a kernel's rows ``[n, 4, B·g]``: squared, absolute, ``‖A_i‖²``,
@@ -199,7 +211,7 @@ def _certified(
     lost = underflow(torch.float32) * T
     constants = (
         tuple(
-            grown * u * (sum(drift(n) + _units_of_a_product(A, G) for n in lengths) or BLOCK_UNITS)
+            grown * u * (sum(drift(n) + units_of_a_product(A, G) for n in lengths) or BLOCK_UNITS)
             for (A, G), lengths in zip(sides, products, strict=True)
         ),
         tuple(grown * product_reach(T, A, G) for A, G in sides),
@@ -225,10 +237,10 @@ def product_reach(T: int, A: Tensor, G: Tensor) -> float:
     from dpfast_kernels.weight_gradient import BY_SAMPLE
 
     split = SPLIT_UNITS if T < BY_SAMPLE else 0.0
-    return (2 * drift(T) + 2 * _units_of_a_product(A, G) + split) * unit_roundoff(torch.float32)
+    return (2 * drift(T) + 2 * units_of_a_product(A, G) + split) * unit_roundoff(torch.float32)
 
 
-def _units_of_a_product(A: Tensor, G: Tensor) -> float:
+def units_of_a_product(A: Tensor, G: Tensor) -> float:
     """Units of float32 that a kernel's product may be off before it is added, where the user has allowed tf32."""
     from dpfast_kernels.common import dot_dtype, dot_precision
 

@@ -32,6 +32,7 @@ from dpfast.reference.matmul import (
     gram_stats,
     one_position_squared_norm,
 )
+from dpfast.reference.packed import certified_packed_ghosts, packed_ghost_stats, packed_grad_samples
 from dpfast.reference.precision import alike_for_every_batch, full_precision, needs_full_precision
 from dpfast.reference.recomputed_head import Backward as HeadBackward
 from dpfast.reference.recomputed_head import Sides as HeadSides
@@ -61,6 +62,7 @@ __all__ = [
     "all_left_in",
     "certified_ghost",
     "certified_ghosts",
+    "certified_packed_ghosts",
     "channel_sums",
     "clipped_weight_gradient",
     "clipped_weight_gradients",
@@ -89,6 +91,8 @@ __all__ = [
     "needs_full_precision",
     "normalised_sums",
     "one_position_squared_norm",
+    "packed_ghost_stats",
+    "packed_grad_samples",
     "row_squares",
     "squared_norm",
     "sum_positions",

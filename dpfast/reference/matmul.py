@@ -82,16 +82,23 @@ def ghost_stats(A: Tensor, G: Tensor, gram: Callable[[Tensor, Tensor, float, flo
     B, groups, T, d = A.shape
     p = G.shape[-1]
     A, G = A.to(dtype).reshape(B * groups, T, d), G.to(dtype).reshape(B * groups, T, p)
+    return gram_strips(A, G, gram).view(5, B, groups)
+
+
+def gram_strips(A: Tensor, G: Tensor, gram: Callable[[Tensor, Tensor, float, float], Tensor]) -> Tensor:
+    """What :func:`ghost_stats` adds up, ``[5, B]``, of ``A [B, T, d]`` and ``G [B, T, p]`` in the dtype of the sums."""
+    B, T, d = A.shape
+    p = G.shape[2]
     strip = max(THINNEST, -(-T // STRIPS))
-    lost = smallest(dtype)
+    lost = smallest(A.dtype)
     parts = []
     for t in range(0, T, strip):
         products, other = (torch.bmm(side[:, t : t + strip], side[:, t:].transpose(1, 2)) for side in (A, G))
         parts.append(gram(products, other, d * lost, p * lost))
-    total = parts[0] if parts else torch.zeros(5, B * groups, dtype=torch.float64, device=A.device)
+    total = parts[0] if parts else torch.zeros(5, B, dtype=torch.float64, device=A.device)
     for part in parts[1:]:
         total = total + part
-    return total.view(5, B, groups)
+    return total
 
 
 def certified_ghosts(stats: Tensor, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

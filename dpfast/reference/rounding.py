@@ -36,6 +36,11 @@ def drift(n: int) -> float:
     return math.sqrt(n) + min(n, LONGEST_BLOCK) / 4 + n / 8 + 8
 
 
+def drifts(n: Tensor) -> Tensor:
+    """:func:`drift` of each of several lengths, float64."""
+    return n.sqrt() + n.clamp(max=LONGEST_BLOCK) / 4 + n / 8 + 8
+
+
 def smallest(dtype: torch.dtype) -> float:
     """The most that a product may lose to underflow, where subnormal numbers are flushed to zero too."""
     return torch.finfo(compute_dtype(dtype)).tiny

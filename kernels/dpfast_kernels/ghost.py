@@ -55,16 +55,23 @@ def configure(N: int, T: int, d: int, p: int, layers: int, dtype: torch.dtype, v
     ``N`` samples of all inputs together, which go to so many ``layers`` each.
     """
     if INTERPRETED:
-        return Config(16, 16, 16, 4, 1)
+        return square(16, dtype, vectorised)
     slow = dtype == torch.float32 or not vectorised
     block = max(16, min(64 if slow else 128, next_power_of_2(T)))
     while block > 32 and 2 * N * pairs_of(T, block) < chip.processors:
         block //= 2
-    warps = {16: 2, 32: 4}.get(block, 8)
-    if slow:
-        return Config(block, block, 16 if dtype == torch.float32 else 32, warps, 3)
     if block == 128 and chip.large:
         return min((SQUARE, WIDE), key=lambda config: cache_bytes(config, N, T, d, p, layers, chip))
+    return square(block, dtype, vectorised)
+
+
+def square(block: int, dtype: torch.dtype, vectorised: bool) -> Config:
+    """With tiles of block × block."""
+    if INTERPRETED:
+        return Config(block, block, 16, 4, 1)
+    warps = {16: 2, 32: 4}.get(block, 8)
+    if dtype == torch.float32 or not vectorised:
+        return Config(block, block, 16 if dtype == torch.float32 else 32, warps, 3)
     return Config(block, block, 64 if block > 16 else 128, warps, 4)
 
 

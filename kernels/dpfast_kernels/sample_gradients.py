@@ -23,6 +23,7 @@ from .common import (
     vectorised,
     wide,
 )
+from .segments import OF_A_CASE, Segments, sample_at
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def gradient_kernel(
     G,
     samples,  # [N, p, d] where STORE
     partials,  # [N, tiles]
+    bounds,  # of packed rows, whose samples are segments
     N,
     T,
     d,
@@ -91,15 +93,16 @@ def gradient_kernel(
     i = row * BLOCK_P + tl.arange(0, BLOCK_P)
     j = column * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
+    sample, first, length = sample_at(bounds, n, n < N, T)
 
-    g_at = G + n * g_n + t.to(tl.int64)[None, :] * g_t + i.to(tl.int64)[:, None] * g_p
-    a_at = A + n * a_n + t.to(tl.int64)[:, None] * a_t + j.to(tl.int64)[None, :] * a_d
+    g_at = G + sample * g_n + (first + t)[None, :] * g_t + i.to(tl.int64)[:, None] * g_p
+    a_at = A + sample * a_n + (first + t)[:, None] * a_t + j.to(tl.int64)[None, :] * a_d
     gradient = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, length, BLOCK_T):
         # [BLOCK_P, BLOCK_T]
-        g = tl.load(g_at, mask=(t < T - start)[None, :] & (i < p)[:, None], other=0.0).to(DTYPE)
+        g = tl.load(g_at, mask=(t < length - start)[None, :] & (i < p)[:, None], other=0.0).to(DTYPE)
         # [BLOCK_T, BLOCK_D]
-        a = tl.load(a_at, mask=(t < T - start)[:, None] & (j < d)[None, :], other=0.0).to(DTYPE)
+        a = tl.load(a_at, mask=(t < length - start)[:, None] & (j < d)[None, :], other=0.0).to(DTYPE)
         gradient = dot(g, a, gradient, PRECISION)
         g_at += BLOCK_T * wide(g_t)
         a_at += BLOCK_T * wide(a_t)
@@ -116,6 +119,8 @@ def gradient_kernel(
 def energy_kernel(
     X,
     partials,  # [N, blocks]
+    bounds,  # as of gradient_kernel
+    N,
     T,
     d,
     blocks,
@@ -130,43 +135,59 @@ def energy_kernel(
     n = (index // blocks).to(tl.int64)
     columns = index % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
-    x_at = X + n * x_n + t.to(tl.int64)[:, None] * x_t + columns.to(tl.int64)[None, :] * x_d
+    sample, first, length = sample_at(bounds, n, n < N, T)
+    x_at = X + sample * x_n + (first + t)[:, None] * x_t + columns.to(tl.int64)[None, :] * x_d
     squares = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, length, BLOCK_T):
         # [BLOCK_T, BLOCK_D]
-        x = tl.load(x_at, mask=(t < T - start)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_at, mask=(t < length - start)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
         squares += x * x
         x_at += BLOCK_T * wide(x_t)
     tl.store(partials + index, tl.sum(squares))
 
 
-def energies(X: torch.Tensor) -> torch.Tensor:
-    """``Σ_t ‖x_t‖²`` of X [N, T, d]: float32 [N].
+def energies(X: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
+    """``Σ_t ‖x_t‖²`` of X [N, T, d], or of the segments of rows X [1, R, d]: float32 [N].
 
     In a launch of its own, which reads X once and 16 bytes at a time. In that of the product, the programs of the first
     row and column of tiles would make these sums, with the registers and the layout of a product, and end last.
     """
-    N, T, d = X.shape
+    _, T, d = X.shape
+    N, bounds = _samples_of(X, segments)
     block_t, block_d = (16, 32) if INTERPRETED else (32, 128)
     blocks = cdiv(d, block_d)
     partials = torch.empty((N, blocks), dtype=torch.float32, device=X.device)
-    arguments = X, partials, T, d, blocks, *X.stride()
+    arguments = X, partials, bounds, N, T, d, blocks, *X.stride()
     launch(energy_kernel, (N * blocks,), *arguments, device=X.device, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4)
     return partials.sum(1)
 
 
-def run(A: torch.Tensor, G: torch.Tensor, samples: torch.Tensor | None, config: Config | None = None) -> torch.Tensor:
+def _samples_of(X: torch.Tensor, segments: Segments | None) -> tuple[int, torch.Tensor | None]:
+    """How many there are, and their bounds in rows."""
+    return (len(X), None) if segments is None else (len(segments), segments.places(X.device))
+
+
+def run(
+    A: torch.Tensor,
+    G: torch.Tensor,
+    samples: torch.Tensor | None,
+    config: Config | None = None,
+    segments: Segments | None = None,
+) -> torch.Tensor:
     """``‖G_nᵀA_n‖²`` [N] in float32, of what was rounded where there are ``samples`` to fill."""
-    N, T, d = A.shape
+    _, T, d = A.shape
     p = G.shape[2]
+    N, bounds = _samples_of(A, segments)
     dtype = dot_dtype(A, G)
-    config = config or configure(N, T, d, p, dtype, vectorised(A, G), chip(A.device))
+    # Blocks of a quarter of a segment leave a tenth of their positions empty.
+    positions = T if segments is None else segments.mean // 4 + 1
+    config = config or configure(N, positions, d, p, dtype, vectorised(A, G), chip(A.device))
     tiles_p, tiles_d = cdiv(p, config.BLOCK_P), cdiv(d, config.BLOCK_D)
     partials = torch.empty((N, tiles_p * tiles_d), dtype=torch.float32, device=A.device)
     launch(
         gradient_kernel,
         (N * tiles_p * tiles_d,),
-        *(A, G, samples, partials, N, T, d, p, tiles_p, tiles_d, *A.stride(), *G.stride()),
+        *(A, G, samples, partials, bounds, N, T, d, p, tiles_p, tiles_d, *A.stride(), *G.stride()),
         device=A.device,
         STORE=samples is not None,
         DTYPE=TRITON_DTYPE[dtype],
@@ -181,8 +202,25 @@ def gradient_norm(A: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
     """The rows of ``ghost_norm``, for A [N, T, d] and G [N, T, p], from tiles of G_nᵀA_n that are never stored. Sums of
     squares do not cancel: ``absolute`` is ``squared``.
     """
-    squared = run(A, G, None)
-    return torch.stack([squared, squared, energies(A), energies(G)])
+    return _norm(A, G, None)
+
+
+def _norm(A: torch.Tensor, G: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    squared = run(A, G, None, segments=segments)
+    return torch.stack([squared, squared, energies(A, segments), energies(G, segments)])
+
+
+def packed_gradient_norm(A: torch.Tensor, G: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """``gradient_norm`` of the segments of rows A [1, R, d] and G [1, R, p], which are not copied."""
+    return _norm(A, G, segments)
+
+
+def packed_sample_gradients(
+    A: torch.Tensor, G: torch.Tensor, dtype: torch.dtype, segments: Segments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``sample_gradients`` of the same."""
+    samples = A.new_empty((len(segments), G.shape[2], A.shape[2]), dtype=dtype)
+    return samples, run(A, G, samples, segments=segments)
 
 
 @gradient_norm.register_fake
@@ -217,6 +255,17 @@ def _case(dtype: torch.dtype, N: int, T: int, d: int, p: int, stored: torch.dtyp
     return Compile(f"{name} {dtype} {N}x{T}x{d}x{p}", call, wgmma)
 
 
+def _packed(dtype: torch.dtype, d: int, p: int, wgmma: bool, stored: torch.dtype | None = None) -> Compile:
+    def call():
+        A, G = meta(1, 32_768, d, dtype=dtype), meta(1, 32_768, p, dtype=dtype)
+        if stored is None:
+            run(A, G, None, segments=OF_A_CASE)
+        else:
+            packed_sample_gradients(A, G, stored, OF_A_CASE)
+
+    return Compile(f"packed {'gradient_norm' if stored is None else 'sample_gradients'} {dtype} {d}x{p}", call, wgmma)
+
+
 COMPILES = [
     _case(torch.bfloat16, 32, 1024, 1024, 4096, None, True),
     _case(torch.bfloat16, 32, 1024, 1024, 16, None, True),
@@ -228,6 +277,11 @@ COMPILES = [
     _case(torch.bfloat16, 32, 1023, 1023, 4095, torch.float32, True),
     _case(torch.bfloat16, 32, 1024, 2048, 16, torch.float32, True),
     _case(torch.bfloat16, 32, 1024, 16, 2048, torch.float32, True),
+    _packed(torch.bfloat16, 1024, 4096, True),
+    _packed(torch.bfloat16, 1024, 16, True, torch.float32),
+    _packed(torch.float32, 1024, 4096, False),
+    _packed(torch.bfloat16, 1023, 4095, True, torch.float32),
     Compile("energies", lambda: energies(meta(32, 1024, 1024, dtype=torch.bfloat16))),
+    Compile("packed energies", lambda: energies(meta(1, 32_768, 1024, dtype=torch.bfloat16), OF_A_CASE)),
     Compile("energies, odd", lambda: energies(meta(32, 1023, 1023))),
 ]

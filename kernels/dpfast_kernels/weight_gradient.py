@@ -20,7 +20,7 @@ so that the sum is at most n · C · 2⁶⁴ in any unit, which float32 holds. W
 in the sum. A sample of factor 0 has no unit, and nothing of it is read.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
@@ -42,6 +42,7 @@ from .common import (
     tile_at,
     vectorised,
 )
+from .segments import OF_A_CASE, Segments, sample_at
 
 BY_SAMPLE = 32  # positions from which the accumulator is scaled, and below which rows of G are
 RUN = 512  # samples, at most, that have one accumulator
@@ -112,6 +113,8 @@ def weight_gradient_kernel(
     factors,
     weights,  # [splits, groups * p, d]
     biases,  # [splits * tiles_d, groups * p] where BIAS
+    bounds,  # of packed rows, whose samples are segments
+    blocks,  # and how many blocks of positions those before each one have
     B,
     groups,
     T,
@@ -156,7 +159,7 @@ def weight_gradient_kernel(
 
     if BY_SAMPLE:
         total = sum_by_sample(
-            A_j, G_i, factors, first, last, i < p, j < d, T, a_b, a_t, g_b, g_t, factors_b,
+            A_j, G_i, factors, bounds, blocks, first, last, i < p, j < d, T, a_b, a_t, g_b, g_t, factors_b,
             DTYPE, PRECISION, BLOCK_T, BLOCK_P, BLOCK_D,
         )  # fmt: skip
     else:
@@ -175,7 +178,7 @@ def weight_gradient_kernel(
 
 @triton.jit
 def sum_by_sample(
-    A_j, G_i, factors, first, last, in_p, in_d, T, a_b, a_t, g_b, g_t, factors_b,
+    A_j, G_i, factors, bounds, blocks, first, last, in_p, in_d, T, a_b, a_t, g_b, g_t, factors_b,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -186,21 +189,31 @@ def sum_by_sample(
     start = 0
     factor = tl.load(factors + b * factors_b, mask=first < last, other=0.0)
     unit = tl.where(factor != 0.0, factor, 1.0).to(tl.float64)
-    for _ in range((last - first) * tl.cdiv(T, BLOCK_T)):
+    if bounds is None:
+        count = (last - first) * tl.cdiv(T, BLOCK_T)
+    else:
+        count = tl.load(blocks + last) - tl.load(blocks + first)
+    row, begin, length = sample_at(bounds, b, first < last, T)
+    for _ in range(count):
         at = (start + t).to(tl.int64)
-        there = at < tl.where(factor != 0.0, T, 0)
+        there = at < tl.where(factor != 0.0, length, 0)
+        at += begin
         # [BLOCK_P, BLOCK_T]
-        g = tl.load(G_i + b * g_b + at[None, :] * g_t, mask=in_p[:, None] & there[None, :], other=0.0).to(DTYPE)
+        g = tl.load(G_i + row * g_b + at[None, :] * g_t, mask=in_p[:, None] & there[None, :], other=0.0).to(DTYPE)
         # [BLOCK_T, BLOCK_D]
-        a = tl.load(A_j + b * a_b + at[:, None] * a_t, mask=there[:, None] & in_d[None, :], other=0.0).to(DTYPE)
+        a = tl.load(A_j + row * a_b + at[:, None] * a_t, mask=there[:, None] & in_d[None, :], other=0.0).to(DTYPE)
         sums = dot(g, a, sums, PRECISION)
-        complete = start + BLOCK_T >= T
+        complete = start + BLOCK_T >= length
         if complete:
             ratio, unit = ratio_to(tl.load(factors + (b + 1) * factors_b, mask=b + 1 < last, other=0.0), unit)
             sums *= ratio
         start = tl.where(complete, 0, start + BLOCK_T)
         b += complete.to(tl.int64)
         factor = tl.load(factors + b * factors_b, mask=b < last, other=0.0)  # ahead: loads that wait for one are late
+        if bounds is None:
+            row = b
+        else:
+            row, begin, length = sample_at(bounds, b, b < last, T)
     return sums * unit.to(tl.float32)
 
 
@@ -274,16 +287,28 @@ def run(
     bias: torch.Tensor | None,
     config: Config | None = None,
     by_sample: bool = False,
+    segments: Segments | None = None,
 ) -> None:
-    """Writes ``weight`` [groups * p, d] and ``bias`` [groups * p]; ``by_sample``: of few positions too."""
+    """Writes ``weight`` [groups * p, d] and ``bias`` [groups * p]; ``by_sample``: of few positions too.
+
+    Of the ``segments`` of rows A [1, R, d] and G [1, R, p] it is always by sample, and there is no ``bias``.
+    """
     if A.dim() == 3:
         A, G = A.unsqueeze(1), G.unsqueeze(1)
     B, groups, T, d = A.shape
     p = G.shape[3]
+    if segments is not None:
+        assert bias is None and groups == 1
+        B, T, by_sample = len(segments), segments.mean, True
     assert B * T < 2**30, "rows are counted in 32 bits"
     dtype = dot_dtype(A, G)
     positions = max(T, BY_SAMPLE) if by_sample else T
     config = config or configure(B, groups, positions, d, p, dtype, vectorised(A, G), chip(A.device))
+    bounds = blocks = None
+    if segments is not None:
+        # blocks of a quarter of a segment leave a tenth of their positions empty
+        config = replace(config, BLOCK_T=max(16, min(config.BLOCK_T, next_power_of_2(T // 4 + 1))))
+        bounds, blocks = segments.places(A.device), segments.blocks(config.BLOCK_T, A.device)
     options = asdict(config)
     splits = options.pop("splits")
     tiles_p, tiles_d = cdiv(p, config.BLOCK_P), max(cdiv(d, config.BLOCK_D), 1)  # one has the bias where d = 0
@@ -292,7 +317,7 @@ def run(
     launch(
         weight_gradient_kernel,
         (splits * groups * tiles_p * tiles_d,),
-        *(A, G, factors, weights, biases, B, groups, T, d, p, tiles_p, tiles_d, cdiv(B, splits)),
+        *(A, G, factors, weights, biases, bounds, blocks, B, groups, T, d, p, tiles_p, tiles_d, cdiv(B, splits)),
         *(*A.stride(), *G.stride(), factors.stride(0), *weights.stride()),
         device=A.device,
         BIAS=bias is not None,
@@ -322,6 +347,15 @@ def clipped_weight_gradient(
     return weight, bias_sum
 
 
+def packed_clipped_weight_gradient(
+    A: torch.Tensor, G: torch.Tensor, factors: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """Σ_i factor_i · G_iᵀA_i [p, d] over the segments of rows A [1, R, d] and G [1, R, p], which are not copied."""
+    weight = _empty(A, G, False)[0]
+    run(A, G, factors, weight, None, segments=segments)
+    return weight
+
+
 @clipped_weight_gradient.register_fake
 def _(A, G, factors, bias):
     return _empty(A, G, bias)
@@ -341,6 +375,14 @@ def _case(dtype: torch.dtype, B: int, T: int, d: int, p: int, wgmma: bool) -> Co
     return Compile(f"clipped_weight_gradient {dtype} {B}x{T}x{d}x{p}", call, wgmma)
 
 
+def _packed(dtype: torch.dtype, d: int, p: int, wgmma: bool) -> Compile:
+    def call():
+        A, G = meta(1, 32_768, d, dtype=dtype), meta(1, 32_768, p, dtype=dtype)
+        packed_clipped_weight_gradient(A, G, meta(len(OF_A_CASE)), OF_A_CASE)
+
+    return Compile(f"packed clipped_weight_gradient {dtype} {d}x{p}", call, wgmma)
+
+
 COMPILES = [
     _case(torch.bfloat16, 32, 1024, 1024, 4096, True),
     _case(torch.bfloat16, 32, 1024, 1024, 16, True),
@@ -352,4 +394,8 @@ COMPILES = [
     _case(torch.bfloat16, 32, 1023, 1023, 4095, True),
     _case(torch.bfloat16, 512, 3, 1023, 4095, True),
     _case(torch.bfloat16, 1, 1, 1, 1, False),
+    _packed(torch.bfloat16, 1024, 4096, True),
+    _packed(torch.bfloat16, 1024, 16, True),
+    _packed(torch.float32, 1024, 4096, False),
+    _packed(torch.bfloat16, 1023, 4095, True),
 ]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpfast
+from dpfast.clipping import segments
 from dpfast.losses import causal_lm_loss, segment_linear_cross_entropy
 from tests.helpers import BF16, F32, F64, distance, make_private, sums_of
 from tests.integrations import transformer_models as tm
@@ -78,6 +79,19 @@ def test_models_of_transformers(name, attention):
 
 def test_a_transformer_of_pytorch():
     examine(Block().double())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_large_layers(name, monkeypatch):
+    """What is not put beside each other, and norms that are taken of one layer at a time."""
+    monkeypatch.setattr(segments, "LARGE", 1)
+    monkeypatch.setattr(segments, "AT_ONCE", 1)
+    examine(decoder(name, dtype=F64 if name == "gpt2" else F32), leave_out=name == "gpt2")
+
+
+@pytest.mark.parametrize("way", ["ghost", "instantiate"])
+def test_ways(way):
+    examine(Block().double(), tokens([1, 12, 2, 1, 7, 3]), plan={"": way}, leave_out=way == "ghost")
 
 
 @pytest.mark.parametrize("lengths", [[6], [1, 1, 1], [1, 12, 2, 1, 7, 3], [4, 4, 4]])
