@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +29,7 @@ class PackedForward:
     def __init__(self, module: nn.Module, recorder: Recorder, forward: Callable[..., Any]):
         self.module, self.recorder, self.forward = module, recorder, forward
         self.attention: SegmentAttention | None = None  # of the last forward, or of that whose backward runs
+        self.carries = False  # a trial has shown that what is not finite reaches other segments
         self._schedule = Schedule()
         self._kinds: set[Any] = set()
         self._hooks: list[Any] = []
@@ -54,14 +56,16 @@ class PackedForward:
 
     @contextmanager
     def running(self, args: Any, kwargs: Any) -> Iterator[None]:
-        """The model runs within, in training: attention is over one segment at a time."""
+        """The model runs within, in training: attention is over one segment at a time, and what the model has compiled
+        runs as it is written, where that can be seen."""
         recorder = self.recorder
         if not recorder.packed or recorder.paused or SegmentAttention.running() is not None:
             yield
             return
         segments = recorder.segments = Segments.of_call(self.forward, args, kwargs)
         self.attention = SegmentAttention(segments)
-        with self.attention if len(segments) else nullcontext():
+        self.attention.carries |= self.carries
+        with self.attention if len(segments) else nullcontext(), _uncompiled():
             yield
 
     def is_of(self, segments: Segments | None, attention: SegmentAttention | None) -> None:
@@ -99,6 +103,7 @@ class PackedForward:
         trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, self._schedule.steps)
         with torch.random.fork_rng(), recorder.setting(segments=segments):
             why = trial.why(None if new else 1)
+            self.carries = self.carries or (not why and trial.carries())
         if why:
             raise SamplesMeetError(why)
         self._kinds.add(this)
@@ -136,3 +141,11 @@ class PackedForward:
         if not hasattr(self._entered, "stack"):
             self._entered.stack = []
         return self._entered.stack
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    from dpfast.model import compiling
+
+    return compiling.uncompiled()

@@ -85,6 +85,11 @@ def test_lengths(lengths):
     examine(Block().double(), tokens(lengths), leave_out=len(lengths) == 6)
 
 
+def test_as_many_samples_of_one_length_as_not_of_another():
+    """In float32, where small products of all layers are one call."""
+    examine(decoder("gpt2", dtype=F32), tokens([4, 3, 5]), leave_out=False)
+
+
 def test_no_sample_at_all():
     private = Segmented(decoder("gpt2"), 1.0)
     before = private.backward(packed(tokens()))
