@@ -268,3 +268,28 @@ def test_what_is_compiled_within_runs_as_it_is_written():
     private = Segmented(model, 0.5)
     private.model.layer.compile(backend="eager")
     assert distance(plain, private.backward(packed(samples))) < 1e-9
+
+
+def test_evaluation_takes_rows_of_any_kind():
+    """No sample is clipped there, and nothing has to say where samples begin."""
+    model = decoder("gpt2")
+    private = Segmented(model, 0.5)
+    private.backward(packed(tokens()))
+    ids = torch.stack(tokens([4, 4]))
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        private.wrapped.eval()
+        assert torch.equal(private.wrapped(ids).logits, want)
+
+
+def test_hooks_of_others_on_the_model():
+    """What runs before its forward, as a hook of accelerate's does."""
+    model = Block().double()
+    model.register_forward_pre_hook(lambda module, args: None)
+    private = Segmented(model, 0.5)
+    hook = private.model.layer.register_forward_pre_hook(lambda module, args: 1 / 0, prepend=True)
+    with pytest.raises(ZeroDivisionError):
+        private.backward(packed(tokens()))
+    hook.remove()
+    sums = private.backward(packed(tokens()))
+    assert distance(sums, Segmented(model, 0.5).backward(packed(tokens()))) < 1e-9
