@@ -29,6 +29,7 @@ from dpfast.separation.not_finite import not_finite, spoilt
 from dpfast.separation.order import PositionWatch
 from dpfast.separation.passes import aside, observed, own_random_numbers
 from dpfast.separation.state import kept
+from dpfast.separation.without_dropout import WithoutDropout
 
 SAME = 1e-5  # relative: what a position may change by when only other segments do (rounding)
 INTO, BACK, OUT = "what layer {} is given", "the gradient that flows back into layer {}", "what the model returns"
@@ -88,7 +89,7 @@ class SegmentsApart:
         """Why a segment's place in its row, or how many others are there, changes it; without dropout, which goes by
         places."""
         rows = self.segments.rows
-        with aside(self.module):
+        with aside(self.module), WithoutDropout():
             before = self._seen(self.inputs)
             # A gradient that cancels, as of keys where a sample is one token, is rounding and no more.
             sizes = {key: float(x.max()) for key, x in before.items()}

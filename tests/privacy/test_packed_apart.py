@@ -203,6 +203,27 @@ def test_compiled_and_recorded_steps():
         compiled(**packed(tokens()))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_dropout_of_attention_is_no_reason_to_refuse(name, attention):
+    """An argument of a function, and no module."""
+    model = decoder(name, attention)
+    for module in model.modules():
+        for setting in ("attention_dropout", "attn_dropout", "resid_dropout"):
+            if isinstance(getattr(module, setting, None), nn.Dropout):
+                getattr(module, setting).p = 0.3
+            elif isinstance(getattr(module, setting, None), float):
+                setattr(module, setting, 0.3)
+    sums = Segmented(model, 0.5).backward(packed(tokens()))
+    assert all(s.any() for s in sums.values())
+
+
+def test_dropout_of_pytorchs_attention_is_no_reason_to_refuse():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
+    layer.self_attn.requires_grad_(False)
+    assert Segmented(Block(layer=layer), 0.5).backward(packed(tokens()))["model.model.ids.weight"].any()
+
+
 def test_dropout_is_no_reason_to_refuse():
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
     sums = Segmented(Block(layer=layer), 0.5).backward(packed(tokens()))
