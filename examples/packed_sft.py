@@ -1,7 +1,7 @@
 """Fine-tuning on packed rows: ``pip install transformers``, then ``python examples/packed_sft.py``.
 
-Samples of 16 to 256 tokens stand behind one another in one row, so that no token is padding. Each sample is drawn,
-clipped and accounted for by itself: attention is run for each of them alone.
+A sample is one text of 16 to 256 tokens. Samples stand behind one another in one row, so that no token is padding. Each
+is drawn, clipped and accounted for by itself: attention is run for each of them alone.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 A pair has a prompt and two texts. ``DPDPOTrainer`` is TRL's ``DPOTrainer`` with both texts of a pair clipped as one, so
 that epsilon is for one pair added or left out. With ``DPArguments(unit_column="annotator", rows_per_unit=4)`` it would
 be for all pairs that one person has judged.
+A sample is one pair.
 """
 
 import argparse

@@ -241,6 +241,7 @@ def check_positions(layer: str, x: Tensor, segments: Segments | None) -> None:
         raise UnitsError(
             f"units={PACKED!r}: layer {layer!r} got an input of shape {list(x.shape)}, and packed rows are "
             f"{list(rows)}: its positions are not those of the rows, so that its gradients cannot be told apart by "
-            f"samples. A convolution over positions, a pooling, a part of a row (hidden[:, :-1]) or another order of "
-            f"dimensions does that. Freeze the layer, give it the whole rows, or pad samples to rows of their own"
+            f"samples. A convolution over positions, a pooling, a part of a row (hidden[:, :-1]), a mixture of experts "
+            f"or another order of dimensions does that. Freeze the layer, give it the whole rows, or pad samples to "
+            f"rows of their own"
         )

@@ -61,6 +61,7 @@ class Tap:
     layer: Layer
     name: str
     batch_dim: int = 0
+    heads_first: bool = False  # of packed rows it was given [rows, heads, length, d]
 
     def __post_init__(self) -> None:
         self.uses: list[Use] = []
@@ -104,6 +105,9 @@ class Tap:
         dim = self.batch_dim if dims > least else 0
         if dim:
             x = x.movedim(dim, 0)
+        swapped = recorder.packed and self._has_heads_first(x, spec)
+        if swapped:
+            x = x.transpose(1, 2)
         batch, layout = recorder.resolve_rows(self, x.shape[0], dims, spec=spec)
         if recorder.packed:
             check_positions(self.name, x, recorder.segments)
@@ -112,7 +116,23 @@ class Tap:
         if x.shape[0] == 1 and batch > 1:  # shared by all samples: each gets its own copy, and so its own gradient
             x = x.expand(batch, *x.shape[1:])
         y = applied(Call(self, spec, batch, layout), None, x, *params)
+        if swapped:
+            y = y.transpose(1, 2)
         return y.movedim(0, dim) if dim else y
+
+    def _has_heads_first(self, x: Tensor, spec: Any) -> bool:
+        """Whether ``x`` is ``[rows, heads, length, d]`` of packed rows, as norms of queries and keys are given it.
+
+        As many heads as positions tell nothing: then it is as it was before.
+        """
+        segments = self.recorder.segments
+        if segments is None or x.dim() != 4 or not self.layer.is_by_last(spec):
+            return False
+        if x.shape[0] != segments.rows or x.shape[2] != segments.length:
+            return False
+        if x.shape[1] != segments.length:
+            self.heads_first = True
+        return self.heads_first
 
     def _use(self, spec: Any, params: Sequence[Any]) -> int | None:
         """The number of such a use, if there was one."""

@@ -84,7 +84,7 @@ class ClippedSum(Recorder):
         self.batches = Batches()
         self.counts_unclipped = False  # adaptive clipping wants to know
         self.keeps_grad_samples = False  # in ``p.grad_sample``, as Opacus does
-        self.units: Sequence[Any] | None = None  # of each row, where no loader tells
+        self.units: Sequence[Any] | None = None  # of each row, or packed sample, where no loader tells
         self.start_logical_batch()
         self.per_sample_gradient_norms: Tensor | None = None
         self._ended: Ended | None = None  # what a compiled graph's end has summed in the running pass
@@ -246,7 +246,7 @@ class ClippedSum(Recorder):
                 f"call backward() for each forward by itself. Nothing was summed"
             )
         for forward in passing:
-            check_samples(forward, drawn=not self.accumulation_allowed)
+            check_samples(forward, drawn=not self.accumulation_allowed and self.units is None)
         return passing[0]
 
     def _check_mean(self, narrowed: tuple[str, torch.dtype], size: int) -> None:

@@ -209,16 +209,17 @@ def check_samples(forward: ForwardPass, drawn: bool) -> None:
 
 
 def check_finite(passing: Iterable[ForwardPass], lost: Tensor) -> None:
-    """Of a backward pass: where attention was written out, what is not finite reaches other segments of its row.
+    """Of a backward pass: where segments are kept apart by zeros, what is not finite reaches others of its row.
 
     Raises:
         UnitsError: there is one: which others it has taken along would depend on it.
     """
-    written_out = [each for each in passing if each.attention is not None and each.attention.written_out]
-    if any(each.segments is not None and each.segments.shares_rows for each in written_out) and bool(lost.any()):
+    carrying = [each for each in passing if each.attention is not None and each.attention.carries]
+    if any(each.segments is not None and each.segments.shares_rows for each in carrying) and bool(lost.any()):
         raise UnitsError(
-            f"units={PACKED!r}: a sample's gradient is not finite, and attention that is written out in operators "
-            f"carries that to all samples of its row. Nothing was summed. Use attn_implementation='sdpa', or "
+            f"units={PACKED!r}: a sample's gradient is not finite, and attention that is written out in operators, or "
+            f"that a checkpoint computes again outside of all modules, carries that to all samples of its row, as "
+            f"0 · NaN is NaN. Nothing was summed. Use attn_implementation='sdpa', or "
             f"need_weights=False of nn.MultiheadAttention, which are run for each sample by itself: then only its own "
             f"is lost"
         )

@@ -106,8 +106,8 @@ def clipped_sums(parts: list[tuple[Summed, Tensor]]) -> Iterator[tuple[int, Tens
             kind = samples.dtype, samples.device, samples.shape[0]
             written.setdefault(kind, []).append((place, samples, factors))
         elif isinstance(form, PRODUCTS) and form.G.nbytes + form.A.nbytes < SMALL:
-            alone = form.G.dtype, form.G.device, form.batch, ops.is_small(form.A, form.G)
-            products.setdefault(alone, []).append((place, form, factors))
+            product = form.batch, form.G.dtype, form.G.device, ops.is_small(form.A, form.G)  # segments are by lengths
+            products.setdefault(product, []).append((place, form, factors))
         else:
             yield place, form.clipped_sum(factors)
         del form

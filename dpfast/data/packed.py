@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,4 +61,49 @@ class Packed:
             "input_ids": torch.cat([none, *ids]).unsqueeze(0),
             "labels": torch.cat([none, *labels]).unsqueeze(0),
             "position_ids": torch.cat([none, *positions]).unsqueeze(0),
+        }
+
+
+@dataclass(frozen=True)
+class PackedAfter:
+    """A ``collate_fn`` that packs what another one makes of each sample alone, without its padding.
+
+    Args:
+        collate_fn: from a list of one sample to a mapping of tensors ``[1, T]``: ``input_ids``, ``labels``, and
+            perhaps ``attention_mask``, which is 0 at padding.
+
+    A batch is a dict of tensors ``[1, total]``, as :class:`Packed` makes them, with what else ``collate_fn`` gives of
+    each token. There is no attention mask in it: ``position_ids`` say where samples begin.
+
+    Raises:
+        ValueError: a sample without tokens, or a tensor of ``collate_fn`` that has no number for each token.
+    """
+
+    collate_fn: Callable[[list[Any]], Any]
+    takes_none: ClassVar[bool] = True
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        rows = [self._row(self.collate_fn([sample])) for sample in samples]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise CollateError(
+                f"collate_fn gives {sorted(rows[0])} of one sample and other columns of another: packed samples have "
+                f"the same columns"
+            )
+        if not rows:
+            none = torch.zeros(1, 0, dtype=torch.int64)
+            return {"input_ids": none, "labels": none, "position_ids": none}
+        return {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
+
+    def _row(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        given = {name: x for name, x in batch.items() if name not in ("attention_mask", "position_ids")}
+        ids, mask = torch.as_tensor(batch["input_ids"]), batch.get("attention_mask")
+        inside = torch.ones_like(ids[0], dtype=torch.bool) if mask is None else torch.as_tensor(mask)[0] != 0
+        for name, x in given.items():
+            if not isinstance(x, Tensor) or x.shape[:2] != ids.shape or len(ids) != 1 or not bool(inside.any()):
+                raise CollateError(
+                    f"collate_fn gives {name!r} of shape {list(getattr(x, 'shape', ()))} for one sample of "
+                    f"{int(inside.sum())} tokens: packing needs a number for each token, [1, T], and a token at least"
+                )
+        return {name: x[:, inside] for name, x in given.items()} | {
+            "position_ids": torch.arange(int(inside.sum()), device=ids.device)[None]
         }

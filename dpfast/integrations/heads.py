@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from dpfast.losses import linear_cross_entropy
+from dpfast.losses import linear_cross_entropy, segment_linear_cross_entropy
 
 LABELS = "dpfast_labels"  # the argument that asks for losses
 CHANGES = ("softcap", "logit_scale", "logits_scal", "logit_bias", "lm_head_multiplier")  # in names of settings
@@ -25,7 +25,13 @@ IGNORED = -100
 
 
 class LossForward:
-    """A model's ``forward``, but where it is given :data:`LABELS`: then it returns losses ``[B]``."""
+    """A model's ``forward``, but where it is given :data:`LABELS`: then it returns losses ``[B]``.
+
+    Attributes:
+        packed: rows hold several samples in training, and each has a loss of its own.
+    """
+
+    packed = False
 
     def __init__(self, model: nn.Module, body: nn.Module, head: nn.Module):
         self.model, self.body, self.head = model, body, head
@@ -36,6 +42,9 @@ class LossForward:
         if labels is None:
             return type(self.model).forward(self.model, *args, **kwargs)
         hidden = hidden_states(self.body, kwargs)
+        if self.packed and self.model.training:
+            positions = kwargs["position_ids"]
+            return segment_linear_cross_entropy(hidden, self.head, labels, position_ids=positions, reduction="none")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # the last position has nothing to predict
         return linear_cross_entropy(hidden, self.head, targets, reduction="none")
 

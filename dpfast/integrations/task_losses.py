@@ -33,6 +33,12 @@ def task_loss(model: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
     return None
 
 
+def is_causal_lm(model: Any) -> bool:
+    """Whether ``model`` is a decoder that predicts next tokens."""
+    found: Any = task_loss(model)
+    return isinstance(found, partial) and found.func is causal_lm_loss
+
+
 def _classification(config: Any) -> Callable[..., Tensor]:
     """One class a sample, several, or numbers, as Transformers tells them apart."""
     labels = getattr(config, "num_labels", None)

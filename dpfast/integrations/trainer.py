@@ -19,6 +19,8 @@ from transformers import TrainerCallback, TrainingArguments
 from dpfast.accounting.epsilon import noise_multiplier_for
 from dpfast.amp import GradScaler
 from dpfast.analysis.collation import check_collation
+from dpfast.capture.segments import PACKED
+from dpfast.data.packed import PackedAfter
 from dpfast.data.row_order import check_order
 from dpfast.data.sampling import twister
 from dpfast.data.unit import ROW
@@ -28,12 +30,20 @@ from dpfast.integrations.distributed import is_sharded
 from dpfast.integrations.heads import LABELS, LossForward, with_losses
 from dpfast.integrations.pieces import CollatedPieces, backward_in_pieces, counts, first_rows
 from dpfast.integrations.replayed import MODEL, Replayed, fingerprint, seed_all, seeded, whole
-from dpfast.integrations.task_losses import task_loss
+from dpfast.integrations.task_losses import is_causal_lm, task_loss
 from dpfast.integrations.trainer_arguments import DPArguments, check_arguments
 from dpfast.integrations.trainer_batches import SampleBatches, UsersBatches, users_of, without_column
 from dpfast.integrations.trainer_checkpoints import PRIVACY_NAME, ResumableTrainer
+from dpfast.losses import segment_cross_entropy
 from dpfast.optim.optimizer import FusedDPOptimizer
-from dpfast.refusals import BudgetError, CheckpointError, LoaderError, LossCouplesError, RanksError
+from dpfast.refusals import (
+    BudgetError,
+    CheckpointError,
+    LoaderError,
+    LossCouplesError,
+    RanksError,
+    TrainerSettingError,
+)
 
 __all__ = ["PRIVACY_NAME", "DPArguments", "DPTrainer"]
 
@@ -41,7 +51,8 @@ __all__ = ["PRIVACY_NAME", "DPArguments", "DPTrainer"]
 class DPTrainer(ResumableTrainer):
     """``transformers.Trainer`` whose training is (ε, δ)-differentially private for one sample added or left out.
 
-    With ``privacy.unit_column`` read "user" for "sample": all samples of a user are clipped as one.
+    With ``privacy.unit_column`` read "user" for "sample": all samples of a user are clipped as one. With
+    ``privacy.packing`` the samples of a physical batch stand in one row, and each is clipped by itself.
 
     Arguments are the Trainer's, and ``privacy``. One step accounts for one logical batch: each sample of
     ``train_dataset`` is in it with probability 1/(steps per epoch), independently, and its expected size is about
@@ -127,9 +138,30 @@ class DPTrainer(ResumableTrainer):
                 f"model is a {type(self.model).__name__}, whose per-sample loss is not known: pass compute_loss_func, "
                 f"from (outputs, labels, num_items_in_batch) to losses [B]"
             )
+        if self.privacy.packing:
+            self._check_packing()
         if self.train_dataset is not None and self.privacy.unit_column is not None:
             self._check_size()
         self.add_callback(_Epochs())
+
+    def _check_packing(self) -> None:
+        """Samples of a packed row have a loss each, of a causal language model.
+
+        Raises:
+            ValueError: it is another model or loss, or a setting that packed rows do not go with.
+        """
+        refused = {
+            f"model={type(self.model).__name__}": not is_causal_lm(self.model),
+            "compute_loss_func": self.compute_loss_func is not None,
+            "torch_compile=True": self.args.torch_compile,
+            "a sharded model": is_sharded(self.model),
+            f"a {self.row}": self.rows_of_a_sample > 1,
+        }
+        if given := [name for name, is_given in refused.items() if is_given]:
+            raise TrainerSettingError(
+                f"packing=True with {given[0]}: several samples in one row are for causal language models with their "
+                f"own loss, as they are written and whole on each rank; leave packing out"
+            )
 
     def _check_size(self) -> None:
         """A unit's rows are in one physical batch, as they are clipped as one.
@@ -213,11 +245,12 @@ class DPTrainer(ResumableTrainer):
         if self._resumed is not None:
             batches.step = self._resumed["step"]
         data, collator = self._data_and_collator()
+        packed = self.privacy.packing
         if self._users is not None or self.rows_of_a_sample > 1:
             with seeded(0):
                 check_order(collator, data, range(len(data)))
         workers = self.args.dataloader_num_workers
-        self._collated = data, collator
+        self._collated = None if packed else (data, collator)  # else each sample is collated alone
         pieces = CollatedPieces(collator, self._train_batch_size, data, self._rows)
         return DataLoader(
             Replayed(data, pieces, batches.seed, batches.rank),
@@ -231,6 +264,10 @@ class DPTrainer(ResumableTrainer):
 
     def _data_and_collator(self) -> tuple[Any, Any]:
         """Without the columns that the model does not take."""
+        data, collator = self._data_and_own_collator()
+        return data, PackedAfter(collator) if self.privacy.packing else collator
+
+    def _data_and_own_collator(self) -> tuple[Any, Any]:
         data: Any = self.train_dataset
         if self.privacy.unit_column is not None:
             data = without_column(data, self.privacy.unit_column)
@@ -252,6 +289,8 @@ class DPTrainer(ResumableTrainer):
         if self.compute_loss_func is None and not (self.args.torch_compile or is_sharded(self.model)):
             with self.compute_loss_context_manager():
                 self._head = with_losses(self.model)
+            if self._head is not None:
+                self._head.packed = self.privacy.packing
         model = self.model.train()
         self._fingerprint = fingerprint(model)
         if self.args.world_size > 1 and not is_sharded(
@@ -274,6 +313,7 @@ class DPTrainer(ResumableTrainer):
             wrap_model=False,
             expected_batch_size=self._logical_batch_size,
             noise_generator=self._noise_generator(),
+            units=PACKED if privacy.packing else None,
         )
         self.hooks.clipped_sum.by_unit |= self.rows_of_a_sample > 1
         optimizer.loss_reduction = "mean"  # the update divides by the expected size of a logical batch
@@ -387,6 +427,9 @@ class DPTrainer(ResumableTrainer):
         """Losses ``[B]``, one for each sample; the Trainer's, one number for all, would couple the samples."""
         inputs = self._with_decoder_inputs(inputs)
         labels = inputs.pop("labels", None)
+        packed = self.privacy.packing and self.model.training
+        if packed:  # with a cache Transformers makes no mask by segments
+            inputs["use_cache"] = False
         if self._head is not None and labels is not None and not return_outputs and self._head.takes(inputs):
             return model(**inputs, **{LABELS: labels})
         outputs = model(**inputs)
@@ -397,7 +440,8 @@ class DPTrainer(ResumableTrainer):
                 raise ValueError(f"the batch has no labels, only {sorted(inputs)}; pass a data_collator that adds them")
             assert self._task_loss is not None
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-            losses = self._task_loss(logits, labels)
+            marks = {"position_ids": inputs["position_ids"], "reduction": "none"} if packed else {}
+            losses = (segment_cross_entropy if packed else self._task_loss)(logits, labels, **marks)
         if not return_outputs:
             return losses
         return losses, outputs if isinstance(outputs, dict) else (losses, *outputs)  # the Trainer drops the first

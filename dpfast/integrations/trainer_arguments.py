@@ -80,6 +80,9 @@ class DPArguments:
             ``expected_batch_size`` and what it follows from count users. The model does not see the column.
             ``per_device_train_batch_size`` still counts rows, and a user's have to fit.
         rows_per_unit: with ``unit_column``, the most rows that a step takes of a user; a public number.
+        packing: the samples of a physical batch stand behind one another in one row, so that no token is padding. They
+            are packed after they were drawn, and each is clipped by itself: ε is for one sample, as without. For
+            causal language models of Transformers whose attention goes by ``position_ids``.
     """
 
     target_epsilon: float | None = None
@@ -99,6 +102,7 @@ class DPArguments:
     pad: bool = False
     unit_column: str | None = None
     rows_per_unit: int | None = None
+    packing: bool = False
 
     def __post_init__(self):
         if self.target_epsilon is None and self.noise_multiplier is None:
@@ -121,6 +125,11 @@ class DPArguments:
 
     def _check_units(self) -> None:
         column, rows = self.unit_column, self.rows_per_unit
+        if self.packing and (column is not None or self.pad):
+            given = "pad=True" if self.pad else f"unit_column={column!r}"
+            raise ValueError(
+                f"packing=True with {given}: a packed row holds single samples, and no padding; leave one out"
+            )
         if column is None and rows is not None:
             raise ValueError(f"rows_per_unit={rows!r} without unit_column: name the column that says whose a row is")
         if column is None:

@@ -5,7 +5,9 @@ Data are prepared by TRL's own classes, and trained on by :class:`dpfast.integra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -25,9 +27,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 OF_SFT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss_type": (lambda x: x != "nll", "use 'nll', or override compute_loss with losses [B]"),
-    # Segments of a packed row will be units of their own: this is where they come in.
-    "packing": (bool, "several samples in one row are clipped as one; leave it out, a row is then one sample"),
-    "padding_free": (bool, "it puts a whole batch into one row; leave it out, a row is then one sample"),
+    "eval_packing": (bool, "rows of evaluation data are evaluated one by one; leave it out"),
 }
 OF_DPO: dict[str, tuple[Callable[[Any], bool], str]] = {
     "padding_free": (bool, "it puts a whole batch into one row; leave it out"),
@@ -45,6 +45,27 @@ def check_settings(args: Any, refused: dict[str, tuple[Callable[[Any], bool], st
         value = getattr(args, name, None)
         if value is not None and bad(value):
             raise TrainerSettingError(f"{name}={value!r} cannot be had with differential privacy: {remedy}")
+
+
+def without_packing(args: SFTConfig, privacy: DPArguments | None) -> tuple[SFTConfig, DPArguments | None]:
+    """Where ``packing`` or ``padding_free`` is asked for: rows are packed by us, after samples were drawn.
+
+    TRL packs the data set, so that samples come and go together: rows would be drawn then, and ε would be for a row of
+    several samples.
+
+    Raises:
+        ValueError: ``packing_strategy`` would cut a sample into several.
+    """
+    if not (args.packing or args.padding_free):
+        return args, privacy
+    if args.packing and args.packing_strategy != "bfd":
+        raise TrainerSettingError(
+            f"packing_strategy={args.packing_strategy!r} cannot be had with differential privacy: it cuts a sample "
+            f"into several, which would be clipped and drawn apart; use 'bfd', which cuts off what is over max_length"
+        )
+    args = copy.copy(args)  # the user's own stays as it is
+    args.packing = args.padding_free = False
+    return args, replace(DPArguments() if privacy is None else privacy, packing=True)
 
 
 def check_model(trainer: Any) -> None:
@@ -94,8 +115,10 @@ class DPSFTTrainer(_Prepared, SFTTrainer):
     """TRL's ``SFTTrainer`` whose training is (ε, δ)-differentially private for one row of its data set, or one user.
 
     A row is a sample. Its loss is the mean over its own tokens that have labels, those of the completion under
-    ``completion_only_loss``, where TRL's is a mean over the tokens of the batch. TRL's metrics of training batches
-    (entropy, token accuracy, counts of tokens) are not computed. Everything else is :class:`DPTrainer`'s and TRL's.
+    ``completion_only_loss``, where TRL's is a mean over the tokens of the batch. Under ``packing`` or ``padding_free``
+    the samples of a physical batch stand in one row, without padding: they are packed after they were drawn, and each
+    is clipped by itself, as without. TRL's metrics of training batches (entropy, token accuracy, counts of tokens) are
+    not computed. Everything else is :class:`DPTrainer`'s and TRL's.
 
     Example:
         >>> trainer = DPSFTTrainer(
@@ -111,6 +134,7 @@ class DPSFTTrainer(_Prepared, SFTTrainer):
     ):
         args = SFTConfig("sft") if args is None else args
         check_settings(args, OF_SFT)
+        args, privacy = without_packing(args, privacy)
         check_data(keywords.get("train_dataset"))
         super().__init__(model, args, privacy=privacy, **keywords)
         check_model(self)

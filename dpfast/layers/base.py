@@ -37,6 +37,10 @@ class Layer:
         """Whether a refused module is exact at a physical batch of one."""
         return True
 
+    def is_by_last(self, spec: Any) -> bool:
+        """Whether the op looks at the last dimension of ``x`` alone, whatever the order of the others."""
+        return False
+
     def run(self, module: Any, tap: Tap, *args: Any, **kwargs: Any) -> Any:
         """``module.forward``, its op going through ``tap``."""
         raise NotImplementedError

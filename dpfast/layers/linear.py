@@ -33,6 +33,9 @@ class Linear(Layer):
     types: ClassVar[tuple[Any, ...]] = (nn.Linear, RNNLinear)
     least_dims = 2
 
+    def is_by_last(self, spec: Any) -> bool:
+        return True
+
     def run(self, module: nn.Linear, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, own(module, "weight"), own(module, "bias"), spec=WHOLE)
 

@@ -47,6 +47,9 @@ class LayerNorm(Layer):
     least_dims = 2
     saves = True
 
+    def is_by_last(self, spec: Any) -> bool:
+        return len(spec[0]) == 1
+
     def run(self, module: nn.LayerNorm, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, own(module, "weight"), own(module, "bias"), spec=(module.normalized_shape, module.eps))
 
@@ -78,6 +81,9 @@ class RMSNorm(Layer):
 
     types: ClassVar[tuple[Any, ...]] = (nn.RMSNorm,)
     least_dims = 2
+
+    def is_by_last(self, spec: Any) -> bool:
+        return len(spec[0]) == 1
 
     def run(self, module: nn.RMSNorm, tap: Tap, input: Tensor) -> Tensor:
         return tap(input, own(module, "weight"), spec=(module.normalized_shape, module.eps))

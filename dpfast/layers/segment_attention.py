@@ -5,7 +5,7 @@ two samples that overflows is one as well. So ``scaled_dot_product_attention`` i
 which is also less work. A mask that does not keep segments apart is refused all the same: it says that the model would
 compute something else without us. Attention that is written out (a product, softmax, a product) is looked at when
 softmax has run; where a number is not finite there, the backward pass is refused as a whole: see
-:attr:`SegmentAttention.written_out`.
+:attr:`SegmentAttention.carries`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class SegmentAttention(TorchFunctionMode):
     """Attention within is over one segment at a time.
 
     Attributes:
-        written_out: some attention was written out in operators, in which a NaN of one segment reaches others.
+        carries: a NaN of one segment reaches others: some attention was written out in operators, or a trial has shown
+            it.
     """
 
     def __init__(self, segments: Segments):
         super().__init__()
         self.segments = segments
-        self.written_out = False
+        self.carries = False
         self._checked: list[tuple[Any, bool, list[Any]]] = []  # masks of the pass, with their parts
 
     def __enter__(self) -> SegmentAttention:
@@ -67,7 +68,7 @@ class SegmentAttention(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             self._look_at_mask(inspect.signature(func).bind(*args, **kwargs).arguments.get("attn_mask"))
         elif "attention" in (name := getattr(func, "__name__", "")) or "attn" in name:
-            self.written_out = True  # a kernel of which nothing is known here
+            self.carries = True  # a kernel of which nothing is known here
         out = func(*args, **kwargs)
         if func in SOFTMAX:
             self._look(out)
@@ -169,7 +170,7 @@ class SegmentAttention(TorchFunctionMode):
 
     def _look_at_mask(self, mask: Tensor | None) -> None:
         """Of attention that PyTorch makes as a whole, where nothing can be run by segments."""
-        self.written_out = True
+        self.carries = True
         if mask is not None:
             with unseen("masks of packed rows"):
                 self._check_apart(~mask if mask.dtype == torch.bool else _open(mask), BY_MASK)
@@ -183,7 +184,7 @@ class SegmentAttention(TorchFunctionMode):
             return
         if out.dim() == 3 and len(out) == self.segments.rows:  # logits of as many classes as there are positions
             return
-        self.written_out = True
+        self.carries = True
         with unseen("what softmax gives for packed rows"):
             if self.segments.shares_rows:
                 self._check_apart(

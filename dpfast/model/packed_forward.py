@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
 from dpfast.capture.segments import PACKED, Segments
-from dpfast.capture.trees import map_tensors
+from dpfast.capture.shift import inside_checkpoint
+from dpfast.capture.trees import map_tensors, tensors
 from dpfast.layers.segment_attention import SegmentAttention
 from dpfast.refusals import SamplesMeetError, UnitsError
 from dpfast.separation import SegmentsApart, kept, kind
@@ -28,13 +30,15 @@ class PackedForward:
     def __init__(self, module: nn.Module, recorder: Recorder, forward: Callable[..., Any]):
         self.module, self.recorder, self.forward = module, recorder, forward
         self.attention: SegmentAttention | None = None  # of the last forward, or of that whose backward runs
+        self.carries = False  # a trial has shown that what is not finite reaches other segments
         self._schedule = Schedule()
         self._kinds: set[Any] = set()
+        self._read: tuple[Any, list[Any], Segments] | None = None  # in this forward, of inputs that are held
         self._hooks: list[Any] = []
         self._entered = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "attention": None, "_hooks": [], "_entered": None}
+        return {**vars(self), "attention": None, "_read": None, "_hooks": [], "_entered": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _entered=threading.local())
@@ -48,20 +52,35 @@ class PackedForward:
         if compiled:
             raise UnitsError(f"units={PACKED!r} with torch.compile: leave compiling out")
         self._hook_recomputing()
-        segments = Segments.of_call(self.forward, args, kwargs)
+        self._read = None
+        segments = self._segments(args, kwargs)
         self.recorder.segments = segments
         self.recorder.batch_sizes = [segments.rows if len(segments) else 0]
 
+    def _segments(self, args: Any, kwargs: Any) -> Segments:
+        """Those of a call; a device is waited for once in each forward, though it is asked several times."""
+        held = tensors((args, kwargs))
+        if any(x.is_inference() for x in held):  # what was written to them nobody knows
+            return Segments.of_call(self.forward, args, kwargs)
+        key = [(x.data_ptr(), x._version, x.shape, x.stride(), x.dtype) for x in held]
+        if self._read is None or self._read[0] != key:
+            self._read = key, held, Segments.of_call(self.forward, args, kwargs)
+        return self._read[2]
+
     @contextmanager
     def running(self, args: Any, kwargs: Any) -> Iterator[None]:
-        """The model runs within, in training: attention is over one segment at a time."""
+        """The model runs within, in training: attention is over one segment at a time, and what the model has compiled
+        runs as it is written, where that can be seen."""
         recorder = self.recorder
-        if not recorder.packed or recorder.paused or SegmentAttention.running() is not None:
+        evaluates = not (torch.is_grad_enabled() or inside_checkpoint())
+        plain = not recorder.packed or recorder.paused or evaluates or recorder.batch_size == 0
+        if plain or SegmentAttention.running() is not None:
             yield
             return
-        segments = recorder.segments = Segments.of_call(self.forward, args, kwargs)
+        segments = recorder.segments = self._segments(args, kwargs)
         self.attention = SegmentAttention(segments)
-        with self.attention if len(segments) else nullcontext():
+        self.attention.carries |= self.carries
+        with self.attention, _uncompiled():
             yield
 
     def is_of(self, segments: Segments | None, attention: SegmentAttention | None) -> None:
@@ -87,7 +106,7 @@ class PackedForward:
         recorder = self.recorder
         if not recorder.verifies or running_backward() != OUTSIDE or not len(recorder.segments or ()):
             return
-        segments = Segments.of_call(self.forward, args, kwargs)  # a look at rows may have come before
+        segments = self._segments(args, kwargs)  # a look at rows may have come before
         if not segments.shares_rows:
             return
         this = kind(args, kwargs, recorder.batch_size, 0)
@@ -99,6 +118,7 @@ class PackedForward:
         trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, self._schedule.steps)
         with torch.random.fork_rng(), recorder.setting(segments=segments):
             why = trial.why(None if new else 1)
+            self.carries = self.carries or (not why and trial.carries())
         if why:
             raise SamplesMeetError(why)
         self._kinds.add(this)
@@ -115,8 +135,8 @@ class PackedForward:
         """What a checkpoint computes again runs in the backward, outside of the model's forward."""
         if self._hooks:
             return
-        for module in self.module.modules():
-            if module._modules:
+        for module in self.module.modules():  # the model itself is being called, and has an entry of its own
+            if module._modules and module is not self.module:
                 self._hooks.append(module.register_forward_pre_hook(self._enter))
                 self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
@@ -125,14 +145,25 @@ class PackedForward:
         within = self.attention if again and self.recorder.packed and not self.recorder.paused else None
         if within is not None:
             within.__enter__()
-        self._stack().append(within)
+        self._stack().append((module, within))
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        within = self._stack().pop()
+        stack = self._stack()
+        if not stack or stack[-1][0] is not module:  # a hook of others has raised before ours
+            return
+        _, within = stack.pop()
         if within is not None:
             within.__exit__(None, None, None)
 
-    def _stack(self) -> list[SegmentAttention | None]:
+    def _stack(self) -> list[tuple[nn.Module, SegmentAttention | None]]:
         if not hasattr(self._entered, "stack"):
             self._entered.stack = []
         return self._entered.stack
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    from dpfast.model import compiling
+
+    return compiling.uncompiled()

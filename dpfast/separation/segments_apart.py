@@ -25,8 +25,11 @@ from dpfast.capture.refusals import BypassError
 from dpfast.capture.segments import LENGTHS, MARKS, PACKED, Segments, named
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.separation.experiment import rounding
+from dpfast.separation.not_finite import not_finite, spoilt
+from dpfast.separation.order import PositionWatch
 from dpfast.separation.passes import aside, observed, own_random_numbers
 from dpfast.separation.state import kept
+from dpfast.separation.without_dropout import WithoutDropout
 
 SAME = 1e-5  # relative: what a position may change by when only other segments do (rounding)
 INTO, BACK, OUT = "what layer {} is given", "the gradient that flows back into layer {}", "what the model returns"
@@ -53,6 +56,7 @@ class SegmentsApart:
         self.marks = {id(x) for name, x in given.items() if name in MARKS or "mask" in name}
         self.marks |= {id(x) for x in tensors(self.inputs) if x.dtype == torch.bool}
         self.labels = id(given.get("labels"))
+        self.watch = PositionWatch(segments.rows, segments.length)
         self.lengths = {id(x) for name, x in given.items() if name in LENGTHS}
 
     def why(self, digits: int | None = None) -> str:
@@ -60,14 +64,18 @@ class SegmentsApart:
 
         ``digits``: how many of the numbers' digits are tried, others in other calls; all if None.
         """
-        order = [0] * len(self.segments)
-        for k, (row, _, _) in enumerate(self.segments.bounds):
-            order[k] = order[k - 1] + 1 if k and self.segments.bounds[k - 1][0] == row else 0
+        order = self._order()
         count = max(order, default=0).bit_length()
         chosen = range(count) if digits is None else [(self.seed + k) % count for k in range(min(digits, count))]
         if not count:
             return ""
         before = self._seen(self.inputs)
+        if self.watch.found:
+            return (
+                f"units={PACKED!r}: the model orders or picks positions of packed rows by an index "
+                f"({self.watch.found}), as a mixture of experts does. In another batch that may be another order, so "
+                f"that it cannot be told which gradient is of which sample. Pad samples to rows of their own"
+            )
         for digit in chosen:
             for value in (0, 1):
                 of_segment = torch.tensor([*((k >> digit & 1) == value for k in order), True])
@@ -81,7 +89,7 @@ class SegmentsApart:
         """Why a segment's place in its row, or how many others are there, changes it; without dropout, which goes by
         places."""
         rows = self.segments.rows
-        with aside(self.module):
+        with aside(self.module), WithoutDropout():
             before = self._seen(self.inputs)
             # A gradient that cancels, as of keys where a sample is one token, is rounding and no more.
             sizes = {key: float(x.max()) for key, x in before.items()}
@@ -166,8 +174,37 @@ class SegmentsApart:
             f"may look across positions"
         )
 
-    def _seen(self, inputs: Any, index: Tensor | None = None, part: float = 1.0) -> Seen:
-        """What a forward and backward show; at the positions ``index``, which are a ``part`` of the segments."""
+    def carries(self) -> bool:
+        """Whether what is not finite in one segment reaches others of its row, in the forward or in the backward.
+
+        Leaves of the model and gradients of what it returns are NaN at every other segment. ``0 · NaN`` is NaN, so that
+        whatever multiplies by a mask carries it: attention that is written out, or computed again without segments.
+        """
+        order = self._order()
+        before = self._seen(self.inputs)
+        for value in (0, 1):
+            bad = torch.tensor([*(k % 2 == value for k in order), False])[self.segments.numbers]
+            try:
+                with not_finite(self.module, bad):
+                    after = self._seen(self.inputs, bad=bad)
+            except (RuntimeError, ValueError, IndexError, AssertionError, ArithmeticError):
+                return True  # of code that looks at values: nothing is shown
+            if self._changed(before, after, ~bad & (self.segments.numbers >= 0)):
+                return True
+        return False
+
+    def _order(self) -> list[int]:
+        """The number of each segment within its row."""
+        order = [0] * len(self.segments)
+        for k, (row, _, _) in enumerate(self.segments.bounds):
+            order[k] = order[k - 1] + 1 if k and self.segments.bounds[k - 1][0] == row else 0
+        return order
+
+    def _seen(self, inputs: Any, index: Tensor | None = None, part: float = 1.0, bad: Tensor | None = None) -> Seen:
+        """What a forward and backward show; at the positions ``index``, which are a ``part`` of the segments.
+
+        ``bad [rows, length]``: where gradients of what the model returns are NaN.
+        """
         found: Seen = {}
         calls: dict[str, int] = {}
 
@@ -190,10 +227,12 @@ class SegmentsApart:
             stack.enter_context(self.recorder.setting(by_position=True))
             stack.enter_context(own_random_numbers(self.seed))
             stack.enter_context(kept(self.module))
-            outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
+            with self.watch:
+                outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
             for x in outputs:
                 note(OUT, x)
-            torch.autograd.backward(outputs, [self._cotangent(k, x, index, part) for k, x in enumerate(outputs)])
+            gradients = [self._cotangent(k, x, index, part) for k, x in enumerate(outputs)]
+            torch.autograd.backward(outputs, gradients if bad is None else [spoilt(x, bad) for x in gradients])
             if bypassed := self.recorder.bypassed:
                 raise BypassError(bypassed, self.recorder.names[bypassed[0]])
         return found

@@ -80,6 +80,14 @@ REFUSED = {
     "pairs without a side": (dict(dpo=True, train=ROWS), "no column 'prompt'"),
     "pairs and classes": (dict(dpo=True, train=PAIRS, task="classification"), "--task with --dpo"),
     "beta": (dict(dpo=True, train=PAIRS, dpo_beta=0.0), "--dpo-beta 0.0"),
+    "packed pairs": (dict(dpo=True, train=PAIRS, packing=True), "--dpo with --packing"),
+    "packed users": (
+        dict(train=ROWS, unit_column="user_id", rows_per_unit=4, packing=True),
+        "--unit-column with --pack",
+    ),
+    "packed classes": (dict(train=ROWS, task="classification", packing=True), "--task with --packing"),
+    "packed and padded": (dict(train=ROWS, pad=True, packing=True), "--pad with --packing"),
+    "packed and compiled": (dict(train=ROWS, compile=True, packing=True), "--compile with --packing"),
     "an empty text": (dict(dpo=True, train=[*PAIRS, {**PAIRS[0], "chosen": ""}]), "row 9 has no text"),
     "a long pair": (dict(dpo=True, train=PAIRS, context=8), "pairs are longer than|fills the context"),
 }
@@ -89,6 +97,24 @@ REFUSED = {
 def test_what_is_refused_names_the_option(tmp_path, asked, named):
     with pytest.raises(FinetuneError, match=named):
         finetune(config(tmp_path, **asked))
+
+
+@pytest.mark.parametrize("size", ["auto", 3])
+def test_packed_rows_are_what_padded_ones_are(tmp_path, capsys, size):
+    """ε is for one row of the data, and the model that comes out is the same to rounding."""
+    asked = dict(train=ROWS, eval=ROWS[:2], batch_size=6, seed=1, physical_batch_size=size)
+    models = []
+    for packing in (True, False):
+        made = finetune(config(tmp_path / str(packing), packing=packing, **asked))
+        models.append(made.model.state_dict())
+        assert made.figures["perplexity"] > 0
+    assert "epsilon is for one row" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "True" / "privacy.json").read_text())
+    assert facts["unit"] == "one row, added or removed"
+    for name, x in models[0].items():
+        torch.testing.assert_close(x, models[1][name], rtol=1e-3, atol=2e-3)
+    with pytest.raises(FinetuneError, match="--packing"):
+        finetune(config(tmp_path / "True", packing=False, resume=True, **asked))
 
 
 @pytest.mark.parametrize("how", ["whole", "LoRA, users"])

@@ -315,13 +315,16 @@ def sft(folder, data, model=None, privacy=None, **kw):
     )
 
 
-@pytest.mark.parametrize("users", [False, True])
-def test_completions_alone_have_a_loss(tmp_path, users):
-    model = gpt2()
+@pytest.mark.parametrize("users, packing", [(False, {}), (True, {}), (False, "packing"), (False, "padding_free")])
+def test_completions_alone_have_a_loss(tmp_path, users, packing):
+    model, packing = gpt2(), {packing: True} if packing else {}
     rows = pairs(4, user_id=["a", "b", "a", "b"])
     data = rows.remove_columns("rejected").rename_column("chosen", "completion")
     privacy = dict(unit_column="user_id", rows_per_unit=2) if users else {}
-    trainer = sft(tmp_path, data, model, privacy)
+    trainer = sft(tmp_path, data, model, privacy, **packing)
+    rows_seen = []
+    see = lambda module, args: rows_seen.append(len(args[0])) if module.training else None  # noqa: E731
+    model.transformer.wte.register_forward_pre_hook(see)
     batches = ([[0, 2], [1, 3]], "logical_units") if users else ([0, 1, 2, 3], "logical_batch")
     only(trainer, *batches)
 
@@ -334,7 +337,9 @@ def test_completions_alone_have_a_loss(tmp_path, users):
     prepared = [*trainer.train_dataset]
     units = [[prepared[k] for k in unit] for unit in (batches[0] if users else [[0], [1], [2], [3]])]
     want = by_hand(model, units, loss)
+    rows_seen.clear()
     trainer.train()
+    assert ({*rows_seen} == {1}) == bool(packing)
     torch.testing.assert_close(weights(model), want, rtol=1e-5, atol=1e-6)
     found = trainer.evaluate(datasets.Dataset.from_list(prepared))["eval_loss"]
     with torch.no_grad():
@@ -347,17 +352,20 @@ def test_completions_alone_have_a_loss(tmp_path, users):
 @pytest.mark.parametrize(
     ("kw", "named"),
     [
-        (dict(packing=True), "packing=True.*leave it out"),
-        (dict(padding_free=True), "padding_free=True.*leave it out"),
+        (dict(packing=True, packing_strategy="bfd_split"), "packing_strategy='bfd_split'.*use 'bfd'"),
+        (dict(packing=True, packing_strategy="wrapped"), "packing_strategy='wrapped'"),
+        (dict(eval_packing=True), "eval_packing=True"),
+        (dict(packing=True, pad=True), "packing=True with pad=True"),
         (dict(loss_type="dft"), "loss_type='dft'"),
         (dict(activation_offloading=True), "activation_offloading"),
     ],
     ids=str,
 )
 def test_sft_refuses_by_name_before_anything_changes(tmp_path, kw, named):
-    model = gpt2()
+    model, kw = gpt2(), dict(kw)
+    privacy = {name: kw.pop(name) for name in ("pad",) if name in kw}
     with pytest.raises(ValueError, match=named):
-        sft(tmp_path, pairs(2), model, **kw)
+        sft(tmp_path, pairs(2), model, privacy, **kw)
     assert "forward" not in vars(model)
 
 

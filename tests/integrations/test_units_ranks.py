@@ -13,8 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import BatchMemoryManager, PrivacyEngine
+from dpfast.data.packed import Packed
+from dpfast.data.sampling import PoissonBatches
 from dpfast.data.units import Units
 from dpfast.data.user_batches import UserBatches
+from dpfast.losses import segment_cross_entropy
 
 ROWS = [[0], [1, 2], [3], [4, 5, 6, 7], [8, 9], [10, 11, 12], [13], [14, 15]]
 
@@ -81,3 +84,48 @@ def disagreeing(rank: int) -> str:
 def test_ranks_with_other_users_are_refused(ranks):
     found = ranks(disagreeing)
     assert all("no shares of the same" in text for text in found), found
+
+
+class Sums(nn.Module):
+    """Each position by itself: samples of a packed row do not meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.head = nn.Embedding(9, 6), nn.Linear(6, 9)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.ids(input_ids))
+
+
+def packed_rank(rank: int, world_size: int) -> list:
+    """The weights after three steps over packed rows."""
+    torch.manual_seed(0)
+    model: Any = Sums()
+    if world_size > 1:
+        model = DistributedDataParallel(model)
+    samples = [torch.arange(n) % 9 for n in (3, 5, 2, 8, 4, 6, 2, 7)]
+    batches = PoissonBatches(8, 3, seed=4, sample_rate=0.6, rank=rank, world_size=world_size)
+    model, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(samples, batch_sampler=batches, collate_fn=Packed(8)),
+        noise_multiplier=0.7,
+        max_grad_norm=0.5,
+        loss_reduction="sum",
+        noise_generator=torch.Generator().manual_seed(5),
+        units="packed",
+    )
+    for batch in loader:
+        logits = model(batch["input_ids"], batch["position_ids"])
+        segment_cross_entropy(logits, batch["labels"], position_ids=batch["position_ids"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_packed_rows_of_ranks_together_are_those_of_one_process(ranks):
+    """Each rank packs its share."""
+    alone = packed_rank(0, 1)
+    for found in ranks(packed_rank, 3):
+        assert not isinstance(found, Exception), found
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)

@@ -77,6 +77,41 @@ def test_models_of_transformers(name, attention):
     examine(decoder(name, attention, F64 if name == "gpt2" else F32))  # Llama computes in float32 in any case
 
 
+class NormedHeads(Block):
+    """Queries and keys are normalised with heads first, ``[rows, heads, length, d]`` as in Gemma 3, or last."""
+
+    def __init__(self, heads_first, d=8, heads=4):
+        super().__init__(d)
+        self.qkv, self.norm, self.of_heads = nn.Linear(d, 3 * d), nn.LayerNorm(d // heads), nn.Linear(2, 2)
+        self.heads_first, self.heads = heads_first, heads
+
+    def forward(self, input_ids, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        x = self.ids(input_ids) + self.places(position_ids)
+        q, k, v = (each.unflatten(2, (self.heads, -1)) for each in self.qkv(x).chunk(3, -1))
+        if self.heads_first:
+            q, k = (self.of_heads(self.norm(each.transpose(1, 2))) for each in (q, k))
+        else:
+            q, k = (self.of_heads(self.norm(each)).transpose(1, 2) for each in (q, k))
+        numbers = (position_ids == 0).cumsum(1)
+        mask = (numbers[:, :, None] == numbers[:, None, :]).tril()[:, None]
+        return self.head(F.scaled_dot_product_attention(q, k, v.transpose(1, 2), mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_as_many_heads_as_positions(heads_first):
+    """After a batch that tells which of them are which."""
+    model = NormedHeads(heads_first).double()
+    del model.layer
+    private = examine(model, tokens([5, 1, 4]))
+    samples = tokens([1, 3], seed=1)
+    verdict = judge(model, samples, private.optimizer.max_grad_norm)
+    sums = private.backward(packed(samples))
+    verdict.check_norms(private.wrapped.per_sample_gradient_norms)
+    verdict.check_sums(sums)
+
+
 def test_a_transformer_of_pytorch():
     examine(Block().double())
 
@@ -97,6 +132,11 @@ def test_ways(way):
 @pytest.mark.parametrize("lengths", [[6], [1, 1, 1], [1, 12, 2, 1, 7, 3], [4, 4, 4]])
 def test_lengths(lengths):
     examine(Block().double(), tokens(lengths), leave_out=len(lengths) == 6)
+
+
+def test_as_many_samples_of_one_length_as_not_of_another():
+    """In float32, where small products of all layers are one call."""
+    examine(decoder("gpt2", dtype=F32), tokens([4, 3, 5]), leave_out=False)
 
 
 def test_no_sample_at_all():

@@ -8,8 +8,8 @@ from torch import nn
 import dpfast
 from tests.helpers import distance, make_private
 from tests.integrations import transformer_models as tm
-from tests.privacy.packed import Logits, Segmented, packed, tokens
-from tests.privacy.test_packed import Block, Fused, decoder
+from tests.privacy.packed import Logits, Segmented, V, packed, tokens
+from tests.privacy.test_packed import Block, decoder
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +203,27 @@ def test_compiled_and_recorded_steps():
         compiled(**packed(tokens()))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_dropout_of_attention_is_no_reason_to_refuse(name, attention):
+    """An argument of a function, and no module."""
+    model = decoder(name, attention)
+    for module in model.modules():
+        for setting in ("attention_dropout", "attn_dropout", "resid_dropout"):
+            if isinstance(getattr(module, setting, None), nn.Dropout):
+                getattr(module, setting).p = 0.3
+            elif isinstance(getattr(module, setting, None), float):
+                setattr(module, setting, 0.3)
+    sums = Segmented(model, 0.5).backward(packed(tokens()))
+    assert all(s.any() for s in sums.values())
+
+
+def test_dropout_of_pytorchs_attention_is_no_reason_to_refuse():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
+    layer.self_attn.requires_grad_(False)
+    assert Segmented(Block(layer=layer), 0.5).backward(packed(tokens()))["model.model.ids.weight"].any()
+
+
 def test_dropout_is_no_reason_to_refuse():
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
     sums = Segmented(Block(layer=layer), 0.5).backward(packed(tokens()))
@@ -226,58 +247,70 @@ def test_a_mean_in_16_bits():
         private.backward(packed(tokens()))
 
 
-# ---------------------------------------------------------------------- numbers that are not finite
+class Ordering(nn.Module):
+    """A layer is given the positions of a row in an order that their values say, and so far that is their own."""
 
-
-class Bad(Fused):
-    """Logits with attention by ``sdpa`` or written out; token 3 is ``bad`` times what it was."""
-
-    def __init__(self, bad, sdpa=True, backward=False):
-        super().__init__(False, True)
-        self.bad, self.sdpa, self.in_backward = bad, sdpa, backward
+    def __init__(self, how, d=8):
+        super().__init__()
+        self.ids, self.mix, self.head = nn.Embedding(V, d), nn.Linear(d, d), nn.Linear(d, V)
+        self.how = how
 
     def forward(self, input_ids, position_ids=None):
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        x = self.ids(input_ids)
-        factor = torch.where(input_ids == 3, self.bad, 1.0).unsqueeze(-1)
-        if not self.in_backward:
-            x = x * factor
-        numbers = (position_ids == 0).cumsum(1)
-        mask = (numbers[:, :, None] == numbers[:, None, :]).tril()
-        q = self.mix(x)
-        if self.sdpa:
-            x = x + F.scaled_dot_product_attention(q[:, None], q[:, None], x[:, None], mask[:, None])[:, 0]
+        x, high = self.ids(input_ids), (input_ids[0] >= 25).long()
+        back = torch.where(high == 1, (1 - high).sum() + high.cumsum(0), (1 - high).cumsum(0)) - 1
+        if self.how == "sort":
+            back = high.argsort(stable=True).argsort()
+        if self.how == "experts":  # the first one sees all that is low, the second one all that is high
+            rows = [torch.where(high == k)[0] for k in (0, 1)]
+            y = torch.cat([self.mix(x[0, its]) for its in rows if len(its)])[back][None]
+        elif self.how == "gather":
+            order = torch.empty_like(back).index_copy(0, back, torch.arange(len(back)))
+            y = self.mix(x.gather(1, order[None, :, None].expand_as(x)))[:, back]
+        elif self.how == "scatter":
+            y = self.mix(torch.zeros_like(x).scatter(1, back[None, :, None].expand_as(x), x))[:, back]
+        elif self.how == "flat":
+            y = self.mix(torch.zeros_like(x[0]).index_copy(0, back, x[0])).index_select(0, back)[None]
         else:
-            scores = (q @ q.transpose(1, 2)).masked_fill(~mask, -1e30)[:, None]
-            x = x + (scores.softmax(-1) @ x[:, None])[:, 0]
-        if self.in_backward and x.requires_grad:
-            x.register_hook(lambda g: g * factor)
-        return self.head(x)
+            moved = torch.zeros_like(x)
+            moved[:, back] = x
+            y = self.mix(moved)[:, back]
+        return self.head(y)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("backward", [False, True])
-def test_only_the_sample_itself_is_lost(bad, backward):
-    """``0 · NaN`` does not cross from one segment to another, forward or backward; nor does what overflows."""
-    samples = tokens([4, 5, 3], least=4)
-    samples[1][2] = 3
-    model = Bad(bad, backward=backward)
-    with pytest.warns(RuntimeWarning, match="contributes exact zeros"):
-        private = Segmented(model, 0.5)
-        sums = private.backward(packed(samples))
-    rest = Segmented(model, 0.5).backward(packed([samples[0], samples[2]]))
-    assert private.wrapped.nonfinite_samples == 1
-    assert distance(sums, rest) < 1e-6 and all(s.isfinite().all() for s in sums.values())
+@pytest.mark.parametrize("how", ["sort", "experts", "gather", "scatter", "flat", "put"])
+def test_an_order_that_another_batch_may_change(how):
+    """Gradients would be taken for those of other samples there, and no trial of this batch shows it."""
+    refuse(Ordering(how), "orders or picks positions", packed([s.clamp(max=20) for s in tokens()]))
 
 
-def test_attention_that_is_written_out_carries_nan_and_is_refused():
-    samples = tokens([4, 5, 3], least=4)
-    samples[1][2] = 3
-    model = Bad(float("nan"), sdpa=False)
+def test_what_is_compiled_within_runs_as_it_is_written():
+    model, samples = Block().double(), tokens()
+    plain = Segmented(model, 0.5).backward(packed(samples))
     private = Segmented(model, 0.5)
-    for _ in range(2):  # the next forward is no trial
-        private.backward(packed([samples[0], samples[2]]))
-    with pytest.raises(ValueError, match="not finite, and attention that is written out"):
-        private.backward(packed(samples))
-    assert private.nothing_summed()
+    private.model.layer.compile(backend="eager")
+    assert distance(plain, private.backward(packed(samples))) < 1e-9
+
+
+def test_evaluation_takes_rows_of_any_kind():
+    """No sample is clipped there, and nothing has to say where samples begin."""
+    model = decoder("gpt2")
+    private = Segmented(model, 0.5)
+    private.backward(packed(tokens()))
+    ids = torch.stack(tokens([4, 4]))
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        private.wrapped.eval()
+        assert torch.equal(private.wrapped(ids).logits, want)
+
+
+def test_hooks_of_others_on_the_model():
+    """What runs before its forward, as a hook of accelerate's does."""
+    model = Block().double()
+    model.register_forward_pre_hook(lambda module, args: None)
+    private = Segmented(model, 0.5)
+    hook = private.model.layer.register_forward_pre_hook(lambda module, args: 1 / 0, prepend=True)
+    with pytest.raises(ZeroDivisionError):
+        private.backward(packed(tokens()))
+    hook.remove()
+    sums = private.backward(packed(tokens()))
+    assert distance(sums, Segmented(model, 0.5).backward(packed(tokens()))) < 1e-9

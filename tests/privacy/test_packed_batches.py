@@ -9,7 +9,7 @@ from dpfast.data.packed import Packed
 from dpfast.losses import causal_lm_loss, segment_cross_entropy
 from tests.helpers import distance, engine_of, make_private, sums_of
 from tests.privacy.packed import Segmented, packed, tokens
-from tests.privacy.test_packed import Block
+from tests.privacy.test_packed import Block, decoder
 
 LENGTHS = [3, 5, 1, 4, 2, 6, 3, 2]
 
@@ -19,8 +19,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def private(samples, collate=None, lr=0.0, **kw):
-    model = Block().double()
+def private(samples, collate=None, lr=0.0, model=None, **kw):
+    model = Block().double() if model is None else model
     engine = engine_of()
     loader = DataLoader(samples, batch_size=4, collate_fn=collate or Packed(max_length=8))
     options = dict(units="packed", poisson_sampling=True, data_loader=loader, loss_reduction="sum", engine=engine)
@@ -96,6 +96,59 @@ def test_one_backward_of_two_rows_of_batches():
     ]
     with pytest.raises(ValueError, match="packed in other ways"):
         sum(losses).backward()
+
+
+def test_one_backward_of_two_batches_that_are_packed_alike():
+    """Segment k of both would be clipped as one."""
+    model, _, wrapped, _, loader = private(tokens([3, 2, 3, 2, 3, 2, 3, 2]), poisson_sampling=False)
+    batches = list(loader)
+    with pytest.raises(ValueError, match="two forwards, and nothing shows"):
+        sum(segment_losses(wrapped, batch).sum() for batch in batches).backward()
+    assert not any(s.any() for s in sums_of(model).values())
+
+
+def segment_losses(wrapped, batch):
+    logits = wrapped(batch["input_ids"], position_ids=batch["position_ids"])
+    return segment_cross_entropy(logits, batch["input_ids"], position_ids=batch["position_ids"])
+
+
+def test_two_backwards_of_one_batch():
+    _, _, wrapped, _, loader = private(tokens(LENGTHS), poisson_sampling=False)
+    batch = next(iter(loader))
+    backward(wrapped, batch)
+    with pytest.raises(ValueError, match="second backward pass over samples"):
+        backward(wrapped, {name: x.clone() for name, x in batch.items()})
+
+
+def test_a_loop_that_reads_ahead_and_copies():
+    """As one does that prefetches to a device: which of two batches a forward has got is told by values."""
+    _, _, wrapped, optimizer, loader = private(tokens(LENGTHS), poisson_sampling=False, lr=0.1)
+    ahead, before = iter(loader), None
+    for batch in [*ahead, None]:
+        batch, before = before, batch
+        if batch is not None:
+            backward(wrapped, {name: x.clone() for name, x in batch.items()})
+            assert len(wrapped.per_sample_gradient_norms) == 4
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_collator_of_transformers():
+    """Empty batches among those that it makes, with lengths for flash attention beside positions."""
+    collator = pytest.importorskip("transformers").DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    samples = [{"input_ids": sample.tolist()} for sample in tokens(LENGTHS)]
+    options = dict(sample_rate=0.15, expected_batch_size=1, model=decoder("gpt2"))
+    _, _, wrapped, optimizer, loader = private(samples, collator, **options)
+    sizes = []
+    for _ in range(2):
+        for batch in loader:
+            labels = batch.pop("labels")
+            marks = {"cu_seqlens": batch["cu_seq_lens_q"], "position_ids": batch["position_ids"]}
+            segment_cross_entropy(wrapped(**batch).logits, labels, **marks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sizes.append(len(wrapped.per_sample_gradient_norms))
+    assert 0 in sizes and len({*sizes}) > 1
 
 
 def mean_loss(model, batch):

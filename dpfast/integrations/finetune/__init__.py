@@ -13,8 +13,9 @@
     ))
     print(result.epsilon, result.figures)  # the model is in result.model and in out/
 
-The guarantee is for rows: what one person wrote should be one row. Rows are never packed together, which would make
-one sample of several people's texts, nor split, which would make several samples of one.
+The guarantee is for rows: what one person wrote should be one row. With ``packing`` the samples of
+a physical batch stand in one row of tokens, and each is drawn and clipped by itself. Rows are never split, which would
+make several samples of one.
 """
 
 from __future__ import annotations

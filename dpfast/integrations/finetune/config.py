@@ -70,6 +70,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = _option(False, "less memory, one more forward")
     compile: bool = _option(False, "torch.compile for the model")
     pad: bool = _option(False, "physical batches of one shape, so that --compile compiles once; padding counts nothing")
+    packing: bool = _option(False, "samples in one row behind one another, without padding; each is clipped by itself")
     fsdp: bool = _option(False, "shard the model over the ranks (under torchrun)")
     secure: bool = _option(False, "noise and batches from the operating system's generator, which nothing repeats")
     seed: int | None = _option(
@@ -139,6 +140,8 @@ class FinetuneConfig:
             _refuse("rows_per_unit", self.rows_per_unit, "say whose a row is, with --unit-column")
         if self.dpo:
             self._check_dpo()
+        if self.packing:
+            self._check_packing()
         if self.random_weights and self.model is None:
             raise FinetuneError("--random-weights: say of which model, with --model")
         from dpfast.clipping.functions import clipping_function  # loads torch, which help has no need of
@@ -157,6 +160,21 @@ class FinetuneConfig:
         ):
             if wrong:
                 raise FinetuneError(f"{option(name)} with --dpo: {remedy}")
+
+    def _check_packing(self) -> None:
+        for name, wrong in (
+            ("task", self.task != "causal-lm"),
+            ("dpo", self.dpo),
+            ("unit_column", self.unit_column is not None),
+            ("compile", self.compile),
+            ("pad", self.pad),
+            ("fsdp", self.fsdp),
+        ):
+            if wrong:
+                raise FinetuneError(
+                    f"{option(name)} with --packing: a packed row holds single samples of a causal language model, "
+                    f"without padding; leave one of the two out"
+                )
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

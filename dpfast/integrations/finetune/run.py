@@ -26,7 +26,7 @@ DECISIVE = (
     *("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps"),
     *("target_epsilon", "target_delta", "noise_multiplier", "accountant", "max_grad_norm", "clipping_fn", "secure"),
     *("bf16", "pure_bf16", "low_precision", "truncate", "fsdp", "lora_alpha"),
-    *("unit_column", "rows_per_unit", "dpo", "dpo_beta"),
+    *("unit_column", "rows_per_unit", "dpo", "dpo_beta", "packing"),
 )
 
 
@@ -35,7 +35,7 @@ def finetune(config: FinetuneConfig) -> result.FinetuneResult:
 
     Guarantee: (ε, δ) under adding or removing one row of the training data, or all rows of one user where there is a
     ``unit_column``, as :mod:`dpfast` gives it: a row is a sample (never several rows in one, nor one in several; with
-    ``dpo`` a pair), its loss is its own, batches are Poisson samples, and every
+    ``dpo`` a pair), clipped by itself with ``packing`` too, its loss is its own, batches are Poisson samples, and every
     step is accounted before its noisy gradient is used. A resumed run is bit-equal to one that was not interrupted
     (but for the noise of ``secure``); with another physical batch size, number of ranks, device or torch, under which
     dropout is another one, its noise takes a new key.

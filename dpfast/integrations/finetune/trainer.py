@@ -96,6 +96,7 @@ class Run:
             pad=config.pad,
             unit_column=config.unit_column,
             rows_per_unit=config.rows_per_unit,
+            packing=config.packing,
         )
 
 
@@ -178,7 +179,8 @@ class FinetuneTrainer(DPTrainer):
         assert self.hooks is not None
         clipped_sum, (_, collate) = self.hooks.clipped_sum, self._data_and_collator()
         batch = self._on_device(collate(self.run.data.made_up(rows)))
-        clipped_sum.units = [0] * (self.rows_of_a_sample * rows) if clipped_sum.by_unit else None
+        made_up = clipped_sum.by_unit or clipped_sum.packed  # no loader has given them
+        clipped_sum.units = [0] * (self.rows_of_a_sample * rows) if made_up else None
         try:
             self._losses(self.model, batch).sum().backward()
         finally:
