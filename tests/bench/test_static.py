@@ -177,6 +177,7 @@ def test_every_family_and_shape_is_asked_for():
         "__init__",
         "common",
         "ghost_tiles",
+        "segments",
     }
     for target in (80, 90):
         assert {key.partition(":")[0] for key in keys if key.endswith(f"sm_{target}")} == families
