@@ -15,14 +15,15 @@ import resource, sys, torch
 from dpfast.native import allocator
 if "keep" in sys.argv:
     assert allocator.keep_freed_memory() is None, allocator.keep_freed_memory()
-def step():
-    held = [torch.ones(500_000) for _ in range(60)]
+def step(blocks=60):
+    held = [torch.ones(500_000) for _ in range(blocks)]
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step()
+    step(int(sys.argv[1]))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for _ in range(3):
     step()
+step(int(sys.argv[1]))
 resident = lambda: int(open("/proc/self/statm").read().split()[1])
 before = resident()
 allocator.give_back()
@@ -31,19 +32,19 @@ print(sorted(faults() for _ in range(5))[2], given)
 """
 
 
-def faults(*arguments):
-    """In a process of its own, without what the environment says of the allocator."""
+def faults(blocks, *arguments):
+    """Of so many blocks, in a process of its own, without what the environment says of the allocator."""
     given = {name: value for name, value in os.environ.items() if name not in (*allocator.ASKED_BY, "GLIBC_TUNABLES")}
-    command = [sys.executable, "-c", STEPS, *arguments]
+    command = [sys.executable, "-c", STEPS, str(blocks), *arguments]
     out = subprocess.run(command, env=given, capture_output=True, text=True, check=True).stdout
     return [int(number) for number in out.split()]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator that is told is glibc's")
 def test_a_step_fetches_no_memory_again():
-    kept, pages = faults("keep")
-    for _ in range(5):
-        given_back, _ = faults()
+    kept, pages = faults(60, "keep")
+    for blocks in (60, 120, 60, 90, 150, 240):
+        given_back, _ = faults(blocks)
         if given_back > 20:  # not in a process that happens to hold something at the very end of its heap
             break
     assert kept < given_back / 4 and given_back > 20, f"page faults a step: {kept} and {given_back}"
