@@ -90,8 +90,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, red
     Raises:
         ValueError: shapes that do not fit, or an unknown reduction.
     """
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}: [B, T, V] and [B, T] are needed")
+    _check_logits(logits, labels)
     return token_loss(logits[:, :-1], labels[:, 1:], ignore_index, reduction)
 
 
@@ -103,11 +102,15 @@ def token_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100, reducti
         labels: ``[B, T]`` int64.
         ignore_index, reduction: see :func:`causal_lm_loss`, as for what is returned and raised.
     """
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}: [B, T, V] and [B, T] are needed")
+    _check_logits(logits, labels)
     flat = F.cross_entropy(_wide(logits).flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="none")
     counted = (labels != ignore_index).sum(1)
     return _reduced(flat.view(labels.shape).sum(1) / counted.clamp_min(1), reduction)
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}: [B, T, V] and [B, T] are needed")
 
 
 def segment_cross_entropy(
@@ -141,8 +144,7 @@ def segment_cross_entropy(
     Raises:
         ValueError: shapes that do not fit, marks that are missing or disagree, or an unknown reduction.
     """
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}: [B, T, V] and [B, T] are needed")
+    _check_logits(logits, labels)
     segments = _segments(labels, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
     targets = _next_in_segment(labels, segments, ignore_index)
     flat = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
