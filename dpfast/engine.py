@@ -39,6 +39,8 @@ from dpfast.model.unsupported import problems
 from dpfast.native import allocator
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascent, check_ascent
+from dpfast.optim.fused_update import why_not_fused
+from dpfast.optim.noise_correction import check_noise_correction
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.step_checks import check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
@@ -131,6 +133,7 @@ class PrivacyEngine(OpacusEngine):
         keep_grad_samples: bool = False,
         max_physical_batch_size: int | None = None,
         low_precision: str = "nearest",
+        noise_correction: bool | float = False,
         ascent: Ascent | None = None,
         memory_budget: int | float | None = None,
         plan: Mapping[str, str] | None = None,
@@ -180,6 +183,9 @@ class PrivacyEngine(OpacusEngine):
                 what it is without sampling. Refused in secure mode, in which no seed decides anything.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
                 ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+            noise_correction: True takes the noise's variance off the second moments of torch's Adam or AdamW, down to a
+                least γ' of 5e-8; a number is another γ'. ε does not change, accuracy may, either way: see
+                :mod:`dpfast.optim.noise_correction`.
             ascent: where a step takes its gradients, if not at the weights: ``dpfast.DPSAT(rho=0.03)`` or another of
                 :mod:`dpfast.optim.ascent`. ε does not change.
             memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
@@ -220,6 +226,7 @@ class PrivacyEngine(OpacusEngine):
             fused_only |= dict(keep_grad_samples=keep_grad_samples or None)
             fused_only |= dict(expected_batch_size=expected_batch_size, sample_rate=sample_rate)
             fused_only |= dict(clipping_fn=None if clipping_fn == "abadi" else clipping_fn)
+            fused_only |= dict(noise_correction=noise_correction or None)
             fused_only |= dict(units=units, rows_per_unit=rows_per_unit)
             fused_only |= dict(augmentations=None if augmentations == 1 else augmentations)
             self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
@@ -285,7 +292,9 @@ class PrivacyEngine(OpacusEngine):
             )
         model = module._module if isinstance(module, FusedModule) else module
         refuse_gradient_hooks(parameter_names(model))
+        filters, names = ascent is not None and ascent.filters, parameter_names(model)
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
+        check_noise_correction(noise_correction, optimizer, names, filters=filters, why_not=why_not_fused(optimizer))
         thresholds.function = clipping_function(clipping_fn)
         self._check_model(module, max_physical_batch_size)
         planner = Planner(memory_budget, {"": "instantiate"} if keep_grad_samples and plan is None else plan)
@@ -332,6 +341,7 @@ class PrivacyEngine(OpacusEngine):
             generator=noise_generator,
             secure_mode=self.secure_mode,
             low_precision=low_precision,
+            noise_correction=noise_correction,
             adaptive=adaptive,
             ascent=ascent,
             ranks=ranks,

@@ -307,6 +307,7 @@ class DPTrainer(ResumableTrainer):
             clipping=privacy.clipping,
             clipping_fn=privacy.clipping_fn,
             low_precision=privacy.low_precision,
+            noise_correction=privacy.noise_correction,
             memory_budget=privacy.memory_budget,
             poisson_sampling=False,  # the batches are Poisson-sampled by our own loader
             loss_reduction="sum",  # a loss divided by the size of a physical batch would be rounded by it in 16 bit

@@ -59,7 +59,7 @@ class DPArguments:
         target_epsilon: ε to be spent at the end of training; 8 if neither this nor ``noise_multiplier`` is given.
         target_delta: δ; should be well below one over the number of samples.
         noise_multiplier: noise standard deviation over ``max_grad_norm``, instead of ``target_epsilon``.
-        max_grad_norm, clipping, clipping_fn, low_precision, memory_budget: as for
+        max_grad_norm, clipping, clipping_fn, low_precision, noise_correction, memory_budget: as for
             :meth:`dpfast.PrivacyEngine.make_private`.
         accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``.
         secure_mode: noise of ChaCha20, with keys that are never kept.
@@ -95,6 +95,7 @@ class DPArguments:
     secure_mode: bool = False
     seed: int | None = None
     low_precision: str = "nearest"
+    noise_correction: bool | float = False
     memory_budget: int | float | None = None
     loss_scale: float = 2.0**10
     log_training_loss: bool = False

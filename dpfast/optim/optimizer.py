@@ -21,6 +21,7 @@ from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.copies import accountant_of, copied, pickled
 from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
+from dpfast.optim.noise_correction import check_noise_correction
 from dpfast.optim.step_checks import agree, check_low_precision, check_noise_multiplier, look_for_bypass, refuse_step
 from dpfast.refusals import ParametersChangedError, ReplacedMethodError
 
@@ -55,6 +56,8 @@ class FusedDPOptimizer(DPOptimizer):
         secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.stream.NoiseStream`.
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+        noise_correction: whether Adam's second moments are relieved of the noise's variance, or the least that is left
+            of one: see :mod:`dpfast.optim.noise_correction`.
         adaptive: how C follows a quantile of the norms; it is part of the ``noise_multiplier``'s budget.
         ascent: where the next step takes its gradients: see :mod:`dpfast.optim.ascent`.
         ranks: how the processes of a run share the step; clipped sums are added up over them, noise is added once.
@@ -72,6 +75,7 @@ class FusedDPOptimizer(DPOptimizer):
         generator: torch.Generator | None = None,
         secure_mode: bool = False,
         low_precision: str = "nearest",
+        noise_correction: bool | float = False,
         adaptive: AdaptiveClipping | None = None,
         ascent: Ascent | None = None,
         ranks: Ranks | None = None,
@@ -81,6 +85,10 @@ class FusedDPOptimizer(DPOptimizer):
             adaptive.of_sums(noise_multiplier)
         check_low_precision(low_precision, optimizer)
         check_ascent(ascent, optimizer, low_precision)
+        filters = ascent is not None and ascent.filters
+        floor = check_noise_correction(
+            noise_correction, optimizer, clipped_sum.names, filters=filters, why_not=why_not_fused(optimizer)
+        )
         other = clipped_sum.optimizer() if clipped_sum.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         if other is not None and set(other.all_parameters()) != mine:
@@ -91,6 +99,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.ranks = ranks or Ranks()
         self.noise = NoiseStream(generator, secure_mode, self.ranks)
         self.low_precision = low_precision
+        self.noise_correction = floor  # the least that is left of a second moment; 0 for none
         self.adaptive = adaptive
         self.ascending = Ascending(ascent, optimizer, clipped_sum.names)
         self.clipping = clipping
@@ -315,14 +324,15 @@ class FusedDPOptimizer(DPOptimizer):
             with torch.enable_grad():
                 closure()
         if self.has_own("pre_step"):
-            check_low_precision(self.low_precision, self.original_optimizer, "the optimizer's pre_step was replaced")
+            self._check_update("the optimizer's pre_step was replaced")
             return self.original_optimizer.step() if self.pre_step() else None
-        # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
-        # that torch's own step does not have, the hook sees none.
-        for_hook = self.has_hooks and self.low_precision == "nearest"
-        replaced = self.has_own_parts or self.ascending.filters
-        if for_hook or replaced or why_not_fused(self.original_optimizer) is not None:
-            check_low_precision(self.low_precision, self.original_optimizer)
+        # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with an update that
+        # torch's own step does not have, the hook sees none.
+        for_hook = self.has_hooks and self.low_precision == "nearest" and not self.noise_correction
+        why_not = "a method of the optimizer was replaced" if self.has_own_parts else None
+        why_not = why_not or why_not_fused(self.original_optimizer)
+        self._check_update(why_not)
+        if for_hook or self.ascending.filters or why_not is not None:
             if not self._pre_step():
                 return None
             self.ascending.see_gradients()
@@ -333,11 +343,20 @@ class FusedDPOptimizer(DPOptimizer):
         if self.begin_step():
             noise, key, found = self.open_update()
             sums = _filled(found)
+            settings = self.low_precision, key, self.noise_correction
             with torch.no_grad():
                 for summed in self.ranks.totals(sums):
-                    noisy_step(self.original_optimizer, summed, self.clipped_sum.index, noise, self.low_precision, key)
+                    noisy_step(self.original_optimizer, summed, self.clipped_sum.index, noise, *settings)
             self.close_update()
         return None
+
+    def _check_update(self, why_not: str | None) -> None:
+        """Refuse an update that torch's own step does not have, where that step would make it."""
+        if self.low_precision != "nearest":
+            check_low_precision(self.low_precision, self.original_optimizer, why_not)
+        if self.noise_correction:
+            names = self.clipped_sum.names
+            check_noise_correction(self.noise_correction, self.original_optimizer, names, why_not=why_not)
 
     def _check_own_parts(self) -> None:
         if self.ranks.world_size > 1 or self.adaptive is not None:

@@ -66,7 +66,8 @@ class RecordedUpdate:
         self.why_not = why_not_known(wrapped, self.trained, optimizer.low_precision)
         if self.why_not is not None:
             return
-        self.plan: list[Update] = [*updates(wrapped, self.trained, clipped_sum.index, optimizer.low_precision)]
+        settings = optimizer.low_precision, optimizer.noise_correction
+        self.plan: list[Update] = [*updates(wrapped, self.trained, clipped_sum.index, *settings)]
         sums = ((p, getattr(p, "summed_grad", None)) for p in self.trained)  # of physical batches before
         self.earlier = {p: total.contiguous() for p, total in sums if total is not None}
         each = tuple(
@@ -93,6 +94,7 @@ class RecordedUpdate:
         """Tensors that the graph is given. Without ``noise``, as while it is recorded, they let it write nothing."""
         rows, words = [[0.0] * ops.NUMBERS] * len(self.plan), [0] * ops.WORDS
         if noise is not None:
+            self.plan = [each.with_noise(noise) for each in self.plan]
             rows = [ops.numbers_of(each.rule, noise) for each in self.plan]
             words = ops.words_of(noise, rounding_key)
         pinned = self.device.type == "cuda"  # so that the host does not wait for the copy
