@@ -29,6 +29,7 @@ from dpfast.clipping.functions import ClippingFunction, clipping_function
 from dpfast.clipping.thresholds import Clipping
 from dpfast.data.criterion import PerSampleCriterion
 from dpfast.data.loaders import poisson_loader, public_numbers, watched
+from dpfast.data.public_numbers import Public
 from dpfast.data.sampling import PoissonBatches, check_shares, system_generator
 from dpfast.data.unit import ROW, Unit
 from dpfast.data.units import Units, asked_for
@@ -47,6 +48,7 @@ from dpfast.planning.planner import Planner
 from dpfast.refusals import AlreadyPrivateError, BudgetError, LoaderError, ParametersChangedError, UnservedModuleError
 
 FUSED, GHOST = "fused", "ghost"
+NO_SIZE = "data_loader does not say how large its batches are: give expected_batch_size=, which the update divides by"
 
 
 class PrivacyEngine(OpacusEngine):
@@ -307,10 +309,7 @@ class PrivacyEngine(OpacusEngine):
         per_sample = PerSampleCriterion(criterion, loss_reduction) if gives_criterion else None
         public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate, asked)
         if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
-            raise LoaderError(
-                "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
-                "divides by"
-            )
+            raise LoaderError(NO_SIZE)
         unit = drawn.unit if isinstance(drawn, Units) else getattr(data_loader.batch_sampler, "unit", ROW)
         self._check_unit(unit)
         shared_by(ranks, self.accountant)
@@ -351,6 +350,33 @@ class PrivacyEngine(OpacusEngine):
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
+
+    def sampled(
+        self,
+        data_loader: DataLoader,
+        *,
+        expected_batch_size: int | float | None = None,
+        sample_rate: float | None = None,
+        noise_generator: torch.Generator | None = None,
+    ) -> tuple[DataLoader, Public]:
+        """A loader of Poisson batches of rows, for a mechanism of another kind, and the public numbers.
+
+        Raises:
+            ValueError: as from :meth:`make_private`, before anything is changed.
+        """
+        self._check_generator(noise_generator)
+        public, drawn = public_numbers(data_loader, True, expected_batch_size, sample_rate)
+        if public.expected_batch_size is None:
+            raise LoaderError(NO_SIZE)
+        unit = getattr(data_loader.batch_sampler, "unit", ROW)
+        if not unit.is_like(ROW):
+            raise LoaderError(
+                f"data_loader: its batches are of units ({unit}): give the loader of rows that it was made of"
+            )
+        self._check_unit(ROW)
+        loader = self._private_loader(data_loader, drawn, public, False, Ranks())
+        self.unit = ROW
+        return loader, public
 
     def _is_opacus(self, mode: str | None) -> TypeGuard[str]:
         """Whether ``mode`` runs as it does in Opacus, and not fused."""
