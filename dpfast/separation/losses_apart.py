@@ -8,6 +8,7 @@ how many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -86,15 +87,18 @@ class LossCheck(Check):
 
     def _left_out(self) -> tuple[str, str]:
         """Why losses depend on how many samples there are, and what cannot be tried."""
-        draws, args = Draws(self.count), map_tensors(Tensor.detach, self.inputs[0])
         halves = torch.arange(self.count).split((self.count + 1) // 2)
-        with own_random_numbers(self.seed), kept(self.module), draws:
-            whole = self.run(args, {})
+        whole = self._losses_of(self.inputs[0], self.seed)
+        draws = Draws(self.count)
+        if drew := not same([whole], [self._losses_of(self.inputs[0], self.seed + 1)]):
+            with draws:
+                whole = self._losses_of(self.inputs[0], self.seed)
         for half in halves:
             self.size = len(half)
+            rest = kept_only(self.inputs[0], half, self.count, 0, self.recorder.input_axes)
             try:
-                with own_random_numbers(self.seed), kept(self.module), draws.playing(half):
-                    part = self.run(kept_only(args, half, self.count, 0, self.recorder.input_axes), {})
+                with draws.playing(half) if drew else nullcontext():
+                    part = self._losses_of(rest, self.seed)
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
                 return "", str(error)
             finally:
@@ -102,3 +106,7 @@ class LossCheck(Check):
             if not same([whole[half.to(whole.device)]], [part]):
                 return "a sample's loss depends on how many samples there are, or on others of the batch", ""
         return "", ""
+
+    def _losses_of(self, batch: Any, seed: int) -> Tensor:
+        with own_random_numbers(seed), kept(self.module):
+            return torch.as_tensor(self.run(map_tensors(Tensor.detach, batch), {}))
