@@ -26,6 +26,7 @@ from dpfast.capture.refusals import refuse_gradient_hooks
 from dpfast.capture.segments import PACKED
 from dpfast.clipping.adaptive import AdaptiveClipping
 from dpfast.clipping.functions import ClippingFunction, clipping_function
+from dpfast.clipping.group_noise import GLOBAL
 from dpfast.clipping.thresholds import Clipping
 from dpfast.data.criterion import PerSampleCriterion
 from dpfast.data.loaders import poisson_loader, public_numbers, watched
@@ -128,6 +129,7 @@ class PrivacyEngine(OpacusEngine):
         poisson_sampling: bool = True,
         clipping: str | Sequence[str] = "flat",
         clipping_fn: str | ClippingFunction = "abadi",
+        group_noise: str | Sequence[float] | Mapping[str, float] = "global",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str | None = None,
         wrap_model: bool = True,
@@ -163,9 +165,14 @@ class PrivacyEngine(OpacusEngine):
                 a dict of parameter-name prefixes to C.
             clipping: ``"flat"`` (one norm over all parameters), ``"per_layer"`` (one number is shared out, C/√M each),
                 a list of parameter-name prefixes (groups, C/√M each), or ``"adaptive"`` (C follows a quantile of the
-                norms; give the arguments of :class:`dpfast.clipping.adaptive.AdaptiveClipping` too, as in Opacus).
+                norms; give the arguments of :class:`dpfast.clipping.adaptive.AdaptiveClipping` too, as in Opacus; where
+                ``max_grad_norm`` is a list or a dict as for ``"per_layer"``, each group's C does).
             clipping_fn: from norms to factors: ``"abadi"``, ``"global"``, ``"automatic"`` (AUTO-S), ``"normalised"``
                 (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping.functions`.
+            group_noise: γ_r, what each group's noise is scaled by: its standard deviation is ``noise_multiplier · γ_r``
+                before division. ``"global"`` (``√Σ C_r²`` for all), ``"equal"`` (``C_r √R`` of R groups), or numbers: a
+                list, or a dict with the names of the groups. ``Σ (C_r / γ_r)²`` may be at most 1: see
+                :mod:`dpfast.clipping.group_noise`.
             grad_sample_mode: ``None`` or ``"fused"``; ``"ghost"``, which is served by the fused mode with Opacus' four
                 values; or another mode of Opacus, which runs as it does there.
             keep_grad_samples: whether ``p.grad_sample`` and ``optimizer.grad_samples`` hold the per-sample gradients
@@ -229,6 +236,9 @@ class PrivacyEngine(OpacusEngine):
             fused_only |= dict(expected_batch_size=expected_batch_size, sample_rate=sample_rate)
             fused_only |= dict(clipping_fn=None if clipping_fn == "abadi" else clipping_fn)
             fused_only |= dict(noise_correction=noise_correction or None)
+            fused_only |= dict(
+                group_noise=None if isinstance(group_noise, str) and group_noise == GLOBAL else group_noise
+            )
             fused_only |= dict(units=units, rows_per_unit=rows_per_unit)
             fused_only |= dict(augmentations=None if augmentations == 1 else augmentations)
             self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
@@ -252,7 +262,7 @@ class PrivacyEngine(OpacusEngine):
                 **kwargs,
             )
         noise_multiplier = plain(noise_multiplier)
-        adaptive = _adaptive(noise_multiplier, kwargs) if clipping == "adaptive" else None
+        adaptive = _adaptive(kwargs) if clipping == "adaptive" else None
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
         self._check_generator(noise_generator)
@@ -297,6 +307,9 @@ class PrivacyEngine(OpacusEngine):
         filters, names = ascent is not None and ascent.filters, parameter_names(model)
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
         check_noise_correction(noise_correction, optimizer, names, filters=filters, why_not=why_not_fused(optimizer))
+        thresholds.share_noise(group_noise)
+        if adaptive is not None:
+            adaptive.of_sums(noise_multiplier, len(thresholds.thresholds))
         thresholds.function = clipping_function(clipping_fn)
         self._check_model(module, max_physical_batch_size)
         planner = Planner(memory_budget, {"": "instantiate"} if keep_grad_samples and plan is None else plan)
@@ -595,9 +608,10 @@ class PrivacyEngine(OpacusEngine):
         if any(p not in names for p in params):
             raise ParametersChangedError("Module parameters are different than optimizer Parameters")
         trained = {names[p]: p for p in params if p.requires_grad}
-        if clipping in ("flat", "adaptive"):
+        several = isinstance(plain(max_grad_norm), (Sequence, Mapping))
+        if clipping == "flat" or (clipping == "adaptive" and not several):
             return Clipping.flat(max_grad_norm)
-        if clipping == "per_layer":
+        if clipping in ("per_layer", "adaptive"):
             return Clipping.per_layer(max_grad_norm, trained)
         if isinstance(clipping, Sequence) and not isinstance(clipping, str) and clipping:
             return Clipping.equal_shares(max_grad_norm, clipping, trained)
@@ -642,11 +656,9 @@ class PrivacyEngine(OpacusEngine):
         )
 
 
-def _adaptive(noise_multiplier: float, arguments: dict[str, Any]) -> AdaptiveClipping:
+def _adaptive(arguments: dict[str, Any]) -> AdaptiveClipping:
     """Adaptive clipping of those of the ``arguments`` that are its own, which are taken out."""
     names = [field.name for field in fields(AdaptiveClipping)]
     if missing := [name for name in names if name not in arguments]:
         raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
-    adaptive = AdaptiveClipping(**{name: plain(arguments.pop(name)) for name in names})
-    adaptive.of_sums(noise_multiplier)
-    return adaptive
+    return AdaptiveClipping(**{name: plain(arguments.pop(name)) for name in names})

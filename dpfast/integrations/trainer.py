@@ -306,6 +306,7 @@ class DPTrainer(ResumableTrainer):
             max_grad_norm=privacy.max_grad_norm,
             clipping=privacy.clipping,
             clipping_fn=privacy.clipping_fn,
+            group_noise=privacy.group_noise,
             low_precision=privacy.low_precision,
             noise_correction=privacy.noise_correction,
             memory_budget=privacy.memory_budget,

@@ -259,7 +259,7 @@ class ResumableTrainer(Trainer):
         """What has to be as it was for the same noise to meet the same sums."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
         privacy = ["noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "noise_correction"]
-        privacy += ["secure_mode", "loss_scale", "pad", "packing"]
+        privacy += ["group_noise", "secure_mode", "loss_scale", "pad", "packing"]
         found |= {f"privacy.{name}": getattr(self.privacy, name) for name in privacy}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
         found |= {"expected_batch_size": self._logical_batch_size}

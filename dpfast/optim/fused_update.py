@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from dpfast import ops
 from dpfast.distributed.ranks import first_element, like, local
+from dpfast.noise.parts import StepNoise, only
 from dpfast.optim.noise_correction import NOISE_VARIANCE, corrected, note
 
 LOW_PRECISION = ("nearest", "stochastic", "master")
@@ -113,7 +114,7 @@ def noisy_step(
     optimizer: Optimizer,
     summed: Mapping[Any, Tensor],
     index: Mapping[Any, int],
-    noise: ops.Noise,
+    noise: StepNoise,
     low_precision: str = "nearest",
     rounding_key: tuple[int, int] = (0, 0),
     floor: float = 0.0,
@@ -131,8 +132,9 @@ def noisy_step(
     """
     look, part = _looks[optimizer], tuple(map(id, summed))
     checked = part in look.parts
-    for known in updates(optimizer, summed, index, low_precision, floor):
-        update = known.with_noise(noise)
+    for known in updates(optimizer, summed, index, low_precision, floor, noise.part_of):
+        of_part = noise.parts[known.part]
+        update = known.with_noise(of_part)
         sums = [summed[p] for p in update.params]
         grads = update.grads(sums)
         ops.noisy_step_(
@@ -143,7 +145,7 @@ def noisy_step(
             update.states,
             update.masters,
             update.indices,
-            noise,
+            of_part,
             update.rounding,
             rounding_key,
             update.firsts,
@@ -161,7 +163,7 @@ def end_step(optimizer: Optimizer) -> None:
 
 
 class Update(NamedTuple):
-    """Parameters that one call of the op updates: those of one group, dtype and history."""
+    """Parameters that one call of the op updates: those of one group, dtype, noise and history."""
 
     rule: ops.SGD | ops.Adam
     params: Sequence[Any]
@@ -174,6 +176,7 @@ class Update(NamedTuple):
     steps: list[Tensor]  # counters, which do not count this step yet
     kept: list[dict[str, Any]]  # the optimizer's state of each
     noise_before: float | None  # of the second moments' noise, what is known of the steps before
+    part: int  # of the step's noise
 
     def with_noise(self, noise: ops.Noise) -> Update:
         """The update of a step with this noise."""
@@ -199,16 +202,21 @@ class Update(NamedTuple):
 
 
 def updates(
-    optimizer: Optimizer, trained: Collection[Any], index: Mapping[Any, int], low_precision: str, floor: float = 0.0
+    optimizer: Optimizer,
+    trained: Collection[Any],
+    index: Mapping[Any, int],
+    low_precision: str,
+    floor: float = 0.0,
+    part_of: Callable[[Any], int] = only,
 ) -> Iterator[Update]:
     """The calls that update ``trained``. States that are missing are made; nothing else is changed."""
     look = _looks[optimizer]
     for group in optimizer.param_groups:
-        by_dtype: dict[torch.dtype, list[Any]] = {}
+        alike: dict[tuple[torch.dtype, int], list[Any]] = {}
         for p in group["params"]:
             if p in trained:
-                by_dtype.setdefault(p.dtype, []).append(p)
-        for dtype, same in by_dtype.items():
+                alike.setdefault((p.dtype, part_of(p)), []).append(p)
+        for (dtype, part), same in alike.items():
             narrow = dtype != torch.float32
             rounding = "stochastic" if narrow and low_precision == "stochastic" else "nearest"
             for rule, noise_before, params in _by_rule(optimizer, group, same, floor):
@@ -218,7 +226,7 @@ def updates(
                 kept = [optimizer.state[p] for p in params] if isinstance(rule, ops.Adam) else []
                 steps = [state["step"] for state in kept]
                 places = params, parts, indices, firsts
-                yield Update(rule, *places, states, masters, rounding, steps, kept, noise_before)
+                yield Update(rule, *places, states, masters, rounding, steps, kept, noise_before, part)
 
 
 def why_not_known(optimizer: Optimizer, trained: Collection[Any], low_precision: str) -> str | None:

@@ -1,4 +1,4 @@
-"""``LossCheck``: losses that are each sample's own pass, whatever the layers. Others are found, also where a proof has gaps."""
+"""``LossCheck``: losses that are each sample's own pass, whatever the layers; others are found, gaps or none."""
 
 import pytest
 import torch
