@@ -35,7 +35,7 @@ from dpfast.refusals import (
     RanksError,
     SamplesMeetError,
 )
-from dpfast.separation import LossCheck, kind
+from dpfast.separation import LossCheck, kind, unvarying
 from dpfast.separation.schedule import Schedule
 from dpfast.separation.texts import Left
 
@@ -168,6 +168,9 @@ class ZerothOrder:
         self.batches = self  # a watched loader tells these
         self._drawn: int | None = None  # samples of the batch that was given and not used yet
         self._kinds: set[Any] = set()  # of calls that were checked
+        self._alike: set[int] = (
+            set()
+        )  # tensors of a batch that were alike for all samples in every check, which shows nothing
         self._schedule = Schedule()
 
     def give(self, samples: Any, batch: Any) -> None:
@@ -261,12 +264,13 @@ class ZerothOrder:
     def _look(self, batch: Any, count: int) -> None:
         """Whether each sample's loss is its own: before the first step, and at steps 2, 4, 8 and so on.
 
-        And where the call is of another kind than those before, or the first one of several samples.
+        And where the call is of another kind than those before, the first one of several samples, or the first in which
+        an input differs between samples.
         """
         due = self._schedule.due()
         modes = tuple([module.training for module in self.model.modules()])
         this = kind(batch, {}, count, 0), modes, count > 1
-        if not due and this in self._kinds:
+        if not due and this in self._kinds and self._alike <= unvarying(batch, count, 0, self._alike):
             return
         began = perf_counter()
         verdict = LossCheck(self._losses, self.model, batch, count, self._schedule.steps, self._is_public).verdict()
@@ -275,6 +279,8 @@ class ZerothOrder:
             raise LeftBehindError(f"zeroth_order: {verdict.mixed}")
         if verdict.mixed:
             raise SamplesMeetError(f"zeroth_order: {verdict.mixed}")
+        alike = unvarying(batch, count, 0)
+        self._alike = self._alike & alike if self._kinds else alike
         self._kinds.add(this)
 
     def _is_public(self, name: str) -> bool:

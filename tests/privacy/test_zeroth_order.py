@@ -480,6 +480,24 @@ def test_it_is_looked_at_again_when_it_is_called_in_another_mode():
         once(step, loader)
 
 
+def test_it_is_looked_at_again_when_an_input_first_differs_between_samples():
+    """What samples that are all alike do to each other, no check shows; and the third step is none that is due."""
+
+    class Padded(nn.Linear):
+        def forward(self, x, mask):
+            return super().forward(x) * float(mask.numpy().mean())  # where no operator shows it
+
+    model, masks = Padded(D, 3), [torch.ones(B, 2), torch.ones(B, 2), torch.eye(B)[:, :2]]
+    step, loader = made(model, lambda model, x, y, mask: losses(lambda x: model(x, mask), x, y), *data(dtype=F32))
+    for k, mask in enumerate(masks):
+        (batch,) = loader
+        if k == 2:
+            with pytest.raises(dpfast.refusals.SamplesMeetError):
+                step(*batch, mask)
+        else:
+            step(*batch, mask)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_batch_norm(frozen):
     """Refused where it is made, and where it begins to normalise by the batch; with fixed statistics it trains."""
