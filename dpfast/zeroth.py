@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ from dpfast.separation.schedule import Schedule
 from dpfast.separation.texts import Left
 
 DTYPES = (torch.float32, torch.float64)
+NUMBERS = ("lr", "phi", "noise_multiplier", "max_grad_norm")  # of a step, which schedules may change
 
 
 def zeroth_order(
@@ -80,7 +81,7 @@ def zeroth_order(
 
     ====================  ================================================================================
     s_i not finite        the sample contributes exactly 0, and is counted in ``step.nonfinite_samples``
-    φ, lr                 public numbers; ``step.lr`` may be changed between steps
+    φ, lr, σ, C           public numbers; ``step.lr`` and the others may be changed between steps
     dropout               both forwards of a step draw the same random numbers of torch
     rounding              the update is a part of the way back from w - φz, so that nothing has to be kept of w: each
                           element is rounded three times a step where SGD rounds it once. In 16 bits that would be more
@@ -118,12 +119,8 @@ def zeroth_order(
             f"loss={loss!r}: give a function of the model and the batch, such as lambda model, x, y: "
             f"F.cross_entropy(model(x), y, reduction='none')"
         )
-    numbers = dict(lr=plain(lr), phi=plain(phi), noise_multiplier=plain(noise_multiplier))
-    _check_rate("lr", numbers["lr"])
-    check_noise_multiplier(numbers["noise_multiplier"])
-    numbers["max_grad_norm"] = check_threshold("max_grad_norm", plain(max_grad_norm))
-    if numbers["phi"] is True or not isinstance(numbers["phi"], int | float) or not 2**-60 < numbers["phi"] < 2**60:
-        raise ValueError(f"phi={phi!r}: give a positive finite number, the distance at which losses are compared")
+    numbers = dict(lr=lr, phi=phi, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    numbers = _checked(numbers)
     _check_kind(model)
     check_model(model)
     check_public_state(public_state, model)
@@ -141,7 +138,7 @@ class ZerothOrder:
     """See :func:`zeroth_order`. A call takes one step, and returns its noisy value, which is private.
 
     Attributes:
-        lr, noise_multiplier: of the next step.
+        lr, phi, noise_multiplier, max_grad_norm: of the next step.
         nonfinite_samples: how many samples had an s_i that was not finite, and contributed 0.
     """
 
@@ -168,9 +165,7 @@ class ZerothOrder:
         self.batches = self  # a watched loader tells these
         self._drawn: int | None = None  # samples of the batch that was given and not used yet
         self._kinds: set[Any] = set()  # of calls that were checked
-        self._alike: set[int] = (
-            set()
-        )  # tensors of a batch that were alike for all samples in every check, which shows nothing
+        self._alike: set[int] = set()  # tensors that were alike for all samples in every check, which shows nothing
         self._schedule = Schedule()
 
     def give(self, samples: Any, batch: Any) -> None:
@@ -186,9 +181,7 @@ class ZerothOrder:
         Returns:
             The noisy mean of the clipped s_i: the loss' slope along z.
         """
-        self.lr, self.noise_multiplier = plain(self.lr), plain(self.noise_multiplier)
-        _check_rate("lr", self.lr)
-        check_noise_multiplier(self.noise_multiplier)
+        vars(self).update(_checked({name: getattr(self, name) for name in NUMBERS}))  # which may have been set
         count = self._drawn
         if count is None:
             raise NothingToReleaseError(
@@ -332,9 +325,18 @@ def _check_kind(model: nn.Module) -> None:
         )
 
 
-def _check_rate(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**60:
-        raise ValueError(f"{name}={value!r}: give a finite number that is not negative")
+def _checked(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """The :data:`NUMBERS` as Python's, refused by name where they are none that can be used."""
+    found = {name: plain(value) for name, value in numbers.items()}
+    check_noise_multiplier(found["noise_multiplier"])
+    found["max_grad_norm"] = check_threshold("max_grad_norm", found["max_grad_norm"])
+    for name, least in (("lr", 0.0), ("phi", 2.0**-60)):
+        value = found[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 2.0**60:
+            raise ValueError(
+                f"{name}={value!r}: give a finite number that is {'not negative' if least == 0 else 'positive'}"
+            )
+    return found
 
 
 def _trained(model: nn.Module) -> list[Any]:

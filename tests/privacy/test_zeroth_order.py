@@ -525,6 +525,30 @@ def test_a_batch_is_one_step():
     assert engine.accountant.history == [(1.0, 1.0, 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", math.nan), ("phi", 0.0), ("noise_multiplier", -1.0), ("max_grad_norm", math.inf)]
+)
+def test_numbers_that_were_set_are_looked_at_before_the_step(name, value):
+    step, loader = made(net(), engine=(engine := engine_of()), noise_multiplier=1.0)
+    setattr(step, name, value)
+    with pytest.raises(ValueError, match=f"{name}="):
+        once(step, loader)
+    assert engine.accountant.history == [] and step.directions.step == 0
+
+
+def test_schedules_change_the_clipping_and_its_noise_together():
+    model, x, y = net(), *data()
+    start, values = copy.deepcopy(model.state_dict()), []
+    for norm, sigma in ((C, 0.0), (0.5, 0.0), (0.5, 2.0)):
+        model.load_state_dict(start)
+        step, loader = made(model, x=x, y=y)
+        step.max_grad_norm, step.noise_multiplier = norm, sigma
+        values.append(once(step, loader))
+    z = standard_normal(step.noise.key, 0, 0, 0, 1).double() + low_bits(step.noise.key, 0, 0, 0, 1)
+    assert abs(values[1]) <= 0.5 and values[1] != values[0]
+    assert values[2] - values[1] == pytest.approx(2.0 * 0.5 * z.item() / B, rel=1e-6)
+
+
 def test_a_part_of_a_batch_is_not_the_batch():
     step, loader = made(net())
     for x, y in loader:
