@@ -65,9 +65,8 @@ def _why_no_correction(optimizer: Optimizer, names: Mapping[Any, str], filters: 
         return "of amsgrad's largest second moments nobody knows what the noise's part is"
     trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
     if (narrow := next((p for p in trained if p.dtype in (torch.bfloat16, torch.float16)), None)) is not None:
-        return (
-            f"parameter {names[narrow]!r} is {narrow.dtype}, and so are its second moments, which are too coarse for it"
-        )
+        name = names.get(narrow, list(narrow.shape))
+        return f"parameter {name!r} is {narrow.dtype}, and so are its second moments, which are too coarse for it"
     if filters:
         return "the ascent gives the optimizer filtered gradients, whose noise is not a step's own"
     return None
