@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
 from typing import Any, NoReturn
 
 import torch
@@ -199,11 +198,12 @@ class ZerothOrder:
         direction = Direction(params, index, self.directions.next(1.0, 1.0, elements, 1.0))
         at, total = 0.0, torch.zeros(1, dtype=torch.float64)
         try:
+            # An empty batch goes the same way: how often a weight was rounded would tell that it was empty.
+            at = self._move(direction, at, self.phi)
+            with torch.random.fork_rng(_devices(params)):
+                above = self._losses(batch, count) if count else total
+            at = self._move(direction, at, -self.phi)
             if count:
-                at = self._move(direction, at, self.phi)
-                with torch.random.fork_rng(_devices(params)):
-                    above = self._losses(batch, count)
-                at = self._move(direction, at, -self.phi)
                 total += self._clipped_sum(above, self._losses(batch, count))
             self._account()
             self._drawn = None
@@ -265,9 +265,9 @@ class ZerothOrder:
         this = kind(batch, {}, count, 0), modes, count > 1
         if not due and this in self._kinds and self._alike <= unvarying(batch, count, 0, self._alike):
             return
-        began = perf_counter()
-        verdict = LossCheck(self._losses, self.model, batch, count, self._schedule.steps, self._is_public).verdict()
-        self._schedule.checked(perf_counter() - began)
+        check = LossCheck(self._losses, self.model, batch, count, self._schedule.steps, self._is_public)
+        with self._schedule.checking(again=due):
+            verdict = check.verdict()
         if isinstance(verdict.mixed, Left):
             raise LeftBehindError(f"zeroth_order: {verdict.mixed}")
         if verdict.mixed:

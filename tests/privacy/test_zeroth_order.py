@@ -161,6 +161,23 @@ def test_the_noise_of_one_number_and_the_accounting_of_every_step():
     assert abs(empty.std() - 1) < 4 / math.sqrt(2 * len(empty)) and abs(empty.mean()) < 4 / math.sqrt(len(empty))
 
 
+def test_weights_do_not_tell_that_a_batch_was_empty():
+    """An update is rounded as often as where samples were seen, of which one might be the only one."""
+    ends = []
+    for rate in (1.0, 1e-9):
+        torch.manual_seed(0)
+        model = net(F32)
+        step, loader = made(
+            model, lambda m, x, y: 0 * losses(m, x, y), *data(dtype=F32), sample_rate=rate, noise_multiplier=1.0
+        )
+        batch = next(iter(loader))
+        value = step(*batch)
+        assert len(batch[0]) == (B if rate == 1.0 else 0)
+        ends.append((value, *[p.detach() for p in model.parameters()]))
+    assert ends[0][0] == ends[1][0] != 0
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1:], ends[1][1:], strict=True))
+
+
 def test_the_noise_is_added_to_the_sum():
     model, x, y = net(), *data()
     start = copy.deepcopy(model.state_dict())
