@@ -25,14 +25,23 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; its exit status."""
     parser = Parser("dpfast reproduce", description="What two papers say, tried on data that every machine has.")
     parser.add_argument("experiment", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a folder with IDX files (digits)")
     parser.add_argument("--seeds", type=int, help=f"how many ({', '.join(f'{k} {v}' for k, v in SEEDS.items())})")
     parser.add_argument("--out", type=Path, help="folder for the tables and plots (reproductions/EXPERIMENT)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs, no more")
+    parser.add_argument("--full", action="store_true", help="as long as the papers' own runs")
     asked = parser.parse_args(arguments)
-    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick)
+    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick, asked.full, asked.data)
 
 
-def reproduce(experiment: str, seeds: int | None = None, out: Path | None = None, quick: bool = False) -> int:
+def reproduce(
+    experiment: str,
+    seeds: int | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+    full: bool = False,
+    data: str = "digits",
+) -> int:
     """Run an experiment, print its tables, and write them and the plots.
 
     Returns:
@@ -53,7 +62,7 @@ def reproduce(experiment: str, seeds: int | None = None, out: Path | None = None
     from dpfast.analysis.reproduce.common import Job
 
     module = importlib.import_module(f"dpfast.analysis.reproduce.{experiment}")
-    job = Job(seeds or (2 if quick else SEEDS[experiment]), folder, quick)
+    job = Job(seeds or (2 if quick else SEEDS[experiment]), folder, quick, full, data)
     started, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # nets this small: two threads that wait for each other cost more than they bring
     with warnings.catch_warnings():

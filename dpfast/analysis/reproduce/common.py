@@ -28,6 +28,8 @@ class Job:
     seeds: int
     out: Path
     quick: bool
+    full: bool = False
+    data: str = "digits"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Table:
         notes = [f"- {note}" for note in self.notes]
         table = tables.markdown(self.columns, self.rows)
         return "\n".join([f"## {self.title}", "", table, "", *notes, *([""] if notes else [])])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a report ends in."""
+
+    says: str
+    here: str
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"*The paper says.* {self.says}\n\n*Here.* {self.here}\n\n*Verdict.* {self.verdict}\n"
 
 
 def mean_error(values: Iterable[float]) -> tuple[float, float]:
