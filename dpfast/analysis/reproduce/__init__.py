@@ -15,9 +15,11 @@ from pathlib import Path
 
 from dpfast.arguments import Parser
 
-EXPERIMENTS = ("calibration", "dpsat", "convergence")
-SEEDS = {"calibration": 8, "dpsat": 20, "convergence": 5}
+EXPERIMENTS = ("calibration", "dpsat", "convergence", "finetune")
+SEEDS = {"calibration": 8, "dpsat": 20, "convergence": 5, "finetune": 3}
+DATA = {"finetune": "reviews"}  # where no data is asked for; else digits
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+NEEDS_TOO = {"finetune": {"transformers": "transformers", "peft": "peft"}}
 RESULTS = "results.md"
 
 
@@ -25,13 +27,17 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; its exit status."""
     parser = Parser("dpfast reproduce", description="What two papers say, tried on data that every machine has.")
     parser.add_argument("experiment", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a folder with IDX files (digits)")
+    parser.add_argument(
+        "--data",
+        help="digits, fashion-mnist, or a folder with IDX files (digits); of finetune reviews, or their archive",
+    )
+    parser.add_argument("--model", type=Path, help="encoder that finetune trains: a folder, a zip of one, or a wheel")
     parser.add_argument("--seeds", type=int, help=f"how many ({', '.join(f'{k} {v}' for k, v in SEEDS.items())})")
     parser.add_argument("--out", type=Path, help="folder for the tables and plots (reproductions/EXPERIMENT)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs, no more")
     parser.add_argument("--full", action="store_true", help="as long as the papers' own runs")
     asked = parser.parse_args(arguments)
-    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick, asked.full, asked.data)
+    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick, asked.full, asked.data, asked.model)
 
 
 def reproduce(
@@ -40,14 +46,15 @@ def reproduce(
     out: Path | None = None,
     quick: bool = False,
     full: bool = False,
-    data: str = "digits",
+    data: str | None = None,
+    model: Path | None = None,
 ) -> int:
     """Run an experiment, print its tables, and write them and the plots.
 
     Returns:
         The exit status: 0, or 2 after one line on what was wrong with the request.
     """
-    if problem := _problem(experiment, seeds):
+    if problem := _problem(experiment, seeds, model):
         print(f"dpfast reproduce: {problem}", file=sys.stderr)
         return 2
     folder = out or Path("reproductions") / experiment
@@ -60,16 +67,23 @@ def reproduce(
     import torch
 
     from dpfast.analysis.reproduce.common import Job
+    from dpfast.analysis.reproduce.datasets import MissingData
 
     module = importlib.import_module(f"dpfast.analysis.reproduce.{experiment}")
-    job = Job(seeds or (2 if quick else SEEDS[experiment]), folder, quick, full, data)
+    data = data or DATA.get(experiment, "digits")
+    job = Job(seeds or (2 if quick else SEEDS[experiment]), folder, quick, full, data, model)
     started, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # nets this small: two threads that wait for each other cost more than they bring
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha")
         warnings.filterwarnings("ignore", "Secure RNG turned off")
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # of Opacus, on inputs without gradients
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # of PEFT, about Transformers
         try:
             tables = module.run(job)
+        except MissingData as error:
+            print(f"dpfast reproduce: {error}", file=sys.stderr)
+            return 2
         finally:
             torch.set_num_threads(threads)
     head = f"# {experiment}{': a quick run, figures mean little' if quick else ''}\n"
@@ -82,12 +96,16 @@ def reproduce(
     return 0
 
 
-def _problem(experiment: str, seeds: int | None) -> str | None:
+def _problem(experiment: str, seeds: int | None, model: Path | None) -> str | None:
     if experiment not in EXPERIMENTS:
         return f"unknown experiment {experiment!r}: use one of {', '.join(EXPERIMENTS)}"
     if seeds is not None and seeds < 1:
         return f"--seeds {seeds}: give at least 1"
-    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+    if model is not None and experiment != "finetune":
+        return f"--model {model}: only finetune takes one; leave it out with {experiment}"
+    needs = NEEDS | NEEDS_TOO.get(experiment, {})
+    missing = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return f"needs {', '.join(missing)}: pip install 'dpfast[demo]'"
+        extras = "demo,finetune" if experiment in NEEDS_TOO else "demo"
+        return f"needs {', '.join(missing)}: pip install 'dpfast[{extras}]'"
     return None
