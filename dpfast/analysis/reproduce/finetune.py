@@ -26,8 +26,8 @@ LENGTH = 32  # tokens: what is longer is cut, what is shorter is padded
 EPSILONS = (None, 8.0, 3.0, 1.0)
 SHARE = 0.27  # of an epoch, of the ways that train the encoder: about 2,000 sentences
 PROBE = Way("frozen", batch=512, epochs=10, plain_epochs=10, head_rate=1e-2, plain_head_rate=1e-3)
-LORA = Way("adapters", 128, SHARE, SHARE, head_rate=1e-2, plain_head_rate=1e-3, rate=3e-3, plain_rate=2e-3)
-EVERYTHING = Way("trained", 128, SHARE, SHARE, head_rate=1e-2, plain_head_rate=1e-3, rate=3e-4, plain_rate=2e-4)
+LORA = Way("adapters", 64, SHARE, SHARE, head_rate=1e-2, plain_head_rate=1e-3, rate=5e-3, plain_rate=2e-3)
+EVERYTHING = Way("trained", 64, SHARE, SHARE, head_rate=2e-2, plain_head_rate=1e-3, rate=5e-4, plain_rate=2e-4)
 WAYS = {
     "linear probe": PROBE,
     "LoRA": LORA,
@@ -101,12 +101,12 @@ def run(job: Job) -> list[Table | Verdict]:
     if record.found:
         print(f"{record.found} runs are taken over from {record.path}")
     seeds = range(job.seeds)
-    todo = [(name, epsilon, seed) for seed in seeds for name in ways for epsilon in epsilons]
-    for name, epsilon, seed in progress(todo, "fine-tuning"):
-        record.outcome(_key(name, epsilon, seed), partial(fine_tuned, data, ways[name], epsilon, seed))
     for norm, seed in progress([(norm, seed) for seed in seeds for norm in norms], "clipping norms"):
         way = replace(ways["linear probe"], norm=norm)
         record.outcome(f"R = {norm:g}, seed {seed}", partial(fine_tuned, data, way, NORMS_AT, seed))
+    todo = [(name, epsilon, seed) for seed in seeds for name in ways for epsilon in epsilons]
+    for name, epsilon, seed in progress(todo, "fine-tuning"):
+        record.outcome(_key(name, epsilon, seed), partial(fine_tuned, data, ways[name], epsilon, seed))
     costs = finetune_cost.all_costs(source.batch, turns=3 if job.quick else TURNS, memory=not job.quick)
     found = {
         (name, epsilon): [record.outcomes[_key(name, epsilon, seed)] for seed in seeds]
@@ -128,7 +128,7 @@ def _length(way: Way, job: Job) -> Way:
     if job.quick:
         return replace(way, batch=16, epochs=0.3, plain_epochs=0.5)
     if job.full and way.encoder != "frozen":
-        return replace(way, batch=512, epochs=10, plain_epochs=3)
+        return replace(way, batch=256, epochs=5, plain_epochs=3)
     return way
 
 
