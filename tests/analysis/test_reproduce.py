@@ -61,13 +61,18 @@ def test_quick_runs_write_tables_and_plots(experiment, tmp_path, capsys):
     [
         (["calibrate"], "unknown experiment 'calibrate': use one of calibration, dpsat, convergence"),
         (["dpsat", "--seeds", "0"], "--seeds 0"),
+        (["dpsat", "--quick", "--full"], "--quick and --full: give one of them"),
+        (["dpsat", "--data", "cifar"], "dpsat takes digits, fashion-mnist or a folder with IDX files"),
+        (["calibration", "--data", "reviews"], "calibration takes digits, fashion-mnist or a folder with IDX files"),
+        (["convergence", "--data", "digits"], "--data digits: convergence takes none"),
     ],
 )
-def test_a_bad_request_is_one_line(arguments, message, capsys):
-    assert main(["reproduce", *arguments]) == 2
+def test_a_bad_request_is_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
+    assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):

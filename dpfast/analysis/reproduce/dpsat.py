@@ -27,6 +27,7 @@ from dpfast.analysis.reproduce.common import (
     train,
     written,
 )
+from dpfast.analysis.reproduce.datasets import check_images
 from dpfast.optim.ascent import DPSAT, Ascent, DPSATMomentum
 
 EPSILON = 3.0
@@ -56,6 +57,11 @@ def cnn(data: Data) -> nn.Sequential:
 
 
 NETS: dict[str, Callable[[Data], nn.Sequential]] = {"MLP": mlp, "CNN": cnn}
+
+
+def check(job: Job) -> None:
+    """Refuse data that is not there."""
+    check_images(job.data)
 
 
 def run(job: Job) -> list[Table]:
