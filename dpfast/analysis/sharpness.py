@@ -144,6 +144,7 @@ class _Loss:
         wide = dtype or (torch.float64 if any(p.dtype == torch.float64 for p in self.weights) else torch.float32)
         self.model.to(wide)
         self.loss_fn = loss_fn
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         tensors = [x for x in tree_leaves((inputs, targets)) if isinstance(x, Tensor)]
         sizes = {len(x) if x.dim() else 0 for x in tensors}
         if len(sizes) != 1 or 0 in sizes:
@@ -161,7 +162,9 @@ class _Loss:
             return tree_map(rows, (inputs, targets))
 
         size = batch_size or samples
-        self.parts = [(min(size, samples - k) / samples, *part(k)) for k in range(0, samples, size)]
+        self.parts: list[tuple[float, Any]] = [
+            (min(size, samples - k) / samples, part(k)) for k in range(0, samples, size)
+        ]
 
     def _of(self, inputs: Any, targets: Any) -> Tensor:
         if isinstance(inputs, Mapping):
@@ -175,16 +178,16 @@ class _Loss:
 
     def value(self) -> float:
         with torch.no_grad():
-            return sum(share * float(self._of(*batch)) for share, *batch in self.parts)
+            return sum(share * float(self._of(*batch)) for share, batch in self.parts)
 
     def gradient(self) -> Tensor:
         """``[P]``."""
-        return sum((share * self._gradient(batch, False) for share, *batch in self.parts), torch.zeros(()))
+        return sum((share * self._gradient(batch, False) for share, batch in self.parts), torch.zeros(()))
 
     def product(self, v: Tensor) -> Tensor:
         """``Hv``, ``[P]``: the gradient of ∇L · v."""
         total = torch.zeros_like(v)
-        for share, *batch in self.parts:
+        for share, batch in self.parts:
             gradient = self._gradient(batch, True)
             if gradient.requires_grad:  # else it is the same everywhere
                 rows = torch.autograd.grad(gradient, self.weights, share * v, materialize_grads=True)
@@ -197,10 +200,13 @@ class _Loss:
             for p, shift in zip(self.weights, by.split([p.numel() for p in self.weights]), strict=True):
                 p += shift.view_as(p)
 
-    def _gradient(self, batch: list[Any], again: bool) -> Tensor:
+    def _gradient(self, batch: Any, again: bool) -> Tensor:
         """``[P]``, of a part's mean loss; with a graph of its own if it is differentiated ``again``."""
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            rows = torch.autograd.grad(self._of(*batch), self.weights, create_graph=again, materialize_grads=True)
+            loss = self._of(*batch)
+            if not loss.requires_grad:
+                raise ValueError("loss_fn: its losses do not depend on the model's trained parameters by autograd")
+            rows = torch.autograd.grad(loss, self.weights, create_graph=again, materialize_grads=True)
             return torch.cat([row.reshape(-1) for row in rows])
 
 

@@ -1,6 +1,7 @@
 """The top eigenvalue against the dense Hessian, the rise against its definition; and the model is as it was."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def nets():
         "frozen": (frozen, x),
         "attention, tied": (Attends(), torch.randint(5, (6, 3))),
         "positional": (Two(), (x, torch.randn(6, 2))),
-        "by name": (Two(), {"y": torch.randn(6, 2), "x": x}),
+        "by name": (Two(), UserDict(y=torch.randn(6, 2), x=x)),
     }
 
 
@@ -59,6 +60,7 @@ def dense(model, inputs, targets):
     model = copy.deepcopy(model).double().eval()
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     sizes = [p.numel() for p in weights.values()]
+    inputs = dict(inputs) if isinstance(inputs, UserDict) else inputs
     wide = torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, inputs)
     args, kwargs = ((), wide) if isinstance(wide, dict) else (wide if isinstance(wide, tuple) else (wide,), {})
 
@@ -204,6 +206,7 @@ REFUSED = {
     "no rows": (dict(inputs=torch.zeros(0, 3), targets=None), "shapes [[0, 3]]"),
     "no tensor": (dict(inputs=(), targets=None), "shapes []"),
     "loss": (dict(loss_fn=lambda out, y: 1.0), "loss_fn: it returned float"),
+    "detached": (dict(loss_fn=lambda out, y: out.detach().sum()), "do not depend on the model's trained parameters"),
     "not finite": (dict(loss_fn=lambda out, y: out.sum() / 0), "its loss here is"),
     "nothing trained": (dict(model=nn.Linear(3, 4).requires_grad_(False)), "no parameter has requires_grad"),
 }
