@@ -198,7 +198,7 @@ class _Loss:
         """Shift the copy's weights by ``[P]``."""
         with torch.no_grad():
             for p, shift in zip(self.weights, by.split([p.numel() for p in self.weights]), strict=True):
-                p += shift.view_as(p)
+                p.add_(shift.view_as(p))
 
     def _gradient(self, batch: Any, again: bool) -> Tensor:
         """``[P]``, of a part's mean loss; with a graph of its own if it is differentiated ``again``."""

@@ -95,6 +95,17 @@ def test_mean_and_standard_error():
     assert (mean, error) == (2.0, pytest.approx(1 / math.sqrt(3)))
     assert common.written([0.5], ".1f", 100) == "50.0"
     assert common.written([1.0, 3.0]) == "2.0 ± 1.0"
+    assert common.written([1.0, 3.0], "+.1f") == "+2.0 ± 1.0"
+
+
+def test_seeds_that_split_one_data_set_anew_have_larger_errors():
+    """Nadeau and Bengio: variance × (1/n + n_test/n_train). Three times as large for 20 splits of the digits."""
+    values = [float(k % 5) for k in range(20)]
+    plain, corrected = (common.mean_error(values, resplit)[1] for resplit in (0.0, 450 / 1078))
+    assert corrected == pytest.approx(plain * math.sqrt(1 + 20 * 450 / 1078), rel=1e-12)
+    assert common.digits(0).resplit == 450 / 1078
+    assert common.hard(0).resplit == 0.0
+    assert common.written([1.0, 3.0], resplit=4.5 / 9) == "2.0 ± 1.4"
 
 
 def test_splits_are_disjoint_and_seeded():
