@@ -106,6 +106,13 @@ def written(values: Iterable[float], spec: str = ".1f", scale: float = 1.0, resp
     return f"{mean:{spec}}" if math.isnan(error) else f"{mean:{spec}} ± {error:{spec.lstrip('+')}}"
 
 
+def student(freedom: int) -> float:
+    """What |t| exceeds 5 % of the time by chance."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom)) if freedom > 0 else math.inf
+
+
 def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
     """The items, with a progress bar."""
     from tqdm import tqdm
