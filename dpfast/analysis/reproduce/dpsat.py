@@ -31,6 +31,7 @@ from dpfast.analysis.reproduce.common import (
     train,
     written,
 )
+from dpfast.analysis.reproduce.flatness_report import word
 from dpfast.analysis.reproduce.price import price
 from dpfast.optim.ascent import DPSAT, Ascent, DPSATMomentum
 
@@ -169,7 +170,7 @@ def _verdict(differ: dict[str, dict[str, float]], seeds: int) -> Verdict:
     clear = [f"{net}, {method} ({by:+.2f} points)" for net, of in differ.items() for method, by in of.items()]
     here = f"Of {comparisons} comparisons on digits, beyond chance: {'; '.join(clear) or 'none'}."
     gains = [by > 0 for of in differ.values() for by in of.values()]
-    return Verdict(says, here, f"More accuracy: {flatness.word(sum(gains), len(gains) - sum(gains), comparisons)}.")
+    return Verdict(says, here, f"More accuracy: {word(sum(gains), len(gains) - sum(gains), comparisons)}.")
 
 
 def _equal_at_zero(epochs: int) -> str:
