@@ -89,9 +89,25 @@ def made_up() -> list[tuple[float, str]]:
     return rows
 
 
+def check(job: Job) -> None:
+    """Refuse data or an encoder that is not there.
+
+    Raises:
+        MissingData: the text says how to get it.
+    """
+    if not job.quick:
+        source = _source(job)
+        reviews.load(source.data)
+        sentences.located(source.model)
+
+
+def _source(job: Job) -> Source:
+    return Source(None if job.data == "reviews" else Path(job.data), job.model, job.quick)
+
+
 def run(job: Job) -> list[Table | Verdict]:
     """Tables and the verdict; the plot and the record of the runs go to ``job.out``."""
-    source = Source(None if job.data == "reviews" else Path(job.data), job.model, job.quick)
+    source = _source(job)
     encoder, parts, said = source.load()
     data = Sentences(encoder, parts)
     ways = {name: _length(way, job) for name, way in WAYS.items()}

