@@ -110,6 +110,17 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_encoder_of_another_kind_is_refused(tiny, tmp_path):
+    """RoBERTa's positions start at 2: with ours it would be another model, and nothing would say so."""
+    import transformers
+
+    asked = dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    transformers.RobertaModel(transformers.RobertaConfig(**asked)).save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    with pytest.raises(MissingData, match="it is a roberta, and has to be a BERT"):
+        sentences.pretrained(tmp_path)
+
+
 def test_real_files_are_loaded_cut_and_told_about(saved, tmp_path):
     path = tmp_path / "vaderSentiment-0.5.zip"
     path.write_bytes(SHAPES[path.name])

@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     """An encoder, the mean over the tokens of a sentence, and a linear head; pooling as in sentence-transformers.
 
     Args:
-        encoder: of Transformers; from ids and mask ``[B, T]`` to hidden states ``[B, T, d]``.
+        encoder: a BERT of Transformers; from ids and mask ``[B, T]`` to hidden states ``[B, T, d]``.
         classes: of the head, whose weights start small.
     """
 
@@ -105,6 +105,8 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise MissingData(f"--model {folder}: cannot be loaded ({str(error).splitlines()[0]}): {GET}") from error
+    if encoder.config.model_type != "bert":  # others count positions otherwise, or take no types of tokens
+        raise MissingData(f"--model {folder}: it is a {encoder.config.model_type}, and has to be a BERT: {GET}")
     return _plain(encoder), tokenizer
 
 
