@@ -218,3 +218,33 @@ def test_ratios_are_to_ordinary_training():
     broken = {**rest, "Opacus": cost(failure="no")}
     assert finetune_cost.ratios(finetune_cost.mixed(first, broken, 0.5), "Opacus") == "fails: no"
     assert finetune_cost.ratios(finetune_cost.mixed(broken, rest, 0.5), "Opacus") == "fails: no"
+
+
+def test_the_verdict_follows_the_figures():
+    """A way is near if it loses at most two points to itself without privacy."""
+
+    def outcomes(accuracy, ece=0.1):
+        return [Outcome(accuracy - 0.001, ece, None, 1, 1.0), Outcome(accuracy + 0.001, ece, None, 1, 1.0)]
+
+    epsilons = (None, 8.0, 1.0)
+    figures = {"linear probe": (0.78, 0.775, 0.70), "everything": (0.80, 0.75, 0.72)}
+    found = {
+        (name, epsilon): outcomes(accuracy)
+        for name, row in figures.items()
+        for epsilon, accuracy in zip(epsilons, row, strict=True)
+    }
+    norms = {0.1: outcomes(0.78, 0.14), 10.0: outcomes(0.77, 0.02)}
+    verdict = finetune._verdict(found, list(figures), epsilons, norms)
+    assert "everything, 80.0 %; at ε = 8 linear probe, -2.5 points; at ε = 1 everything, -8.0 points" in verdict.here
+    assert "the probe's accuracy goes from 78.0 to 77.0 %, its ECE from 14.0 to 2.0" in verdict.here
+    assert verdict.verdict == (
+        "Within 2 points of the same way without privacy: linear probe at ε = 8; not everything, at this length. "
+        "A large R calibrates better at a like accuracy, as they say."
+    )
+    for worse in (outcomes(0.78, 0.15), outcomes(0.70, 0.02)):  # no calmer, or calmer and wrong
+        verdict = finetune._verdict(found, list(figures), epsilons, {0.1: outcomes(0.78, 0.14), 10.0: worse})
+        assert verdict.verdict.endswith("A large R did not help.")
+    far = {at: outcomes(0.6 if at[1] else 0.8) for at in found}
+    assert finetune._verdict(far, list(figures), epsilons, norms).verdict.startswith(
+        "Within 2 points of the same way without privacy: none. "
+    )

@@ -37,7 +37,7 @@ WAYS = {
 CASE = {"linear probe": "head on features", "LoRA": "LoRA", "everything": "everything"}  # of what steps cost
 NORMS, NORMS_AT = (0.1, 1.0, 3.0, 10.0), 3.0
 NEAR = 0.02  # of the accuracy without privacy
-TURNS = 15
+TURNS = 12
 GOOD, BAD = ("fine", "warm", "clever", "lovely"), ("dull", "cold", "silly", "tired")
 
 
@@ -210,43 +210,33 @@ def _norms(by_norm: Mapping[float, Sequence[Outcome]], seeds: int) -> Table:
     return table
 
 
-def _best(found: Found, names: Sequence[str], epsilon: float | None) -> tuple[str, float]:
-    means = {name: mean_error(one.accuracy for one in found[name, epsilon])[0] for name in names}
-    best = max(names, key=lambda name: means[name])
-    return best, means[best]
-
-
 def _verdict(
     found: Found, names: Sequence[str], epsilons: Sequence[float | None], by_norm: Mapping[float, Sequence[Outcome]]
 ) -> Verdict:
-    plain, top = _best(found, names, None)
+    means = {at: mean_error(one.accuracy for one in outcomes)[0] for at, outcomes in found.items()}
     private = [epsilon for epsilon in epsilons if epsilon is not None]
-    parts, near = [], []
-    for epsilon in private:
-        name, accuracy = _best(found, names, epsilon)
-        parts.append(f"at ε = {epsilon:g} {name}, {100 * accuracy:.1f} %")
-        if top - accuracy <= NEAR:
-            near.append(f"{epsilon:g}")
-    small, large = min(by_norm), max(by_norm)
-    ends = {
-        norm: [mean_error(getattr(o, x) for o in by_norm[norm])[0] for x in ("accuracy", "ece")] for norm in by_norm
-    }
-    (a, calm_a), (b, calm_b) = ends[small], ends[large]
-    of_norms = (
-        "a large R calibrates better at a like accuracy, as they say"
-        if calm_b < calm_a and a - b <= NEAR
-        else "a large R does not calibrate better at a like accuracy"
+    best = {epsilon: max(names, key=lambda name: means[name, epsilon]) for epsilon in epsilons}
+    top = means[best[None], None]
+    seen = "; ".join(f"at ε = {x:g} {best[x]}, {100 * (means[best[x], x] - top):+.1f} points" for x in private)
+    near = {name: [f"{x:g}" for x in private if means[name, None] - means[name, x] <= NEAR] for name in names}
+    those = [f"{name} at ε = {', '.join(at)}" for name, at in near.items() if at]
+    others = [name for name, at in near.items() if not at]
+    (a, calm_a), (b, calm_b) = (
+        [100 * mean_error(getattr(one, of) for one in by_norm[norm])[0] for of in ("accuracy", "ece")]
+        for norm in (min(by_norm), max(by_norm))
     )
+    calmer = calm_b < calm_a and a - b <= 100 * NEAR
     return Verdict(
         "Pretrained models that are fine-tuned privately come near what they reach without privacy (Yu et al. and Li "
-        "et al., both ICLR 2022; RoBERTa-large on MNLI 87.8 % at ε = 6.7, and 90.2 % without). Small clipping norms "
+        "et al., both ICLR 2022; RoBERTa-large on MNLI: 87.8 % at ε = 6.7, and 90.2 % without). Small clipping norms "
         "are most accurate and badly calibrated; large ones are similarly accurate and calibrate better (Bu et al., "
         "TMLR 2023).",
-        f"Best without privacy is {plain}, {100 * top:.1f} %; {'; '.join(parts)}. From R = {small:g} to R = {large:g} "
-        f"the probe's accuracy goes from {100 * a:.1f} to {100 * b:.1f} %, its ECE from {100 * calm_a:.1f} to "
-        f"{100 * calm_b:.1f}.",
-        (f"Within {100 * NEAR:g} points at ε = {', '.join(near)}" if near else f"Never within {100 * NEAR:g} points")
-        + f"; {of_norms}.",
+        f"Best without privacy is {best[None]}, {100 * top:.1f} %; {seen}. From R = {min(by_norm):g} to "
+        f"R = {max(by_norm):g} the probe's accuracy goes from {a:.1f} to {b:.1f} %, its ECE from {calm_a:.1f} to "
+        f"{calm_b:.1f}.",
+        f"Within {100 * NEAR:g} points of the same way without privacy: {'; '.join(those) or 'none'}"
+        + (f"; not {', '.join(others)}, at this length. " if others and those else ". ")
+        + ("A large R calibrates better at a like accuracy, as they say." if calmer else "A large R did not help."),
     )
 
 
