@@ -94,9 +94,9 @@ class SegmentAttention(TorchFunctionMode):
         masks = self._parts(attn_mask, is_causal)
         each = len(query) // rows  # of [rows · heads, length, d]
         out = []
-        for row, cuts in enumerate(self.segments.runs):
-            of_row = slice(row * each, (row + 1) * each)
-            sides = zip(*(x[of_row].split(cuts, -2) for x in (query, key, value)), masks[row], strict=True)
+        of_rows = zip(*(x.split(each) for x in (query, key, value)), masks, self.segments.runs, strict=True)
+        for *of_row, its_masks, cuts in of_rows:
+            sides = zip(*(x.split(cuts, -2) for x in of_row), its_masks, strict=True)
             parts = [
                 F.scaled_dot_product_attention(
                     q, k, v, None if isinstance(mask, bool) else mask, dropout_p, mask is True, **kwargs
