@@ -278,6 +278,6 @@ class ResumableTrainer(Trainer):
             | {
                 "train_dataset": self._data_digest,
                 "parameters": self._fingerprint,
-                "weights": weights_digest(self.model),
+                "weights": weights_digest(self.model, self.optimizer.all_parameters()),
             }
         )

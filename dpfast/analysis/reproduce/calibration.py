@@ -30,6 +30,7 @@ from dpfast.analysis.reproduce.common import (
     train,
     written,
 )
+from dpfast.analysis.reproduce.datasets import check_images
 from dpfast.analysis.temperature import fit_temperature
 
 EPSILON = 8.0
@@ -55,6 +56,11 @@ class Run:
     temperature: float
     best_temperature: float  # on the same held-out samples, without privacy
     path: Sequence[CalibrationReport]
+
+
+def check(job: Job) -> None:
+    """Refuse data that is not there."""
+    check_images(job.data)
 
 
 def run(job: Job) -> list[Table]:
