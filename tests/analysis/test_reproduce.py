@@ -18,10 +18,7 @@ from dpfast.analysis.reproduce import common
 from dpfast.analysis.reproduce.convergence import gaussian_mu
 
 PLOTS = {
-    "calibration": {
-        f"{kind}_{data}.png" for kind in ("reliability", "norms", "training") for data in ("digits", "hard_synthetic")
-    }
-    | {"maps_digits.png"},
+    "calibration": {f"{kind}_digits.png" for kind in ("reliability", "norms", "training", "maps")},
     "dpsat": {"accuracy.png"},
     "convergence": {"noise.png", "flows.png", "spectra_breast_cancer.png", "spectra_make_classification.png"},
 }
@@ -49,7 +46,10 @@ def test_quick_runs_write_tables_and_plots(experiment, tmp_path, capsys):
     assert all(path.stat().st_size > 5000 for name, path in written.items() if name.endswith(".png"))
     text = written["results.md"].read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    assert "±" in text and "Expected" in text and "Seen" in text
+    assert "±" in text
+    assert experiment == "dpsat" or re.search(
+        r"^\*The paper says\.\* .*\n\n\*Here\.\* .*\n\n\*Verdict\.\* ", text, re.M
+    )
     assert experiment != "dpsat" or "ρ = 0 is bit-equal to DP-SGD" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1

@@ -18,7 +18,7 @@ from dpfast.arguments import Parser
 
 FOLDER = "a folder with IDX files"
 EXPERIMENTS: dict[str, dict[str, int]] = {  # the data that each takes, its own first, and how many seeds it does
-    "calibration": {"digits": 8, "fashion-mnist": 2, FOLDER: 2},
+    "calibration": {"digits": 5, "fashion-mnist": 3, FOLDER: 3},
     "dpsat": {"digits": 20, "fashion-mnist": 5, FOLDER: 5},
     "convergence": {"": 5},
 }
