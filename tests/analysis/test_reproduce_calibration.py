@@ -50,7 +50,7 @@ def test_a_folder_of_images_gives_tables_plots_and_three_last_lines(tmp_path):
     text = (out / "results.md").read_text(encoding="utf-8")
     for style in STYLES:
         assert len(re.findall(rf"^\| {style} +\|", text, re.MULTILINE)) == 2 * 2  # tables times R
-    end = r"^\*The paper says\.\* .+\n\n\*Here\.\* .+\n\n\*Verdict\.\* .+\n\s*1 seeds, .* one thread, .*$"
+    end = r"^\*The paper says\.\* .+\n\n\*Here\.\* .+\n\n\*Verdict\.\* .+\n\s*1 seeds, .* one thread .*$"
     assert re.search(end, text, re.MULTILINE)
     assert "not accounted for" in text
     assert "xpected" not in text
@@ -84,8 +84,10 @@ def some(accuracy, ece, loss):
     return [one(accuracy + d, ece + d, loss + d) for d in (-1e-4, 0.0, 1e-4)]
 
 
-def seen(small, large):
-    plan = runs.Plan("made up", lambda seed: None, seeds=3, norms=(0.1, 10.0), products=(1.0,), fixed=1.0)
+def seen(small, large, resplit=0.0):
+    plan = runs.Plan(
+        "made up", lambda seed: None, seeds=3, resplit=resplit, norms=(0.1, 10.0), products=(1.0,), fixed=1.0
+    )
     found = {(runs.FLAT, 0.1, 1.0): small, (runs.FLAT, 10.0, 1.0): large}
     choice = {(runs.FLAT, norm): 1.0 for norm in plan.norms}
     return verdicts.verdict(plan, found, {"as is": choice})
@@ -114,6 +116,12 @@ def test_here_is_what_the_runs_say():
     assert "R = 0.1, 10: accuracy (%) 83.0, 82.0; ECE (%) 10.0, 5.0; last training loss 1.000, 0.500" in here
 
 
+def test_seeds_that_split_one_data_set_anew_weaken_a_verdict():
+    small, large = some(0.83, 0.10, 1.0), [one(a, e, x) for a, e, x in ((0.82, 0.05, 0.5), (0.82, 0.06, 0.6)) * 2][:3]
+    assert "(3) confirmed" in seen(small, large).verdict
+    assert "(3) not seen" in seen(small, large, resplit=100.0).verdict
+
+
 def test_one_seed_proves_nothing():
     assert "confirmed" not in seen(some(0.83, 0.10, 1.0)[:1], some(0.82, 0.05, 0.5)[:1]).verdict
 
@@ -128,13 +136,12 @@ def test_a_difference_is_beyond_chance_by_students_t():
 
 
 def test_seeds_that_split_one_data_set_anew_need_more():
-    """Nadeau and Bengio: the variance of the mean is var · (1/n + test/train), here three times that of 1/n."""
-    clear = [0.3 + d for d in (-0.1, 0.0, 0.1)]  # t = 0.3 / (0.1/√3) = 5.2; corrected 3.0
+    clear = [0.3 + d for d in (-0.1, 0.0, 0.1)]  # t = 0.3 / (0.1/√3) = 5.2, and 3.0 with three times the variance
     assert beyond_chance(clear) == 1
-    assert beyond_chance(clear, overlap=2 / 3) == 0
-    digits = next(plan for plan in calibration.plans(Job(5, None, quick=False)) if plan.name == "digits")
-    data = digits.make(0)
-    assert digits.overlap == pytest.approx(len(data.test) / len(data.train), rel=1e-2)
+    assert beyond_chance(clear, resplit=2 / 3) == 0
+    made_up, digits = calibration.plans(Job(5, None, quick=False))
+    assert (made_up.resplit, digits.resplit) == (0, common.digits(0).resplit)
+    assert digits.resplit > 0
 
 
 def test_the_learning_rate_is_chosen_on_held_out_samples_alone():

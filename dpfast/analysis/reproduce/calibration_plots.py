@@ -31,16 +31,16 @@ def draw_training(plan: Plan, found: Grid, fixed: Choice, best: Choice, out: Pat
     """Training loss after each epoch: flat clipping by R, at one lr · R and at the best; and the three ways to clip."""
     panels: dict[str, dict[str, Curve]] = {}
     for title, choice in ((f"flat, lr · R = {plan.fixed:g}", fixed), ("flat, best lr of each R", best)):
-        panels[title] = {f"R = {norm:g}": _path(found[FLAT, norm, choice[FLAT, norm]]) for norm in plan.norms}
+        panels[title] = {f"R = {norm:g}": _path(plan, found[FLAT, norm, choice[FLAT, norm]]) for norm in plan.norms}
     ways = panels["best R and lr of each clipping"] = {}
     for style in STYLES:
         norm = max(plan.norms, key=lambda norm: _held_out(found[style, norm, best[style, norm]]))
-        ways[f"{style}, R = {norm:g}"] = _path(found[style, norm, best[style, norm]])
+        ways[f"{style}, R = {norm:g}"] = _path(plan, found[style, norm, best[style, norm]])
     curves(panels, out / f"training_{plan.slug}.png", legend=(1, 3), y_name="training loss, nats")
 
 
-def _path(runs: Sequence[Run]) -> Curve:
-    found = [mean_error(run.losses[k] for run in runs) for k in range(len(runs[0].losses))]
+def _path(plan: Plan, runs: Sequence[Run]) -> Curve:
+    found = [mean_error((run.losses[k] for run in runs), plan.resplit) for k in range(len(runs[0].losses))]
     return _curve(range(len(found)), found)
 
 
@@ -66,7 +66,10 @@ def draw_norms(plan: Plan, found: Grid, fixed: Choice, best: Choice, out: Path) 
         panels[title] = {
             name: _curve(
                 plan.norms,
-                [mean_error(100 * measure(run) for run in found[style, r, choice[style, r]]) for r in plan.norms],
+                [
+                    mean_error((100 * measure(run) for run in found[style, r, choice[style, r]]), plan.resplit)
+                    for r in plan.norms
+                ],
             )
             for name, (style, choice) in lines.items()
         }

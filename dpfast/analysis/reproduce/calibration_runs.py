@@ -44,7 +44,7 @@ class Plan:
         products: lr · R; the noise that a step adds to the weights is the same for all R at one of them.
         fixed: that of the products at which all R are compared.
         epsilon, epochs, batch_size: of each training.
-        overlap: test samples over training samples where seeds split one data set anew, and so are not independent.
+        resplit: as in ``Data``.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Plan:
     epsilon: float = 8.0
     epochs: int = 20
     batch_size: int = 256
-    overlap: float = 0.0
+    resplit: float = 0.0
 
     @property
     def slug(self) -> str:

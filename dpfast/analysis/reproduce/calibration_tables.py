@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dpfast.analysis.reproduce.calibration_runs import FLAT, STYLES, Choice, Grid, Plan, Run, Tempered, composed
 from dpfast.analysis.reproduce.common import Table, mean_error, written
@@ -28,25 +28,25 @@ def comparison(plan: Plan, title: str, found: Grid, choice: Choice) -> Table:
     for style in STYLES:
         for norm in plan.norms:
             at = style, norm, choice[style, norm]
-            table.rows.append([style, f"{norm:g}", f"{at[2]:g}", *_cells(found[at])])
-    table.notes.append(
-        "± takes the seeds as independent, which they are not: each splits the same samples anew. The verdict takes "
-        "that into account (Nadeau and Bengio 2003)."
-        if plan.overlap
-        else "± tells of the seeds alone: of first weights, batches, noise, and of the split or draw of the data."
-    )
+            table.rows.append([style, f"{norm:g}", f"{at[2]:g}", *_cells(plan, found[at])])
+    if plan.resplit:
+        table.notes.append("± is corrected for seeds that split the same samples anew (Nadeau and Bengio 2003).")
     return table
 
 
-def _cells(runs: Sequence[Run]) -> list[str]:
+def _cells(plan: Plan, runs: Sequence[Run]) -> list[str]:
     return [
-        written((one.test.accuracy.value for one in runs), scale=100),
-        written((one.test.overconfidence.value for one in runs), "+.1f", 100).replace("± +", "± "),
-        written((one.test.ece.value for one in runs), scale=100),
-        written((one.test.mce.value for one in runs), scale=100),
-        written((one.test.nll.value for one in runs), ".3f"),
-        written((one.losses[-1] for one in runs), ".3f"),
+        _written(plan, (one.test.accuracy.value for one in runs), ".1f", 100),
+        _written(plan, (one.test.overconfidence.value for one in runs), "+.1f", 100),
+        _written(plan, (one.test.ece.value for one in runs), ".1f", 100),
+        _written(plan, (one.test.mce.value for one in runs), ".1f", 100),
+        _written(plan, (one.test.nll.value for one in runs), ".3f"),
+        _written(plan, (one.losses[-1] for one in runs), ".3f"),
     ]
+
+
+def _written(plan: Plan, values: Iterable[float], spec: str, scale: float = 1.0) -> str:
+    return written(values, spec, scale, plan.resplit)
 
 
 def temperatures(plan: Plan, found: Grid, choice: Choice, scaled: Mapping[float, Sequence[Tempered]]) -> Table:
@@ -61,10 +61,10 @@ def temperatures(plan: Plan, found: Grid, choice: Choice, scaled: Mapping[float,
         runs = found[FLAT, norm, product]
         helped += sum(b.test.ece.value < a.test.ece.value for a, b in zip(runs, after, strict=True))
         cells = [
-            written((one.test.ece.value for one in runs), scale=100),
-            written((one.temperature for one in after), ".2f"),
-            written((one.best for one in after), ".2f"),
-            written((one.test.ece.value for one in after), scale=100),
+            _written(plan, (one.test.ece.value for one in runs), ".1f", 100),
+            _written(plan, (one.temperature for one in after), ".2f"),
+            _written(plan, (one.best for one in after), ".2f"),
+            _written(plan, (one.test.ece.value for one in after), ".1f", 100),
         ]
         table.rows.append([f"{norm:g}", f"{product:g}", *cells])
     table.notes.append(
@@ -114,9 +114,10 @@ def map_table(plan: Plan, found: Grid) -> Table:
         cells = [f"{a:.1f} / {b:.1f} / {c:.1f}" for a, b, c in zip(*rows, strict=True)]
         table.rows.append([f"{norm:g}", *cells])
     errors = [
-        mean_error(100 * run.test.accuracy.value for run in found[FLAT, norm, product])[1]
+        mean_error((100 * run.test.accuracy.value for run in found[FLAT, norm, product]), plan.resplit)[1]
         for norm in plan.norms
         for product in plan.products
     ]
-    table.notes.append(f"Standard errors of the accuracies: {min(errors):.1f} to {max(errors):.1f} points.")
+    if plan.seeds > 1:
+        table.notes.append(f"Standard errors of the accuracies: {min(errors):.1f} to {max(errors):.1f} points.")
     return table

@@ -87,7 +87,7 @@ def _sign(
     plan: Plan, runs: Mapping[float, Sequence[Run]], norm: float, other: float, measure: Callable[[Run], float]
 ) -> int:
     differences = [measure(a) - measure(b) for a, b in zip(runs[norm], runs[other], strict=True)]
-    return beyond_chance(differences, plan.overlap)
+    return beyond_chance(differences, plan.resplit)
 
 
 def _accuracy(run: Run) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,7 +36,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """Three disjoint parts: the model's training data, the temperature's, and what both are judged by."""
+    """Three disjoint parts: the model's training data, the temperature's, and what both are judged by.
+
+    Attributes:
+        delta: δ, of the data's size.
+        resplit: test samples over training samples where seeds split one small data set anew, for
+            :func:`mean_error`; 0 where they do not.
+    """
 
     train: TensorDataset
     holdout: TensorDataset
@@ -42,6 +50,7 @@ class Data:
     features: int
     classes: int
     delta: float = DELTA
+    resplit: float = 0.0
 
 
 class Rows(TensorDataset):
@@ -51,7 +60,7 @@ class Rows(TensorDataset):
         return tuple(tensor[rows] for tensor in self.tensors)
 
 
-def as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_it_is(batch: Any) -> Any:
     """The batch of :class:`Rows`, which is collated."""
     return batch
 
@@ -84,19 +93,36 @@ class Verdict:
         return f"*The paper says.* {self.says}\n\n*Here.* {self.here}\n\n*Verdict.* {self.verdict}\n"
 
 
-def mean_error(values: Iterable[float]) -> tuple[float, float]:
-    """The mean and its standard error; NaN for the latter with fewer than two values."""
+def mean_error(values: Iterable[float], resplit: float = 0.0) -> tuple[float, float]:
+    """The mean and its standard error; NaN for the latter with fewer than two values.
+
+    Seeds that split one data set anew have most of their samples in common, so their results hang together, and the
+    variance of the mean is that of one result times ``1/n + n_test/n_train`` instead of ``1/n`` (Nadeau and Bengio,
+    *Inference for the Generalization Error*, Machine Learning 52, 2003).
+
+    Args:
+        values: one a seed.
+        resplit: ``n_test/n_train`` for such seeds (:attr:`Data.resplit`), else 0.
+    """
     found = list(values)
     mean = sum(found) / len(found)
     if len(found) < 2:
         return mean, math.nan
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in found) / (len(found) - 1) / len(found))
+    variance = sum((x - mean) ** 2 for x in found) / (len(found) - 1)
+    return mean, math.sqrt(variance * (1 / len(found) + resplit))
 
 
-def written(values: Iterable[float], spec: str = ".1f", scale: float = 1.0) -> str:
-    """``mean ± standard error`` of the values times ``scale``."""
-    mean, error = mean_error([scale * value for value in values])
-    return f"{mean:{spec}}" if math.isnan(error) else f"{mean:{spec}} ± {error:{spec}}"
+def written(values: Iterable[float], spec: str = ".1f", scale: float = 1.0, resplit: float = 0.0) -> str:
+    """``mean ± standard error`` of the values times ``scale``; only the mean gets the sign of a "+" in ``spec``."""
+    mean, error = mean_error([scale * value for value in values], resplit)
+    return f"{mean:{spec}}" if math.isnan(error) else f"{mean:{spec}} ± {error:{spec.lstrip('+')}}"
+
+
+def student(freedom: int) -> float:
+    """What |t| exceeds 5 % of the time by chance."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom)) if freedom > 0 else math.inf
 
 
 def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
@@ -106,10 +132,11 @@ def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
     return tqdm(items, title, leave=True, dynamic_ncols=True)
 
 
-def split(x: Any, y: Any, seed: int, scaled: bool = True) -> Data:
+def split(x: Any, y: Any, seed: int, scaled: bool = True, drawn: bool = False) -> Data:
     """60 % to train on, 15 % held out for the temperature, 25 % to test on; a stratified split by the seed.
 
     Args:
+        drawn: whether the seed has drawn the samples too, so that no two seeds share any.
         scaled: whether features are standardised, with the mean and deviation of all data: public statistics, as the
             experiments take them to be.
     """
@@ -123,7 +150,8 @@ def split(x: Any, y: Any, seed: int, scaled: bool = True) -> Data:
     parts = [
         TensorDataset(torch.as_tensor(a).float(), torch.as_tensor(b).long()) for a, b in ((x1, y1), (x2, y2), (x3, y3))
     ]
-    return Data(parts[0], parts[1], parts[2], x.shape[1], int(y.max()) + 1)
+    resplit = 0.0 if drawn else len(parts[2]) / len(parts[0])
+    return Data(parts[0], parts[1], parts[2], x.shape[1], int(y.max()) + 1, resplit=resplit)
 
 
 def digits(seed: int) -> Data:
@@ -141,7 +169,7 @@ def hard(seed: int) -> Data:
     x, y = make_classification(
         5000, 20, n_informative=10, n_redundant=0, n_classes=4, flip_y=0.2, class_sep=1.0, random_state=seed
     )
-    return split(x, y, seed)
+    return split(x, y, seed, drawn=True)
 
 
 def mlp(data: Data, width: int = 64) -> nn.Sequential:
@@ -163,11 +191,18 @@ def noise_for(epsilon: float, sample_rate: float, epochs: int, delta: float = DE
 
 @dataclass(frozen=True)
 class Trained:
-    """A private model after training, and what ``watch`` returned after each epoch."""
+    """A private model after training.
+
+    Attributes:
+        epsilon: what was spent.
+        watched: what ``watch`` returned after each epoch.
+        step_seconds: the median time of a step, from ``zero_grad`` to ``step``.
+    """
 
     model: nn.Module
     epsilon: float
     watched: list[Any]
+    step_seconds: float
 
     def logits(self, data: TensorDataset) -> Tensor:
         return logits_of(self.model, data)
@@ -215,16 +250,18 @@ def train(
         noise_generator=torch.Generator().manual_seed(seed),
         **private,
     )
-    watched = []
+    watched, seconds = [], []
     for _ in range(epochs):
         for x, y in batches:
+            started = time.perf_counter()
             optimizer.zero_grad()
             nn.functional.cross_entropy(module(x), y).backward()
             optimizer.step()
+            seconds.append(time.perf_counter() - started)
         if watch is not None:
             watched.append(watch(model))
     module.to_standard_module()
-    return Trained(model, _spent(tuple(engine.accountant.history), delta), watched)
+    return Trained(model, _spent(tuple(engine.accountant.history), delta), watched, statistics.median(seconds))
 
 
 @lru_cache

@@ -97,7 +97,7 @@ def synthetic(seed: int) -> Data:
     x, y = make_classification(
         1000, 10, n_informative=6, n_redundant=0, n_classes=3, flip_y=0.1, class_sep=1.0, random_state=seed
     )
-    return split(x, y, seed)
+    return split(x, y, seed, drawn=True)
 
 
 def _start(data: Data, samples: int, seed: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
