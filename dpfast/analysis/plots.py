@@ -59,7 +59,7 @@ def reliability_diagram(reports: Mapping[str, CalibrationReport], path: str | os
     where = check_path(path)
     if not reports:
         raise ValueError("reports={}: give at least one report to draw")
-    figure = _figure(3.0 * len(reports) + 0.6, 4.8)
+    figure = _figure(2.5 * len(reports) + 0.6, 4.4)
     grid = figure.subplots(2, len(reports), squeeze=False, sharex=True, height_ratios=[3.2, 1])
     most = max(float(report.bins.counts.max()) / report.samples for report in reports.values())
     for (title, report), above, below in zip(reports.items(), grid[0], grid[1], strict=True):
@@ -180,7 +180,7 @@ def curves(
     """
     where = check_path(path)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    figure = _figure(3.9 * len(panels) + 0.2, 3.2)
+    figure = _figure(3.3 * len(panels) + 0.2, 3.1)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, curve in lines.items():
             k = names.index(name)

@@ -70,7 +70,7 @@ def _report(plan: Plan, job: Job) -> list[Table | Verdict]:
     scaled = {norm: [tempered(plan, run, seed) for seed, run in enumerate(runs)] for norm, runs in at_best.items()}
     tables = [comparison(plan, name, found, choice) for name, choice in choices.items()]
     tables[1].notes += on_choosing(plan, best)
-    draw_reliability(plan, found, best, scaled[plan.norms[0]][0], job.out)
+    draw_reliability(plan, found, best, scaled[plan.norms[0]][0].temperature, job.out)
     draw_training(plan, found, fixed, best, job.out)
     draw_norms(plan, found, fixed, best, job.out)
     draw_maps(plan, found, job.out)

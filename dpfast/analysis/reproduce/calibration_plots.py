@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from dpfast.analysis.calibration import calibration_report
 from dpfast.analysis.plots import Curve, curves, heat_maps, reliability_diagram
-from dpfast.analysis.reproduce.calibration_runs import FLAT, STYLES, Choice, Grid, Plan, Run, Tempered
+from dpfast.analysis.reproduce.calibration_runs import FLAT, LAYERS, STYLES, Choice, Grid, Plan, Run
 from dpfast.analysis.reproduce.calibration_tables import maps
 from dpfast.analysis.reproduce.common import mean_error
 
+RESAMPLES = 300
 BETTER = {"accuracy": "↑ better", "ECE": "↓ better", "MCE": "↓ better"}
 
 
@@ -19,11 +21,13 @@ def draw_maps(plan: Plan, found: Grid, out: Path) -> None:
     heat_maps(panels, plan.norms, plan.products, out / f"maps_{plan.slug}.png", column_name="lr · R")
 
 
-def draw_reliability(plan: Plan, found: Grid, choice: Choice, scaled: Tempered, out: Path) -> None:
+def draw_reliability(plan: Plan, found: Grid, choice: Choice, temperature: float, out: Path) -> None:
     """Flat clipping at the smallest, a middle and the largest R, and the smallest with a temperature; first seed."""
+    labels = plan.make(0).test.tensors[1]
     picked = sorted({plan.norms[0], plan.norms[len(plan.norms) // 2], plan.norms[-1]})
-    panels = {f"R = {norm:g}": found[FLAT, norm, choice[FLAT, norm]][0].test for norm in picked}
-    panels[f"R = {picked[0]:g}, T = {scaled.temperature:.2f}"] = scaled.test
+    logits = {f"R = {norm:g}": found[FLAT, norm, choice[FLAT, norm]][0].test_logits for norm in picked}
+    logits[f"R = {picked[0]:g}, T = {temperature:.2f}"] = logits[f"R = {picked[0]:g}"] / temperature
+    panels = {title: calibration_report(part, labels, resamples=RESAMPLES) for title, part in logits.items()}
     reliability_diagram(panels, out / f"reliability_{plan.slug}.png")
 
 
@@ -54,13 +58,17 @@ def _held_out(runs: Sequence[Run]) -> float:
 
 
 def draw_norms(plan: Plan, found: Grid, fixed: Choice, best: Choice, out: Path) -> None:
-    """Accuracy, confidence − accuracy and ECE over R, for each way to clip at its best lr, and flat at one lr · R."""
+    """Accuracy, confidence − accuracy and ECE over R: flat at one lr · R and at the best, and per layer at the best.
+
+    0/1 factors are in the table alone: where they drop nearly all samples, their figures would set the scale.
+    """
     measures: dict[str, Callable[[Run], float]] = {
         "accuracy, %": lambda run: run.test.accuracy.value,
         "confidence − accuracy, points": lambda run: run.test.overconfidence.value,
         "ECE, %": lambda run: run.test.ece.value,
     }
-    lines = {f"flat, lr · R = {plan.fixed:g}": (FLAT, fixed)} | {f"{style}, best lr": (style, best) for style in STYLES}
+    lines = {f"flat, lr · R = {plan.fixed:g}": (FLAT, fixed), "flat, best lr": (FLAT, best)}
+    lines["per layer, best lr"] = (LAYERS, best)
     panels: dict[str, dict[str, Curve]] = {}
     for title, measure in measures.items():
         panels[title] = {
