@@ -164,17 +164,18 @@ def curves(
     path: str | os.PathLike[str],
     *,
     x_name: str = "epoch",
+    y_name: str = "",
     log: str | Mapping[str, str] = "",
-    legend: int = 1,
+    legend: int | Sequence[int] = 1,
     guides: Mapping[str, Mapping[str, Curve]] | None = None,
 ) -> Path:
     """Lines with marks and bands of one standard error, one panel a measure; for training curves and the like.
 
     Args:
         panels: titles to ``{name: curve}``; a name keeps its colour and mark in all panels.
-        x_name: of the horizontal axis.
+        x_name, y_name: of the axes; that of the vertical one is written at the first panel.
         log: axes to draw logarithmically: "", "x", "y" or "xy"; for all panels, or by panel.
-        legend: the panel that holds the legend, from 1.
+        legend: the panel that holds the legend, from 1; or several, each with one of its own lines.
         guides: dotted lines without marks, in the panel of that title.
     """
     where = check_path(path)
@@ -203,7 +204,9 @@ def curves(
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_name)
         _bare(axes)
-    figure.axes[legend - 1].legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel(y_name)
+    for panel in [legend] if isinstance(legend, int) else legend:
+        figure.axes[panel - 1].legend(frameon=False, fontsize=8)
     return _save(figure, where)
 
 
