@@ -14,10 +14,11 @@ pytest.importorskip("tqdm")
 
 from dpfast.__main__ import main
 from dpfast.analysis.reproduce import flatness, price
+from dpfast.analysis.reproduce.chance import judged
 from dpfast.analysis.reproduce.common import Job
 from dpfast.analysis.reproduce.datasets import MissingData, idx_data
 from dpfast.analysis.reproduce.dpsat import _verdict as verdict_on_digits
-from dpfast.analysis.reproduce.flatness_report import BASE, Run, comparison, sign, verdict, word
+from dpfast.analysis.reproduce.flatness_report import BASE, Run, comparison, verdict
 from tests.analysis.idx import CLASSES, idx_folder, packed
 
 
@@ -132,7 +133,7 @@ def found_with(gain, flatter):
     [
         (0.1, 0.0, "confirmed", "not seen"),
         (0.0, 1.0, "not seen", "confirmed"),
-        (-0.1, -1.0, "the opposite", "the opposite"),
+        (-0.1, -1.0, "opposite", "opposite"),
     ],
 )
 def test_a_verdict_comes_from_the_figures(gain, flatter, more, lower):
@@ -154,7 +155,7 @@ def test_the_verdict_on_digits():
     assert "More accuracy: confirmed." in str(verdict_on_digits(clear, 5))
     assert "Of 8 comparisons on digits, beyond chance: none." in str(verdict_on_digits({"MLP": {}, "CNN": {}}, 5))
     against = {"MLP": {"a": -1.0, "b": -0.5}, "CNN": {}}
-    assert "More accuracy: the opposite in part." in str(verdict_on_digits(against, 5))
+    assert "More accuracy: opposite in part." in str(verdict_on_digits(against, 5))
 
 
 @pytest.mark.parametrize(
@@ -166,20 +167,10 @@ def test_the_verdict_on_digits():
         (5, 0, 8, "confirmed"),
         (5, 1, 8, "confirmed"),
         (5, 2, 8, "both ways"),
-        (0, 5, 8, "the opposite"),
-        (0, 2, 8, "the opposite in part"),
+        (0, 5, 8, "opposite"),
+        (0, 2, 8, "opposite in part"),
         (1, 0, 1, "confirmed"),
     ],
 )
 def test_what_chance_gives_is_no_finding(agree, against, comparisons, expected):
-    assert word(agree, against, comparisons) == expected
-
-
-def test_signs():
-    assert [sign(x) for x in ([1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.1, 0.2], [0.0, 0.0], [1.0])] == [
-        1,
-        -1,
-        0,
-        0,
-        0,
-    ]
+    assert judged(agree, against, comparisons) == expected
