@@ -10,8 +10,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from opacus.accountants import RDPAccountant
-
 from dpfast.__main__ import main
 from dpfast.analysis import reproduce
 from dpfast.analysis.reproduce import common
@@ -22,18 +20,6 @@ PLOTS = {
     "dpsat": {"accuracy.png"},
     "convergence": {"noise.png", "flows.png", "spectra_breast_cancer.png", "spectra_make_classification.png"},
 }
-
-
-@pytest.fixture
-def few_orders(monkeypatch):
-    """Rényi divergences of whole orders alone, whose ε is a bound too: those between take most of the time."""
-    found = common.noise_for, common._spent
-    for cached in found:
-        cached.cache_clear()
-    monkeypatch.setattr(RDPAccountant, "DEFAULT_ALPHAS", list(range(2, 64)))
-    yield
-    for cached in found:
-        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("few_orders")

@@ -32,10 +32,10 @@ RADII = {f"DP-SAT, ρ = {rho:g}": rho for rho in (0.03, 0.1)}
 METHODS: dict[str, Ascent | None] = {BASE: None} | {name: DPSAT(rho) for name, rho in RADII.items()}
 FULL_METHODS = METHODS | {"DP-SAT Momentum, ρ = 0.1": DPSATMomentum(0.1)}
 STARTS = SCRATCH, TUNED = "from scratch", "fine-tuned"
-LENGTHS = {  # batch, epochs from scratch, and of fine-tuning; those of "full" are the authors', whose steps "usual" has
+LENGTHS = {  # batch, epochs from scratch, epochs of fine-tuning
     "quick": (512, 1, 1),
-    "usual": (512, 8, 4),
-    "full": (2048, 30, 30),
+    "usual": (512, 8, 4),  # as many steps from scratch as the authors take
+    "full": (2048, 30, 10),  # from scratch the authors' own
 }
 START_EPOCHS, START_BATCH, START_RATE = 5, 128, 0.1
 LOOKED_AT = 2000  # training images, for curvature and norms
