@@ -12,8 +12,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from opacus.accountants import RDPAccountant
-
 from dpfast.__main__ import main
 from dpfast.analysis.reproduce import calibration, common
 from dpfast.analysis.reproduce import calibration_runs as runs
@@ -25,18 +23,6 @@ from dpfast.analysis.reproduce.convergence_verdicts import flow_verdict, kernel_
 from .idx import idx_folder
 
 STYLES = (runs.FLAT, runs.LAYERS, runs.DROPPED)
-
-
-@pytest.fixture
-def few_orders(monkeypatch):
-    """Rényi divergences of whole orders alone, whose ε is a bound too: those between take most of the time."""
-    found = common.noise_for, common._spent
-    for cached in found:
-        cached.cache_clear()
-    monkeypatch.setattr(RDPAccountant, "DEFAULT_ALPHAS", list(range(2, 64)))
-    yield
-    for cached in found:
-        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("few_orders")

@@ -17,7 +17,7 @@ BETTER = {"accuracy": "↑ better", "ECE": "↓ better", "MCE": "↓ better"}
 
 def draw_maps(plan: Plan, found: Grid, out: Path) -> None:
     """Accuracy, ECE and MCE over R × lr."""
-    panels = {f"{name}, % ({BETTER[name]})": values for name, values in maps(found, plan).items()}
+    panels = {f"{name}, % ({BETTER[name]})": values for name, values in maps(plan, found).items()}
     heat_maps(panels, plan.norms, plan.products, out / f"maps_{plan.slug}.png", column_name="lr · R")
 
 

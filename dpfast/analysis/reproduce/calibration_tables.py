@@ -74,22 +74,22 @@ def temperatures(plan: Plan, found: Grid, choice: Choice, scaled: Mapping[float,
     return table
 
 
-def on_choosing(plan: Plan, choice: Choice) -> list[str]:
+def on_choosing(plan: Plan, found: Grid, choice: Choice) -> list[str]:
     """What choosing the learning rate costs, and whether the range was wide enough."""
-    tried = len(plan.products)
+    tried, one = len(plan.products), found[FLAT, plan.norms[0], plan.fixed][0]
     ends = (plan.products[0], plan.products[-1])
     at_end = [f"{style} R = {norm:g}" for (style, norm), product in choice.items() if product in ends]
     return [
         f"The {tried} values of lr · R were {', '.join(f'{p:g}' for p in plan.products)}; for each row the one of the "
         f"largest mean accuracy on the held-out samples was taken.",
-        f"This choice is not accounted for: ε = {composed(plan, 1):.2f} is that of one training. All {tried} trainings "
+        f"This choice is not accounted for: ε = {one.epsilon:.2f} is that of one training. All {tried} trainings "
         f"of a row together spend ε = {composed(plan, tried):.2f}, and the choice itself looks at held-out samples "
         f"without noise.",
         f"An end of the range was taken for {', '.join(at_end)}." if at_end else "No end of the range was taken.",
     ]
 
 
-def maps(found: Grid, plan: Plan) -> dict[str, list[list[float]]]:
+def maps(plan: Plan, found: Grid) -> dict[str, list[list[float]]]:
     """Accuracy, ECE and MCE in % under flat clipping, ``[norms][products]``."""
     return {
         name: [
@@ -109,7 +109,7 @@ def map_table(plan: Plan, found: Grid) -> Table:
         f"{plan.name}: R × lr under flat clipping, ε = {plan.epsilon:g}, {plan.seeds} seeds (accuracy / ECE / MCE, %)",
         ["R", *(f"lr · R = {product:g}" for product in plan.products)],
     )
-    accuracy, ece, mce = maps(found, plan).values()
+    accuracy, ece, mce = maps(plan, found).values()
     for norm, *rows in zip(plan.norms, accuracy, ece, mce, strict=True):
         cells = [f"{a:.1f} / {b:.1f} / {c:.1f}" for a, b, c in zip(*rows, strict=True)]
         table.rows.append([f"{norm:g}", *cells])
