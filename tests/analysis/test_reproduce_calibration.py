@@ -16,7 +16,7 @@ from dpfast.__main__ import main
 from dpfast.analysis.reproduce import calibration, common
 from dpfast.analysis.reproduce import calibration_runs as runs
 from dpfast.analysis.reproduce import calibration_verdicts as verdicts
-from dpfast.analysis.reproduce.chance import CONFIRMED, NOT_SEEN, OPPOSITE, beyond_chance
+from dpfast.analysis.reproduce.chance import CONFIRMED, NOT_SEEN, ONE_SEED, OPPOSITE, beyond_chance
 from dpfast.analysis.reproduce.common import Job
 from dpfast.analysis.reproduce.convergence_verdicts import flow_verdict, kernel_verdict, noise_verdict
 
@@ -109,7 +109,8 @@ def test_seeds_that_split_one_data_set_anew_weaken_a_verdict():
 
 
 def test_one_seed_proves_nothing():
-    assert "confirmed" not in seen(some(0.83, 0.10, 1.0)[:1], some(0.82, 0.05, 0.5)[:1]).verdict
+    assert seen(some(0.83, 0.10, 1.0)[:1], some(0.82, 0.05, 0.5)[:1]).verdict == ONE_SEED
+    assert flow_verdict([1e-4], [2e-3]).verdict == ONE_SEED
 
 
 def test_a_difference_is_beyond_chance_by_students_t():

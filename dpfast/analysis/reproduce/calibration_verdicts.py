@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from dpfast.analysis.reproduce.calibration_runs import FLAT, Choice, Grid, Plan, Run
-from dpfast.analysis.reproduce.chance import CONFIRMED, NOT_SEEN, OPPOSITE, beyond_chance
+from dpfast.analysis.reproduce.chance import CONFIRMED, NOT_SEEN, ONE_SEED, OPPOSITE, beyond_chance
 from dpfast.analysis.reproduce.common import Verdict, mean_error
 
 SIMILAR = 0.01  # of accuracy: about what R = 100 loses against R = 0.1 in the paper's own table
@@ -32,7 +32,8 @@ def verdict(plan: Plan, found: Grid, choices: Mapping[str, Choice]) -> Verdict:
         claims = (accuracy_claim(plan, runs), calibration_claim(plan, runs), convergence_claim(plan, runs))
         ends.append(f"{name}: " + ", ".join(f"({k}) {claim}" for k, claim in enumerate(claims, 1)))
     seen = f"On {plan.name}, flat clipping, ε = {plan.epsilon:g}, {plan.seeds} seeds. "
-    return Verdict(SAYS, seen + " ".join(_sentence(text) for text in here), " ".join(_sentence(text) for text in ends))
+    end = " ".join(_sentence(text) for text in ends) if plan.seeds > 1 else ONE_SEED
+    return Verdict(SAYS, seen + " ".join(_sentence(text) for text in here), end)
 
 
 def _sentence(text: str) -> str:
@@ -80,7 +81,7 @@ def convergence_claim(plan: Plan, runs: Mapping[float, Sequence[Run]]) -> str:
 
 def _of_sign(sign: int, best: float) -> str:
     """The verdict on "smaller at a larger R", given the one where it is smallest."""
-    return f"{(CONFIRMED, NOT_SEEN, OPPOSITE)[sign + 1]} (R = {best:g})"
+    return f"{(CONFIRMED, NOT_SEEN, OPPOSITE)[sign + 1]} (at R = {best:g})"
 
 
 def _sign(

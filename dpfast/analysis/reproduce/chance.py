@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dpfast.analysis.reproduce.common import mean_error, student
 
 CONFIRMED, NOT_SEEN, OPPOSITE = "confirmed", "not seen", "opposite"
+ONE_SEED = "None: one seed tells nothing of chance."
 
 
 def beyond_chance(differences: Sequence[float], resplit: float = 0.0) -> int:

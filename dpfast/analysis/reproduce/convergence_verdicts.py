@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dpfast.analysis.ntk import FULL_RANK, NOT_NEGATIVE, QUADRATIC, REAL, ConvergenceReport
-from dpfast.analysis.reproduce.chance import CONFIRMED, NOT_SEEN, OPPOSITE, beyond_chance
+from dpfast.analysis.reproduce.chance import CONFIRMED, NOT_SEEN, ONE_SEED, OPPOSITE, beyond_chance
 from dpfast.analysis.reproduce.common import Verdict, mean_error
 
 NEAR = 0.1  # of an exponent of η
@@ -81,4 +81,5 @@ def flow_verdict(small: Sequence[float], large: Sequence[float]) -> Verdict:
         f"At equal first speed the loss {how}: at {mean_error(small)[0]:.1e} of the first, against "
         f"{mean_error(large)[0]:.1e}. Gradients that are all cut to one length do not slow down as the loss falls."
     )
-    return Verdict(FLOW_SAYS, here, f"{(OPPOSITE, NOT_SEEN, CONFIRMED)[sign + 1].capitalize()}.")
+    end = f"{(OPPOSITE, NOT_SEEN, CONFIRMED)[sign + 1].capitalize()}." if len(small) > 1 else ONE_SEED
+    return Verdict(FLOW_SAYS, here, end)
