@@ -15,8 +15,7 @@ pytest.importorskip("tqdm")
 from dpfast.__main__ import main
 from dpfast.analysis.reproduce import flatness, price
 from dpfast.analysis.reproduce.chance import judged
-from dpfast.analysis.reproduce.common import Job
-from dpfast.analysis.reproduce.datasets import MissingData, idx_data
+from dpfast.analysis.reproduce.datasets import idx_data
 from dpfast.analysis.reproduce.dpsat import _verdict as verdict_on_digits
 from dpfast.analysis.reproduce.flatness_report import BASE, Run, comparison, verdict
 from tests.analysis.idx import CLASSES, idx_folder, packed
@@ -67,12 +66,15 @@ def test_pixels_are_centred_by_those_to_train_on(tmp_path):
     assert torch.equal(centred.test.tensors[1], data.test.tensors[1])
 
 
-def test_too_few_classes_are_one_line(tmp_path):
-    folder = idx_folder(tmp_path)
+@pytest.mark.parametrize("classes", [[0, 1, 2], [0, 2, 4, 6], [1, 3, 5], [0, 1, 3]])
+def test_too_few_classes_are_one_line(classes, tmp_path, capsys):
+    folder, out = idx_folder(tmp_path / "data"), tmp_path / "out"
     for part, n in (("train", 64), ("t10k", 32)):
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(packed(torch.arange(n) % 3))
-    with pytest.raises(MissingData, match="3 classes; dpsat takes 4"):
-        flatness.check(Job(2, tmp_path, True, False, str(folder)))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(packed(torch.tensor(classes).repeat(n)[:n]))
+    assert main(["reproduce", "dpsat", "--data", str(folder), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"classes {classes}: dpsat takes two odd ones" in error and error.count("\n") == 1
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("side", [8, 9, 14, 15])
