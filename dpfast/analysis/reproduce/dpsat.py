@@ -15,7 +15,7 @@ from torch import nn
 
 from dpfast.analysis.plots import Curve, curves
 from dpfast.analysis.reproduce import flatness
-from dpfast.analysis.reproduce.chance import judged
+from dpfast.analysis.reproduce.chance import ONE_SEED, judged
 from dpfast.analysis.reproduce.common import (
     Data,
     Job,
@@ -165,7 +165,7 @@ def _table(
 def _verdict(differ: dict[str, dict[str, float]], seeds: int) -> Verdict:
     says = "DP-SAT's models are more accurate than those of DP-SGD at the same ε."
     if seeds < 2:
-        return Verdict(says, "One seed was run.", "None: one seed tells nothing of chance.")
+        return Verdict(says, "One seed was run.", ONE_SEED)
     comparisons = sum(len(METHODS) - 1 for _ in differ)
     clear = [f"{net}, {method} ({by:+.2f} points)" for net, of in differ.items() for method, by in of.items()]
     here = f"Of {comparisons} comparisons on digits, beyond chance: {'; '.join(clear) or 'none'}."

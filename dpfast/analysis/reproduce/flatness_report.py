@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpfast.analysis.plots import Curve, curves
-from dpfast.analysis.reproduce.chance import beyond_chance, judged
+from dpfast.analysis.reproduce.chance import ONE_SEED, beyond_chance, judged
 from dpfast.analysis.reproduce.common import Table, Verdict, mean_error, student, written
 
 BASE = "DP-SGD"
@@ -117,7 +117,7 @@ def verdict(found: Found) -> Verdict:
     )
     pairs = [(runs, found[start, epsilon, BASE]) for (start, epsilon, method), runs in found.items() if method != BASE]
     if len(pairs[0][0]) < 2:
-        return Verdict(says, "One seed was run.", "None: one seed tells nothing of chance.")
+        return Verdict(says, "One seed was run.", ONE_SEED)
     counts, seen = {}, []
     for measure in MEASURES[:-1]:
         signs = [beyond_chance(differences(measure, *pair)) for pair in pairs]
