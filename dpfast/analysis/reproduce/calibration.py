@@ -49,7 +49,7 @@ def plans(job: Job) -> list[Plan]:
                 name,
                 partial(idx_data, folder),
                 norms=(0.1, 1.0, 3.0, 20.0),
-                products=(2.0, 4.0, 8.0, 16.0),
+                products=(4.0, 8.0, 16.0, 32.0),
                 fixed=8.0,
                 epsilon=2.0,
                 epochs=8,
