@@ -72,7 +72,7 @@ def some(accuracy, ece, loss):
 
 def seen(small, large, resplit=0.0):
     plan = runs.Plan(
-        "made up", lambda seed: None, seeds=3, resplit=resplit, norms=(0.1, 10.0), products=(1.0,), fixed=1.0
+        "made up", lambda seed: None, seeds=len(small), resplit=resplit, norms=(0.1, 10.0), products=(1.0,), fixed=1.0
     )
     found = {(runs.FLAT, 0.1, 1.0): small, (runs.FLAT, 10.0, 1.0): large}
     choice = {(runs.FLAT, norm): 1.0 for norm in plan.norms}
@@ -109,7 +109,9 @@ def test_seeds_that_split_one_data_set_anew_weaken_a_verdict():
 
 
 def test_one_seed_proves_nothing():
-    assert seen(some(0.83, 0.10, 1.0)[:1], some(0.82, 0.05, 0.5)[:1]).verdict == ONE_SEED
+    found = seen(some(0.83, 0.10, 1.0)[:1], some(0.82, 0.05, 0.5)[:1])
+    assert found.verdict == ONE_SEED
+    assert "accuracy (%) 83.0, 82.0" in found.here
     assert flow_verdict([1e-4], [2e-3]).verdict == ONE_SEED
 
 

@@ -58,7 +58,9 @@ def plans(job: Job) -> list[Plan]:
             )
         ]
     if job.quick:
-        return [replace(found[-1], epochs=QUICK_EPOCHS, norms=found[-1].norms[::3], products=found[-1].products[-2:])]
+        last = found[-1]
+        few = last.fixed, last.products[-1]
+        return [replace(last, epochs=QUICK_EPOCHS, norms=last.norms[::3], products=few)]
     return [replace(plan, epochs=FULL_EPOCHS) for plan in found] if job.full else found
 
 
