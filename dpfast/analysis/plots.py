@@ -59,7 +59,7 @@ def reliability_diagram(reports: Mapping[str, CalibrationReport], path: str | os
     where = check_path(path)
     if not reports:
         raise ValueError("reports={}: give at least one report to draw")
-    figure = _figure(3.0 * len(reports) + 0.6, 4.8)
+    figure = _figure(2.5 * len(reports) + 0.6, 4.4)
     grid = figure.subplots(2, len(reports), squeeze=False, sharex=True, height_ratios=[3.2, 1])
     most = max(float(report.bins.counts.max()) / report.samples for report in reports.values())
     for (title, report), above, below in zip(reports.items(), grid[0], grid[1], strict=True):
@@ -164,8 +164,9 @@ def curves(
     path: str | os.PathLike[str],
     *,
     x_name: str = "epoch",
+    y_name: str = "",
     log: str | Mapping[str, str] = "",
-    legend: int = 1,
+    legend: int | Sequence[int] = 1,
     guides: Mapping[str, Mapping[str, Curve]] | None = None,
     ticks: Mapping[float, str] | None = None,
 ) -> Path:
@@ -173,15 +174,15 @@ def curves(
 
     Args:
         panels: titles to ``{name: curve}``; a name keeps its colour and mark in all panels.
-        x_name: of the horizontal axis.
+        x_name, y_name: of the axes; that of the vertical one is written at the first panel.
         log: axes to draw logarithmically: "", "x", "y" or "xy"; for all panels, or by panel.
-        legend: the panel that holds the legend, from 1.
+        legend: the panel that holds the legend, from 1; or several, each with one of its own lines.
         guides: dotted lines without marks, in the panel of that title.
         ticks: what stands at which places of the horizontal axis, where these are no numbers.
     """
     where = check_path(path)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    figure = _figure(3.9 * len(panels) + 0.2, 3.2)
+    figure = _figure(3.3 * len(panels) + 0.2, 3.1)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, curve in lines.items():
             k = names.index(name)
@@ -207,7 +208,9 @@ def curves(
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_name)
         _bare(axes)
-    figure.axes[legend - 1].legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel(y_name)
+    for panel in [legend] if isinstance(legend, int) else legend:
+        figure.axes[panel - 1].legend(frameon=False, fontsize=8)
     return _save(figure, where)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from dpfast.analysis.plots import Curve, curves
 from dpfast.analysis.reproduce import flatness
+from dpfast.analysis.reproduce.chance import ONE_SEED, judged
 from dpfast.analysis.reproduce.common import (
     Data,
     Job,
@@ -31,7 +32,6 @@ from dpfast.analysis.reproduce.common import (
     train,
     written,
 )
-from dpfast.analysis.reproduce.flatness_report import word
 from dpfast.analysis.reproduce.price import price
 from dpfast.optim.ascent import DPSAT, Ascent, DPSATMomentum
 
@@ -165,12 +165,12 @@ def _table(
 def _verdict(differ: dict[str, dict[str, float]], seeds: int) -> Verdict:
     says = "DP-SAT's models are more accurate than those of DP-SGD at the same ε."
     if seeds < 2:
-        return Verdict(says, "One seed was run.", "None: one seed tells nothing of chance.")
+        return Verdict(says, "One seed was run.", ONE_SEED)
     comparisons = sum(len(METHODS) - 1 for _ in differ)
     clear = [f"{net}, {method} ({by:+.2f} points)" for net, of in differ.items() for method, by in of.items()]
     here = f"Of {comparisons} comparisons on digits, beyond chance: {'; '.join(clear) or 'none'}."
     gains = [by > 0 for of in differ.values() for by in of.values()]
-    return Verdict(says, here, f"More accuracy: {word(sum(gains), len(gains) - sum(gains), comparisons)}.")
+    return Verdict(says, here, f"More accuracy: {judged(sum(gains), len(gains) - sum(gains), comparisons)}.")
 
 
 def _equal_at_zero(epochs: int) -> str:

@@ -32,10 +32,10 @@ RADII = {f"DP-SAT, ρ = {rho:g}": rho for rho in (0.03, 0.1)}
 METHODS: dict[str, Ascent | None] = {BASE: None} | {name: DPSAT(rho) for name, rho in RADII.items()}
 FULL_METHODS = METHODS | {"DP-SAT Momentum, ρ = 0.1": DPSATMomentum(0.1)}
 STARTS = SCRATCH, TUNED = "from scratch", "fine-tuned"
-LENGTHS = {  # batch, epochs from scratch, and of fine-tuning; those of "full" are the authors', whose steps "usual" has
+LENGTHS = {  # batch, epochs from scratch, epochs of fine-tuning
     "quick": (512, 1, 1),
-    "usual": (512, 8, 4),
-    "full": (2048, 30, 30),
+    "usual": (512, 8, 4),  # as many steps from scratch as the authors take
+    "full": (2048, 30, 10),  # from scratch the authors' own
 }
 START_EPOCHS, START_BATCH, START_RATE = 5, 128, 0.1
 LOOKED_AT = 2000  # training images, for curvature and norms
@@ -45,9 +45,11 @@ RISE_AT = 0.1  # ρ of the rise, the same for all methods
 def check(job: Job) -> None:
     """Refuse images that are not there, or that have too few classes."""
     check_images(job.data)
-    if (classes := idx_data(folder_of(job.data), 0).classes) < 4:
+    classes = idx_data(folder_of(job.data), 0).train.tensors[1].unique().tolist()
+    if any(sum(one % 2 == odd for one in classes) < 2 for odd in (0, 1)):
         raise MissingData(
-            f"--data {job.data}: {classes} classes; dpsat takes 4, two to start from and two to fine-tune"
+            f"--data {job.data}: classes {classes}: dpsat takes two odd ones to start from and two even ones to "
+            f"fine-tune on, at least"
         )
 
 
@@ -101,7 +103,7 @@ def cnn(features: int, classes: int) -> nn.Sequential:
 def centred(data: Data) -> Data:
     """With mean 0 and deviation 1 over all pixels to train on: public figures, as the authors take them to be."""
     pixels = data.train.tensors[0]
-    mean, deviation = pixels.mean(), pixels.std()
+    mean, deviation = pixels.mean(), pixels.std().clamp(min=1e-6)
     parts = [
         TensorDataset((part.tensors[0] - mean) / deviation, part.tensors[1])
         for part in (data.train, data.holdout, data.test)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpfast.analysis.plots import Curve, curves
+from dpfast.analysis.reproduce.chance import ONE_SEED, beyond_chance, judged
 from dpfast.analysis.reproduce.common import Table, Verdict, mean_error, student, written
 
 BASE = "DP-SGD"
@@ -65,7 +65,9 @@ def comparison(start: str, found: Found, length: str) -> Table:
         for measure in MEASURES:
             added = differences(measure, runs, mine[epsilon, BASE])
             own = written(measure.values(runs), measure.spec)
-            row.append(own if method == BASE else written(added, f"+{measure.spec}") + ("\\*" if sign(added) else ""))
+            row.append(
+                own if method == BASE else written(added, f"+{measure.spec}") + ("\\*" if beyond_chance(added) else "")
+            )
         table.rows.append([f"{epsilon:g}" if method == BASE else "", method, *row])
     table.notes.append(f"\\* beyond chance: |t| > {student(seeds - 1):.2f}, the 5 % level of a paired t-test.")
     if missed := sum(not one.converged for runs in mine.values() for one in runs):
@@ -76,14 +78,6 @@ def comparison(start: str, found: Found, length: str) -> Table:
 def differences(measure: Measure, runs: Sequence[Run], base: Sequence[Run]) -> list[float]:
     """Seed by seed."""
     return [a - b for a, b in zip(measure.values(runs), measure.values(base), strict=True)]
-
-
-def sign(differences: Sequence[float]) -> int:
-    """+1 or −1 if the mean is beyond chance at the 5 % level, else 0."""
-    mean, error = mean_error(differences)
-    if math.isnan(error) or abs(mean) <= student(len(differences) - 1) * error:
-        return 0
-    return 1 if mean > 0 else -1
 
 
 def draw(found: Found, radii: Mapping[str, float], path: Path) -> None:
@@ -123,10 +117,10 @@ def verdict(found: Found) -> Verdict:
     )
     pairs = [(runs, found[start, epsilon, BASE]) for (start, epsilon, method), runs in found.items() if method != BASE]
     if len(pairs[0][0]) < 2:
-        return Verdict(says, "One seed was run.", "None: one seed tells nothing of chance.")
+        return Verdict(says, "One seed was run.", ONE_SEED)
     counts, seen = {}, []
     for measure in MEASURES[:-1]:
-        signs = [sign(differences(measure, *pair)) for pair in pairs]
+        signs = [beyond_chance(differences(measure, *pair)) for pair in pairs]
         counts[measure.of] = signs.count(measure.better), signs.count(-measure.better)
         seen.append(f"{measure.name.partition(',')[0]}: lower in {signs.count(-1)}, higher in {signs.count(1)}")
     points = [mean_error(differences(MEASURES[0], *pair))[0] for pair in pairs]
@@ -142,20 +136,4 @@ def verdict(found: Found) -> Verdict:
         "fewer samples clipped": counts["clipped"],
         "more accuracy": counts["accuracy"],
     }
-    return Verdict(says, here, "; ".join(f"{name}: {word(*n, len(pairs))}" for name, n in told.items()) + ".")
-
-
-def word(agree: int, against: int, comparisons: int) -> str:
-    """What comparisons say of a claim, by how many bear it out and how many contradict it, beyond chance.
-
-    Where there is nothing to see, each does either with a probability of 2.5 %. A count that comes of that in one
-    table of 20 or more often counts as none.
-    """
-    from scipy.stats import binom
-
-    agree, against = (n if n and binom.sf(n - 1, comparisons, 0.025) < 0.05 else 0 for n in (agree, against))
-    if agree and against:
-        return "both ways"
-    if against:
-        return "the opposite" if 2 * against > comparisons else "the opposite in part"
-    return "confirmed" if 2 * agree > comparisons else "in part" if agree else "not seen"
+    return Verdict(says, here, "; ".join(f"{name}: {judged(*n, len(pairs))}" for name, n in told.items()) + ".")
