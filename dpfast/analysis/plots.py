@@ -200,7 +200,7 @@ def curves(
             if letter in scales:
                 getattr(axes, f"set_{letter}scale")("log")
                 low, high = sorted(axis.get_view_interval())
-                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,), numticks=9))
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 30 * low else (1.0,), numticks=9))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.set_minor_formatter(NullFormatter())
         if ticks is not None:

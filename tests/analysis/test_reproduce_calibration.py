@@ -112,7 +112,7 @@ def test_one_seed_proves_nothing():
     found = seen(some(0.83, 0.10, 1.0)[:1], some(0.82, 0.05, 0.5)[:1])
     assert found.verdict == ONE_SEED
     assert "accuracy (%) 83.0, 82.0" in found.here
-    assert flow_verdict([1e-4], [2e-3]).verdict == ONE_SEED
+    assert flow_verdict([1e-4], [2e-3], 1, 0).verdict == ONE_SEED
 
 
 def test_a_difference_is_beyond_chance_by_students_t():
@@ -161,7 +161,7 @@ def test_lengths(full, tmp_path):
 @pytest.mark.parametrize(
     ("slopes", "words"),
     [
-        ((0.50, 0.00), "Confirmed at a fixed noise multiplier. It does not carry over to a fixed budget."),
+        ((0.50, -0.001), "Confirmed at a fixed noise multiplier. It does not carry over to a fixed budget."),
         ((0.02, 0.00), "Opposite at a fixed noise multiplier. It does not carry over to a fixed budget."),
         ((0.30, 0.30), "Not seen at a fixed noise multiplier. It carries over to a fixed budget."),
     ],
@@ -169,19 +169,31 @@ def test_lengths(full, tmp_path):
 def test_the_noise_verdict(slopes, words):
     found = noise_verdict(slopes, "σ = 1", "ε = 8")
     assert found.verdict == words
-    assert f"η^{slopes[0]:.2f}" in found.here and f"η^{slopes[1]:.2f}" in found.here
+    assert f"η^{slopes[0]:.2f}" in found.here and f"η^{abs(slopes[1]):.2f}" in found.here
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "verdict", "here"),
+    ("small", "large", "uphill", "verdict", "here"),
     [
-        ([1e-4, 2e-4, 2e-4], [2e-3, 2e-3, 2e-3], "Opposite.", "ends lower with the small R: at 1.7e-04"),
-        ([2e-3, 2e-3, 2e-3], [1e-4, 2e-4, 2e-4], "Confirmed.", "ends higher with the small R: at 2.0e-03"),
-        ([1e-4, 2e-3, 1e-3], [1e-3, 1e-4, 2e-3], "Not seen.", "ends alike"),
+        (
+            [1e-4, 2e-4, 2e-4],
+            [2e-3, 2e-3, 2e-3],
+            (2, 0),
+            "(1) confirmed, (2) opposite.",
+            "lower with the small R: at 1.7e-04",
+        ),
+        (
+            [2e-3, 2e-3, 2e-3],
+            [1e-4, 2e-4, 2e-4],
+            (0, 0),
+            "(1) not seen, (2) confirmed.",
+            "higher with the small R: at 2.0e-03",
+        ),
+        ([1e-4, 2e-3, 1e-3], [1e-3, 1e-4, 2e-3], (3, 1), "(1) opposite, (2) not seen.", "above 0 somewhere in 1 of 3"),
     ],
 )
-def test_the_flow_verdict(small, large, verdict, here):
-    found = flow_verdict(small, large)
+def test_the_flow_verdict(small, large, uphill, verdict, here):
+    found = flow_verdict(small, large, *uphill)
     assert found.verdict == verdict
     assert here in found.here
 

@@ -239,6 +239,7 @@ def _flows(job: Job) -> list[Table | Verdict]:
     )
     lines: dict[str, Curve] = {}
     ends: dict[str, list[float]] = {}
+    climbs: dict[str, int] = {}
     for way in WAYS:
         paths = []
         for seed in progress(range(job.seeds), f"flow: {way.name}"):
@@ -249,6 +250,7 @@ def _flows(job: Job) -> list[Table | Verdict]:
         relative = [path.losses / path.losses[0] for path in paths]
         rises = [max(0.0, 100 * float(one.diff().max())) for one in relative]
         uphill, rose = sum(bool((p.slopes > 0).any()) for p in paths), sum(not p.monotone for p in paths)
+        climbs[way.name] = uphill
         ends[way.name] = [float(one[-1]) for one in relative]
         last = written(ends[way.name], ".2g")
         counts = [f"{count} of {job.seeds}" for count in (uphill, rose)]
@@ -261,4 +263,5 @@ def _flows(job: Job) -> list[Table | Verdict]:
         "Where the loss rose in a step and dL/dt was nowhere above 0, it is the step's length: gradients of constant "
         "length overshoot near a minimum."
     )
-    return [table, flow_verdict(ends[SMALL.name], ends[LARGE.name])]
+    small, large = SMALL.name, LARGE.name
+    return [table, flow_verdict(ends[small], ends[large], climbs[small], climbs[large])]

@@ -16,7 +16,10 @@ KERNEL_SAYS = (
     "(2) With a small R, flat, its eigenvalues stay positive, and symmetry and the positive quadratic form are lost. "
     "(3) With a small R, per layer, nothing is guaranteed. (Table 1.)"
 )
-FLOW_SAYS = "A small R leads to undesirable convergence; a larger one improves it significantly. (Authors' repository.)"
+FLOW_SAYS = (
+    "(1) With R above all norms the loss falls all along the flow; with a small R it need not. (2) A small R leads to "
+    "undesirable convergence, and a larger one improves it significantly. (Table 1; the authors' repository.)"
+)
 
 
 def noise_verdict(slopes: Sequence[float], at_sigma: str, at_epsilon: str) -> Verdict:
@@ -26,9 +29,10 @@ def noise_verdict(slopes: Sequence[float], at_sigma: str, at_epsilon: str) -> Ve
         slopes: the two.
         at_sigma, at_epsilon: in words, what was fixed.
     """
+    fixed, budget = (round(slope, 2) + 0.0 for slope in slopes)  # no "-0.00"
     here = (
-        f"The last weights are at a distance ∝ η^{slopes[0]:.2f} from those of the noiseless run at {at_sigma}, where "
-        f"ε grows without bound as η → 0, and ∝ η^{slopes[1]:.2f} at {at_epsilon}."
+        f"The last weights are at a distance ∝ η^{fixed:.2f} from those of the noiseless run at {at_sigma}, where ε "
+        f"grows without bound as η → 0, and ∝ η^{budget:.2f} at {at_epsilon}."
     )
     end = CONFIRMED if abs(slopes[0] - 0.5) <= NEAR else OPPOSITE if slopes[0] <= NEAR else NOT_SEEN
     stays = "does not carry over" if slopes[1] <= NEAR else "carries over"
@@ -73,13 +77,22 @@ def _counts(reports: Sequence[ConvergenceReport]) -> str:
     return f"{min(dropped)} to {max(dropped)}" if min(dropped) != max(dropped) else str(dropped[0])
 
 
-def flow_verdict(small: Sequence[float], large: Sequence[float]) -> Verdict:
-    """From the last losses over the first, by seed, with a small R and with one above all norms."""
+def flow_verdict(small: Sequence[float], large: Sequence[float], uphill_small: int, uphill_large: int) -> Verdict:
+    """From flows with a small R and with one above all norms.
+
+    Args:
+        small, large: last losses over the first, by seed.
+        uphill_small, uphill_large: in how many of them dL/dt was above 0 somewhere.
+    """
     sign = beyond_chance([math.log(a / b) for a, b in zip(small, large, strict=True)])
     how = ("ends lower with the small R", "ends alike", "ends higher with the small R")[sign + 1]
     here = (
-        f"At equal first speed the loss {how}: at {mean_error(small)[0]:.1e} of the first, against "
-        f"{mean_error(large)[0]:.1e}. Gradients that are all cut to one length do not slow down as the loss falls."
+        f"(1) dL/dt is above 0 somewhere in {uphill_large} of {len(large)} flows with a large R, and in {uphill_small} "
+        f"of {len(small)} with a small one. (2) At equal first speed the loss {how}: at {mean_error(small)[0]:.1e} of "
+        f"the first, against {mean_error(large)[0]:.1e}. Gradients that are all cut to one length do not slow down as "
+        f"the loss falls."
     )
-    end = f"{(OPPOSITE, NOT_SEEN, CONFIRMED)[sign + 1].capitalize()}." if len(small) > 1 else ONE_SEED
-    return Verdict(FLOW_SAYS, here, end)
+    if len(small) < 2:
+        return Verdict(FLOW_SAYS, here, ONE_SEED)
+    falls = OPPOSITE if uphill_large else CONFIRMED if uphill_small else NOT_SEEN
+    return Verdict(FLOW_SAYS, here, f"(1) {falls}, (2) {(OPPOSITE, NOT_SEEN, CONFIRMED)[sign + 1]}.")
