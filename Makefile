@@ -12,6 +12,8 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 NO_LINT :=
 endif
+LINT := $(if $(NO_LINT),echo "lint skipped: $(RUN) has no ruff or no mypy",\
+	$(RUN) -m ruff format --check . && $(RUN) -m ruff check . && $(RUN) -m mypy dpfast)
 
 # Whatever decides what the native libraries are: an edit builds them again.
 NATIVE := setup.py dpfast/native/build.py dpfast/native/about.cpp $(shell find csrc -type f)
@@ -22,15 +24,18 @@ demo: $(READY)
 	$(RUN) -m bench.demo
 
 # Two at a time, as each test works on one thread: half of the folders, by their CPU time, and all that is not in these.
+# Lint beside them: on two cores it would take a minute of its own.
 HALF := $(addprefix tests/,kernels layers ops native capture planning dropin optim separation) $(wildcard tests/test_*.py)
 
 # Python keeps what it compiles, of libraries too: over a hundred tests start a process of their own, which imports torch.
 test: export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 test: export PYTHONDONTWRITEBYTECODE :=
-test: lint
+test: $(READY)
+	{ $(LINT); } & lint=$$!; \
 	$(RUN) -m pytest -q $(HALF) & half=$$!; \
 	$(RUN) -m pytest -q tests $(HALF:%=--ignore=%); rest=$$?; \
-	wait $$half && exit $$rest
+	wait $$half; half=$$?; wait $$lint || { echo "make lint failed, above"; exit 1; }; \
+	test $$half = 0 -a $$rest = 0
 
 # The site, in build/site; a warning is an error. The pages are read from the sources: nothing of dpfast is imported.
 docs: $(READY)
@@ -94,13 +99,7 @@ bench-compare: $(READY)
 	$(RUN) -m bench.compare "$(BASE)"
 
 lint: $(READY)
-ifeq ($(NO_LINT),yes)
-	@echo "lint skipped: $(RUN) has no ruff or no mypy"
-else
-	$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
-	$(RUN) -m mypy dpfast
-endif
+	$(LINT)
 
 # The tests of native ops, on a CPU library that stops at bad addresses and undefined behaviour. Exceptions that cross
 # from the library into Python's process need libstdc++ there from the start.
