@@ -22,7 +22,7 @@ inline constexpr const char* kSchemas[] = {
     "float weight_decay, bool nesterov, bool maximize, bool first, " DPFAST_ROUNDING ") -> ()",
     "noisy_adam_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] means, Tensor(d!)[] squares, "
     "Tensor(e!)[] largest, Tensor(f!)[] masters, " DPFAST_PLACES ", " DPFAST_NOISE ", float lr, float beta1, "
-    "float beta2, float eps, float weight_decay, float t, bool decoupled, bool maximize, " DPFAST_ROUNDING ") -> ()",
+    "float beta2, float eps, float weight_decay, float t, float noise, float floor, bool decoupled, bool maximize, " DPFAST_ROUNDING ") -> ()",
     // the same for a CUDA graph, on CUDA alone: key, step and hyperparameters are in numbers and words (see
     // dpfast/ops/update_in_graph.py), and nothing is written where any of lost [B] bool is true
     "noisy_sgd_in_graph_(Tensor[] summed, Tensor(a!)[] grads, Tensor(b!)[] params, Tensor(c!)[] momenta, "

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dpfast.optim.ascent import DiSK as DiSK
     from dpfast.optim.ascent import DPSATMomentum as DPSATMomentum
     from dpfast.recorded import graphed as graphed
+    from dpfast.zeroth import zeroth_order as zeroth_order
 
 _HOMES = {
     "Abadi": "dpfast.clipping.functions",
@@ -58,6 +59,7 @@ _HOMES = {
     "unpatch_opacus": "dpfast.dropin.patch",
     "unregister": "dpfast.dropin.registry",
     "wrap_data_loader": "dpfast.data.physical_batches",
+    "zeroth_order": "dpfast.zeroth",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "unpatch_opacus",
     "unregister",
     "wrap_data_loader",
+    "zeroth_order",
 ]
 
 

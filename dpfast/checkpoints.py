@@ -31,6 +31,7 @@ from dpfast.refusals import CheckpointError
 
 # In a checkpoint, beside Opacus' entries:
 PLAN, THRESHOLDS, ASCENT = "plan_state_dict", "max_grad_norms", "ascent_state_dict"
+NOISE_SCALES = "noise_scales"  # of the groups, where they have noise of their own
 NOISE_STATE = "noise_state_dict"  # once it was in every checkpoint; fine-tuning, which restores its batches, has it
 OPTIMIZER = "optimizer_state_dict"
 UNIT = "unit"  # what ε is for
@@ -115,6 +116,8 @@ def contents(module: Any, optimizer: DPOptimizer | None, accountant: IAccountant
             found[ASCENT] = optimizer.ascending.state_dict()
         if optimizer.adaptive is not None:
             found[THRESHOLDS] = optimizer.max_grad_norms
+        if optimizer.clipping.shares is not None:
+            found[NOISE_SCALES] = optimizer.noise_scales
     if isinstance(module, FusedHooks):
         found[PLAN] = module.clipped_sum.planner.state_dict()
     return found
@@ -171,8 +174,13 @@ def take_over(
         check_plan(held[PLAN])
     thresholds = held.get(THRESHOLDS)
     adapts = fused is not None and fused.adaptive is not None and thresholds is not None
-    if adapts and not (isinstance(thresholds, list) and len(thresholds) == 1 and _is_number(thresholds[0])):
-        raise CheckpointError(f"{THRESHOLDS}={thresholds!r}: a list of one finite positive number was expected")
+    if adapts:
+        assert fused is not None
+        groups = len(fused.max_grad_norms)
+        if not (isinstance(thresholds, list) and len(thresholds) == groups and all(map(_is_number, thresholds))):
+            raise CheckpointError(
+                f"{THRESHOLDS}={thresholds!r}: finite positive numbers were expected, a list of {groups}"
+            )
 
     module.load_state_dict(held["module_state_dict"], **(module_load_dict_kwargs or {}))
     counted.take_over()
@@ -193,7 +201,15 @@ def take_over(
     if fused is not None:
         fused.ascending.load_state_dict(held.pop(ASCENT, None))
         if fused.adaptive is not None and THRESHOLDS in held:
-            (fused.max_grad_norm,) = held.pop(THRESHOLDS)
+            fused.clipping.thresholds = list(held.pop(THRESHOLDS))
+        mine = None if fused.clipping.shares is None else fused.noise_scales
+        theirs = held.pop(NOISE_SCALES, None)
+        if (mine is None) != (theirs is None) or (mine and not _alike(mine, theirs)):
+            warnings.warn(
+                f"the checkpoint's groups had noise scaled by {theirs or 'one number'}, and this optimizer's have "
+                f"{mine or 'one number'}, which it keeps: give make_private the same group_noise to go on as before",
+                stacklevel=3,
+            )
     if isinstance(module, FusedHooks) and PLAN in held:
         module.clipped_sum.planner.load_state_dict(held.pop(PLAN))
     return held
@@ -215,6 +231,11 @@ def _optimizer_of(module: Any) -> FusedDPOptimizer | None:
     """The private optimizer of ``module``, be it given or not: its noise must not go on either."""
     known = module.clipped_sum.optimizer if isinstance(module, FusedHooks) else None
     return None if known is None else known()
+
+
+def _alike(mine: list[float], theirs: Any) -> bool:
+    same = isinstance(theirs, list) and len(theirs) == len(mine) and all(map(_is_number, theirs))
+    return same and all(map(math.isclose, mine, theirs))
 
 
 def _is_number(value: Any) -> bool:

@@ -26,9 +26,11 @@ from dpfast.capture.refusals import refuse_gradient_hooks
 from dpfast.capture.segments import PACKED
 from dpfast.clipping.adaptive import AdaptiveClipping
 from dpfast.clipping.functions import ClippingFunction, clipping_function
+from dpfast.clipping.group_noise import GLOBAL
 from dpfast.clipping.thresholds import Clipping
 from dpfast.data.criterion import PerSampleCriterion
 from dpfast.data.loaders import poisson_loader, public_numbers, watched
+from dpfast.data.public_numbers import Public
 from dpfast.data.sampling import PoissonBatches, check_shares, system_generator
 from dpfast.data.unit import ROW, Unit
 from dpfast.data.units import Units, asked_for
@@ -39,12 +41,15 @@ from dpfast.model.unsupported import problems
 from dpfast.native import allocator
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascent, check_ascent
+from dpfast.optim.fused_update import why_not_fused
+from dpfast.optim.noise_correction import check_noise_correction
 from dpfast.optim.optimizer import FusedDPOptimizer
 from dpfast.optim.step_checks import check_low_precision, check_noise_multiplier
 from dpfast.planning.planner import Planner
 from dpfast.refusals import AlreadyPrivateError, BudgetError, LoaderError, ParametersChangedError, UnservedModuleError
 
 FUSED, GHOST = "fused", "ghost"
+NO_SIZE = "data_loader does not say how large its batches are: give expected_batch_size=, which the update divides by"
 
 
 class PrivacyEngine(OpacusEngine):
@@ -124,6 +129,7 @@ class PrivacyEngine(OpacusEngine):
         poisson_sampling: bool = True,
         clipping: str | Sequence[str] = "flat",
         clipping_fn: str | ClippingFunction = "abadi",
+        group_noise: str | Sequence[float] | Mapping[str, float] = "global",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str | None = None,
         wrap_model: bool = True,
@@ -131,6 +137,7 @@ class PrivacyEngine(OpacusEngine):
         keep_grad_samples: bool = False,
         max_physical_batch_size: int | None = None,
         low_precision: str = "nearest",
+        noise_correction: bool | float = False,
         ascent: Ascent | None = None,
         memory_budget: int | float | None = None,
         plan: Mapping[str, str] | None = None,
@@ -158,9 +165,14 @@ class PrivacyEngine(OpacusEngine):
                 a dict of parameter-name prefixes to C.
             clipping: ``"flat"`` (one norm over all parameters), ``"per_layer"`` (one number is shared out, C/√M each),
                 a list of parameter-name prefixes (groups, C/√M each), or ``"adaptive"`` (C follows a quantile of the
-                norms; give the arguments of :class:`dpfast.clipping.adaptive.AdaptiveClipping` too, as in Opacus).
+                norms; give the arguments of :class:`dpfast.clipping.adaptive.AdaptiveClipping` too, as in Opacus; where
+                ``max_grad_norm`` is a list or a dict as for ``"per_layer"``, each group's C does).
             clipping_fn: from norms to factors: ``"abadi"``, ``"global"``, ``"automatic"`` (AUTO-S), ``"normalised"``
                 (AUTO-V), ``"psac"``, or an object of :mod:`dpfast.clipping.functions`.
+            group_noise: γ_r, what each group's noise is scaled by: its standard deviation is ``noise_multiplier · γ_r``
+                before division. ``"global"`` (``√Σ C_r²`` for all), ``"equal"`` (``C_r √R`` of R groups), or numbers: a
+                list, or a dict with the names of the groups. ``Σ (C_r / γ_r)²`` may be at most 1: see
+                :mod:`dpfast.clipping.group_noise`.
             grad_sample_mode: ``None`` or ``"fused"``; ``"ghost"``, which is served by the fused mode with Opacus' four
                 values; or another mode of Opacus, which runs as it does there.
             keep_grad_samples: whether ``p.grad_sample`` and ``optimizer.grad_samples`` hold the per-sample gradients
@@ -180,6 +192,9 @@ class PrivacyEngine(OpacusEngine):
                 what it is without sampling. Refused in secure mode, in which no seed decides anything.
             low_precision: how bfloat16 and float16 parameters take an update: rounded to the ``"nearest"``, with
                 ``"stochastic"`` rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+            noise_correction: True takes the noise's variance off the second moments of torch's Adam or AdamW, down to a
+                least γ' of 5e-8; a number is another γ'. ε does not change, accuracy may, either way: see
+                :mod:`dpfast.optim.noise_correction`.
             ascent: where a step takes its gradients, if not at the weights: ``dpfast.DPSAT(rho=0.03)`` or another of
                 :mod:`dpfast.optim.ascent`. ε does not change.
             memory_budget, plan: what per-sample gradients may take, and layers whose way is not the planner's to
@@ -220,6 +235,10 @@ class PrivacyEngine(OpacusEngine):
             fused_only |= dict(keep_grad_samples=keep_grad_samples or None)
             fused_only |= dict(expected_batch_size=expected_batch_size, sample_rate=sample_rate)
             fused_only |= dict(clipping_fn=None if clipping_fn == "abadi" else clipping_fn)
+            fused_only |= dict(noise_correction=noise_correction or None)
+            fused_only |= dict(
+                group_noise=None if isinstance(group_noise, str) and group_noise == GLOBAL else group_noise
+            )
             fused_only |= dict(units=units, rows_per_unit=rows_per_unit)
             fused_only |= dict(augmentations=None if augmentations == 1 else augmentations)
             self._check_mode_of_opacus(grad_sample_mode, module, fused_only)
@@ -243,7 +262,7 @@ class PrivacyEngine(OpacusEngine):
                 **kwargs,
             )
         noise_multiplier = plain(noise_multiplier)
-        adaptive = _adaptive(noise_multiplier, kwargs) if clipping == "adaptive" else None
+        adaptive = _adaptive(kwargs) if clipping == "adaptive" else None
         if kwargs:
             raise TypeError(f"make_private got unexpected arguments in the fused mode: {sorted(kwargs)}")
         self._check_generator(noise_generator)
@@ -285,7 +304,12 @@ class PrivacyEngine(OpacusEngine):
             )
         model = module._module if isinstance(module, FusedModule) else module
         refuse_gradient_hooks(parameter_names(model))
+        filters, names = ascent is not None and ascent.filters, parameter_names(model)
         thresholds = self._thresholds(model, optimizer, clipping, max_grad_norm)
+        check_noise_correction(noise_correction, optimizer, names, filters=filters, why_not=why_not_fused(optimizer))
+        thresholds.share_noise(group_noise)
+        if adaptive is not None:
+            adaptive.of_sums(noise_multiplier, len(thresholds.thresholds))
         thresholds.function = clipping_function(clipping_fn)
         self._check_model(module, max_physical_batch_size)
         planner = Planner(memory_budget, {"": "instantiate"} if keep_grad_samples and plan is None else plan)
@@ -298,10 +322,7 @@ class PrivacyEngine(OpacusEngine):
         per_sample = PerSampleCriterion(criterion, loss_reduction) if gives_criterion else None
         public, drawn = public_numbers(data_loader, poisson_sampling, expected_batch_size, sample_rate, asked)
         if public.expected_batch_size is None and (loss_reduction == "mean" or adaptive is not None):
-            raise LoaderError(
-                "data_loader does not say how large its batches are: give expected_batch_size=, which the update "
-                "divides by"
-            )
+            raise LoaderError(NO_SIZE)
         unit = drawn.unit if isinstance(drawn, Units) else getattr(data_loader.batch_sampler, "unit", ROW)
         self._check_unit(unit)
         shared_by(ranks, self.accountant)
@@ -332,6 +353,7 @@ class PrivacyEngine(OpacusEngine):
             generator=noise_generator,
             secure_mode=self.secure_mode,
             low_precision=low_precision,
+            noise_correction=noise_correction,
             adaptive=adaptive,
             ascent=ascent,
             ranks=ranks,
@@ -341,6 +363,33 @@ class PrivacyEngine(OpacusEngine):
         if per_sample is None:
             return hooks, private_optimizer, private_loader
         return hooks, private_optimizer, per_sample, private_loader
+
+    def sampled(
+        self,
+        data_loader: DataLoader,
+        *,
+        expected_batch_size: int | float | None = None,
+        sample_rate: float | None = None,
+        noise_generator: torch.Generator | None = None,
+    ) -> tuple[DataLoader, Public]:
+        """A loader of Poisson batches of rows, for a mechanism of another kind, and the public numbers.
+
+        Raises:
+            ValueError: as from :meth:`make_private`, before anything is changed.
+        """
+        self._check_generator(noise_generator)
+        public, drawn = public_numbers(data_loader, True, expected_batch_size, sample_rate)
+        if public.expected_batch_size is None:
+            raise LoaderError(NO_SIZE)
+        unit = getattr(data_loader.batch_sampler, "unit", ROW)
+        if not unit.is_like(ROW):
+            raise LoaderError(
+                f"data_loader: its batches are of units ({unit}): give the loader of rows that it was made of"
+            )
+        self._check_unit(ROW)
+        loader = self._private_loader(data_loader, drawn, public, False, Ranks())
+        self.unit = ROW
+        return loader, public
 
     def _is_opacus(self, mode: str | None) -> TypeGuard[str]:
         """Whether ``mode`` runs as it does in Opacus, and not fused."""
@@ -559,9 +608,10 @@ class PrivacyEngine(OpacusEngine):
         if any(p not in names for p in params):
             raise ParametersChangedError("Module parameters are different than optimizer Parameters")
         trained = {names[p]: p for p in params if p.requires_grad}
-        if clipping in ("flat", "adaptive"):
+        several = isinstance(plain(max_grad_norm), (Sequence, Mapping))
+        if clipping == "flat" or (clipping == "adaptive" and not several):
             return Clipping.flat(max_grad_norm)
-        if clipping == "per_layer":
+        if clipping in ("per_layer", "adaptive"):
             return Clipping.per_layer(max_grad_norm, trained)
         if isinstance(clipping, Sequence) and not isinstance(clipping, str) and clipping:
             return Clipping.equal_shares(max_grad_norm, clipping, trained)
@@ -606,11 +656,9 @@ class PrivacyEngine(OpacusEngine):
         )
 
 
-def _adaptive(noise_multiplier: float, arguments: dict[str, Any]) -> AdaptiveClipping:
+def _adaptive(arguments: dict[str, Any]) -> AdaptiveClipping:
     """Adaptive clipping of those of the ``arguments`` that are its own, which are taken out."""
     names = [field.name for field in fields(AdaptiveClipping)]
     if missing := [name for name in names if name not in arguments]:
         raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
-    adaptive = AdaptiveClipping(**{name: plain(arguments.pop(name)) for name in names})
-    adaptive.of_sums(noise_multiplier)
-    return adaptive
+    return AdaptiveClipping(**{name: plain(arguments.pop(name)) for name in names})

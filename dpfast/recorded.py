@@ -239,8 +239,8 @@ class Graphed:
         setting = recorder.clips_with(size)
         of_samples, out = Factors(*rest[:4]), rest[4:]
         if update is None:
-            sensitivity = setting.clipping.sensitivity
-            recorder.end_graph(Ended(graph.clipped, out, of_samples, setting.scales, sensitivity, size), forward)
+            in_force = setting.clipping.in_force
+            recorder.end_graph(Ended(graph.clipped, out, of_samples, setting.scales, in_force, size), forward)
             self._step()
         else:
             update.end(out)

@@ -44,9 +44,17 @@ def seeded(request):
 def pytest_configure(config):
     """One thread: a test is tiny, and two threads that wait for each other can cost 200 times its work.
 
+    No seed is kept for an accelerator that is not there: that takes milliseconds, and tests set thousands of them.
     And a Rényi divergence is found once: 150 orders of a noise multiplier take as long as dozens of steps.
     """
     torch.set_num_threads(1)
+    if not torch.accelerator.is_available():
+        for backend in (
+            torch.cuda,
+            torch.xpu,
+            torch.mtia,
+        ):  # whose seeds wait for a device, each with its caller's stack
+            backend._lazy_call = lambda call, **of: None
     rdp._compute_rdp = functools.cache(rdp._compute_rdp)
 
 

@@ -86,26 +86,47 @@ def per_sample_gradients(
     loss_fn: LossFn,
     dtype: torch.dtype = torch.float64,
     batch_dim: int = 0,
-    loss_scale: float = 1.0,
     units: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """``{name: [B, *shape]}`` for each trainable parameter; tied parameters once, under their first name.
 
-    A ``loss_scale`` multiplies the loss and, in float64, is divided out again. With ``units``, the rows of each, all of
-    a unit's rows are run at once: a loss that is a mean over its batch then has the mean gradient of the rows.
+    With ``units``, the rows of each, all of a unit's rows are run at once: a loss that is a mean over its batch then
+    has the mean gradient of the rows.
     """
+    (grads,) = scaled_gradients(model, inputs, target, loss_fn, dtype, batch_dim, units, [1.0])
+    return grads
+
+
+def scaled_gradients(
+    model: nn.Module,
+    inputs: tuple,
+    target: Any,
+    loss_fn: LossFn,
+    dtype: torch.dtype,
+    batch_dim: int,
+    units: Sequence[Sequence[int]] | None,
+    scales: Sequence[float],
+) -> list[dict[str, Tensor]]:
+    """:func:`per_sample_gradients` of the loss times each of ``scales``, which is divided out again in float64."""
     twin = pristine(model, dtype)
     params = {n: p for n, p in twin.named_parameters() if p.requires_grad}
-    rows: dict[str, list[Tensor]] = {n: [] for n in params}
+    rows: list[dict[str, list[Tensor]]] = [{n: [] for n in params} for _ in scales]
     for unit in [[i] for i in range(batch_size(inputs, batch_dim))] if units is None else units:
         x, y = cast(take((inputs, target), unit, batch_dim), dtype)
-        twin.zero_grad(set_to_none=True)
         loss = loss_fn(twin(*x), y)
-        (loss if loss_scale == 1 else loss * loss_scale).backward()
-        for name, p in params.items():
-            rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.to_dense())
-    grads = {n: torch.stack(r) if r else params[n].new_zeros(0, *params[n].shape) for n, r in rows.items()}
-    return grads if loss_scale == 1 else {n: g.double() / loss_scale for n, g in grads.items()}
+        for scale, found in zip(scales, rows, strict=True):
+            twin.zero_grad(set_to_none=True)
+            (loss if scale == 1 else loss * scale).backward(retain_graph=found is not rows[-1])
+            for name, p in params.items():
+                found[name].append(torch.zeros_like(p) if p.grad is None else p.grad.to_dense())
+    return [
+        {n: _stacked(r, params[n]) if scale == 1 else _stacked(r, params[n]).double() / scale for n, r in found.items()}
+        for scale, found in zip(scales, rows, strict=True)
+    ]
+
+
+def _stacked(rows: list[Tensor], p: Tensor) -> Tensor:
+    return torch.stack(rows) if rows else p.new_zeros(0, *p.shape)
 
 
 def norms_of(grads: Mapping[str, Tensor], names: Sequence[str] | None = None) -> Tensor:
@@ -183,7 +204,7 @@ class Verdict:
         self.ulps = FLOOR_ULPS * torch.finfo(self.dtype).eps
         computed = torch.promote_types(self.dtype, torch.float32)  # norms and sums are never made in less
         self.certificate = CERTIFICATE_ULPS * torch.finfo(computed).eps
-        self.same = [per_sample_gradients(*args, probe, self.batch_dim, scale, self.units) for scale in LOSS_SCALES]
+        self.same = scaled_gradients(*args, probe, self.batch_dim, self.units, LOSS_SCALES)
         self.sums = clipped_sum(self.grads, self.max_grad_norm, self.groups)
 
     def norm_tolerance(self) -> float:

@@ -31,7 +31,7 @@ LEVELS = [
     {"model", "optim", "data", "accounting"},
     {"amp", "checkpoints", "head_losses", "recorded"},
     {"engine", "losses"},
-    {"analysis", "dropin"},
+    {"analysis", "dropin", "zeroth"},
     {"integrations"},
     {""},  # dpfast/__init__.py
     {"cli"},

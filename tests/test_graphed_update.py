@@ -323,7 +323,7 @@ def test_numbers_and_words_hold_every_setting():
     rules = [
         ops.SGD(0.1, 0.2, 0.3, 0.4, nesterov=True, maximize=False, first=True),
         ops.SGD(0.1, 0.2, 0.3, 0.4, nesterov=False, maximize=True, first=False),
-        ops.Adam(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, decoupled=True, maximize=False),
+        ops.Adam(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, 0.7, 0.8, decoupled=True, maximize=False),
         ops.Adam(0.1, 0.2, 0.3, 0.4, 0.5, 6.0, decoupled=False, maximize=True),
     ]
     seen: list = []

@@ -197,7 +197,7 @@ def places_of(state: State, noise: ops.Noise) -> tuple[Any, ...]:
 
 
 def adamw(state: State, noise: ops.Noise, lr: float) -> None:
-    rule = (lr, *BETAS, EPS, DECAY, float(T), True, False, 0, [1, 2])
+    rule = (lr, *BETAS, EPS, DECAY, float(T), 0.0, 0.0, True, False, 0, [1, 2])
     torch.ops.dpfast.noisy_adam_(*state, [], [], *places_of(state, noise), *rule)
 
 

@@ -210,6 +210,63 @@ std::tuple<Tensor, Tensor> convolution_grad_samples(Tensor x, Tensor G, int64_t 
   return {samples, squared};
 }
 
+// patch_t · patch_s is the sum over a window of products of pixels, which windows that overlap have in common: made once,
+// they are as many times fewer as a window has pixels.
+struct PixelProducts {
+  const Convolution& c;
+  Integers inside, number;  // the places that are no padding, and which of these a place is (-1: none)
+  int64_t window, last;     // pixels of a window; the place of the last patch
+
+  explicit PixelProducts(const Convolution& c)
+      : c(c), number(c.layout.outer, -1), window(c.size() / c.channels),
+        last(c.layout.places.empty() ? 0 : c.layout.places.back()) {
+    const int64_t* sizes = c.layout.sizes;
+    Layout::each(sizes, [&](int64_t z, int64_t y, int64_t x) {
+      const int64_t at[AXES] = {z, y, x};
+      for (int axis = 0; axis < AXES; ++axis)
+        if (at[axis] < c.padding[axis] || at[axis] >= c.padding[axis] + c.x.size[axis]) return;
+      const int64_t place = (z * sizes[1] + y) * sizes[2] + x;
+      number[place] = int64_t(inside.size());
+      inside.push_back(place);
+    });
+  }
+
+  // Whether that is less work than products of patches, in strips of so many rows; and little enough to keep.
+  bool serves(int64_t strip) const {
+    const int64_t T = c.positions(), products = int64_t(inside.size()) * c.layout.outer;
+    return c.sample_rows == 1 && products < (1 << 22) &&
+           products * c.channels + 4 * T * window * last < T * (T + strip) / 2 * c.size();
+  }
+
+  // [inside, outer]: the product of each pixel with each place, over channels.
+  void make(const std::vector<float>& padded, const Integers& channels, std::vector<float>& packed,
+            std::vector<float>& to) const {
+    const int64_t outer = c.layout.outer, width = kernels().patch_gradient_width(outer);
+    packed.assign(c.channels * width, 0.0f);
+    for (int64_t k = 0; k < c.channels; ++k) std::copy_n(padded.data() + k * outer, outer, packed.data() + k * width);
+    to.resize(inside.size() * outer);
+    kernels().patch_gradient({padded.data(), inside.data(), int64_t(inside.size()), channels.data(), c.channels,
+                              packed.data(), width, outer, to.data(), outer});
+  }
+
+  // Of patches [begin, begin + height) with those from `begin` on.
+  void add_up(const std::vector<float>& products, int64_t begin, int64_t height, std::vector<float>& line,
+              float* to) const {
+    const Integers& places = c.layout.places;
+    line.resize(last + 1);
+    for (int64_t t = begin; t < begin + height; ++t) {
+      std::fill(line.begin(), line.end(), 0.0f);
+      for (int64_t k = 0; k < window; ++k) {
+        const int64_t offset = c.layout.elements[k], row = number[places[t] + offset];
+        if (row < 0) continue;
+        const float* from = products.data() + row * c.layout.outer + offset;
+        for (int64_t q = places[begin]; q <= last; ++q) line[q] += from[q];
+      }
+      for (int64_t s = begin; s < c.positions(); ++s) *to++ = line[places[s]];
+    }
+  }
+};
+
 // Σ_{t,s} (patch_t · patch_s)(G_t · G_s) of every sample and group, the same of absolute values, Σ_t ‖patch_t‖,
 // Σ_t ‖G_t‖ and Σ_t ‖patch_t‖ ‖G_t‖, of which error bounds are made.
 Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Integers kernel, Integers stride,
@@ -222,15 +279,22 @@ Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Inte
   Integers ascending(T), lines(c.rows);  // a Gram matrix is that of "patches" which are columns of what is multiplied
   for (int64_t t = 0; t < T; ++t) ascending[t] = t;
   for (int64_t j = 0; j < c.rows; ++j) lines[j] = j * width;
+  const PixelProducts pixels(c);
+  const bool by_pixels = pixels.serves(STRIP);
+  Integers channels(c.channels);
+  for (int64_t k = 0; k < c.channels; ++k) channels[k] = k * c.layout.outer;
   c.each_unit(T * T * (size + c.rows) / 2, [&](int64_t i, int64_t group) {
-    thread_local std::vector<float> padded, packed, backprops, scratch, gram[2];
+    thread_local std::vector<float> padded, packed, products, line, backprops, scratch, gram[2];
     c.read_x(i, group, padded);
-    packed.assign(size * width, 0.0f);
-    const float* first_patch = padded.data();
-    float* to = packed.data();
-    for (int64_t element : c.layout.elements) {
-      c.layout.pack(first_patch + element, to);
-      to += width;
+    if (by_pixels) {
+      pixels.make(padded, channels, packed, products);
+    } else {
+      packed.assign(size * width, 0.0f);
+      float* to = packed.data();
+      for (int64_t element : c.layout.elements) {
+        c.layout.pack(padded.data() + element, to);
+        to += width;
+      }
     }
     backprops.assign(c.rows * width, 0.0f);
     c.read_G(i, group, scratch, [&](int64_t first, int64_t j, const float* values) {
@@ -240,8 +304,11 @@ Tensor convolution_ghost(Tensor x, Tensor G, int64_t batch, int64_t groups, Inte
     for (int64_t begin = 0; begin < T; begin += STRIP) {
       const int64_t height = std::min(STRIP, T - begin), n = T - begin;
       for (auto& strip : gram) strip.resize(height * n);
-      kernels().patch_gradient({padded.data(), c.layout.places.data() + begin, height, c.layout.elements.data(), size,
-                                packed.data() + begin, width, n, gram[0].data(), n});
+      if (by_pixels)
+        pixels.add_up(products, begin, height, line, gram[0].data());
+      else
+        kernels().patch_gradient({padded.data(), c.layout.places.data() + begin, height, c.layout.elements.data(), size,
+                                  packed.data() + begin, width, n, gram[0].data(), n});
       kernels().patch_gradient({backprops.data(), ascending.data() + begin, height, lines.data(), c.rows,
                                 backprops.data() + begin, width, n, gram[1].data(), n});
       const auto add = [&](int64_t first, int64_t count, double times) {

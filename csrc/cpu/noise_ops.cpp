@@ -65,12 +65,13 @@ void noisy_sgd_(Tensors summed, Tensors grads, Tensors params, Tensors momenta, 
 void noisy_adam_(Tensors summed, Tensors grads, Tensors params, Tensors means, Tensors squares, Tensors largest,
                  Tensors masters, Integers parameters, Integers offsets, Integers key, int64_t step, double std,
                  double grid, double scale, double lr, double beta1, double beta2, double eps, double weight_decay,
-                 double t, bool decoupled, bool maximize, int64_t rounding, Integers rounding_key) {
+                 double t, double noise_variance, double floor, bool decoupled, bool maximize, int64_t rounding,
+                 Integers rounding_key) {
   const NoiseArguments noise = noise_arguments(key, step, std, grid, scale);
   STD_TORCH_CHECK(means.size() == summed.size() && squares.size() == summed.size(), "dpfast: Adam needs its state");
   const auto work = updates(summed, grads, params, {&means, &squares, &largest}, masters, parameters, offsets,
                             rounding, rounding_key, check);
-  const AdamArguments arguments{lr, beta1, beta2, eps, weight_decay, t, decoupled, maximize};
+  const AdamArguments arguments{lr, beta1, beta2, eps, weight_decay, t, noise_variance, floor, decoupled, maximize};
   const scalar::Adam constants = scalar::constants(arguments);
   divide(summed, offsets, [&](size_t k, int64_t begin, int64_t end) {
     kernels().noisy_adam(work[k], noise, &constants, begin, end);

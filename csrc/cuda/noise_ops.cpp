@@ -6,7 +6,7 @@
 namespace dpfast {
 namespace {
 
-constexpr int64_t WORDS = 11, SGD_NUMBERS = 11, ADAM_NUMBERS = 12;
+constexpr int64_t WORDS = 11, SGD_NUMBERS = 11, ADAM_NUMBERS = 14;
 
 // Pairs each part with the size of its tensor; parts without elements are left out.
 template <class Part>
@@ -92,7 +92,8 @@ void noisy_sgd_in_graph_op(Tensors summed, Tensors grads, Tensors params, Tensor
 void noisy_adam_op(Tensors summed, Tensors grads, Tensors params, Tensors means, Tensors squares, Tensors largest,
                    Tensors masters, Integers parameters, Integers offsets, Integers key, int64_t step, double std,
                    double grid, double scale, double lr, double beta1, double beta2, double eps, double weight_decay,
-                   double t, bool decoupled, bool maximize, int64_t rounding, Integers rounding_key) {
+                   double t, double noise_variance, double floor, bool decoupled, bool maximize, int64_t rounding,
+                   Integers rounding_key) {
   const NoiseArguments noise = noise_arguments(key, step, std, grid, scale);
   STD_TORCH_CHECK(means.size() == summed.size() && squares.size() == summed.size(), "dpfast: Adam needs its state");
   const auto work = sized(updates(summed, grads, params, {&means, &squares, &largest}, masters, parameters, offsets,
@@ -100,7 +101,8 @@ void noisy_adam_op(Tensors summed, Tensors grads, Tensors params, Tensors means,
                           summed);
   if (work.empty()) return;
   const Place place = outside_of_graphs(summed[0], "noisy_adam_");
-  noisy_adam(place.queue, work, noise, {lr, beta1, beta2, eps, weight_decay, t, decoupled, maximize},
+  noisy_adam(place.queue, work, noise,
+             {lr, beta1, beta2, eps, weight_decay, t, noise_variance, floor, decoupled, maximize},
              step_workspace(summed[0]).data_ptr());
 }
 

@@ -26,7 +26,7 @@ struct AdamRule {
   Adam c;
   DPFAST_FN float operator()(float p, float g, float* s) const { return step<amsgrad>(c, p, g, s[0], s[1], s[2]); }
   static DPFAST_FN AdamArguments arguments(const double* n) {
-    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6] != 0, n[7] != 0};
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8] != 0, n[9] != 0};
   }
 };
 

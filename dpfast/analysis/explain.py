@@ -39,7 +39,7 @@ def explain(model: nn.Module, batch: Any) -> str:
         rates it is predicted, where none were measured on this device; whether the model keeps the samples apart,
         proved from its operators or tried, and which operators in which modules are not proved. Of a private
         model that ``torch.compile`` has met in training: which layers are in a graph, and why
-        others are not.
+        others are not. And of one that is clipped in several groups, what each is clipped to, and its noise.
     """
     plain = model._module if isinstance(model, FusedModule) else model
     planner = model.clipped_sum.planner if isinstance(model, FusedModule) else Planner()
@@ -60,7 +60,7 @@ def explain(model: nn.Module, batch: Any) -> str:
     table = tables.plain(rows, _COLUMNS)
     table += "".join(f"\npredicted with {rates}" for rates in unmeasured)
     table += f"\n{separation}" if separation else ""
-    table += _compiled(model) if isinstance(model, FusedModule) else ""
+    table += _groups(model) + _compiled(model) if isinstance(model, FusedModule) else ""
     print(table)
     return Printed(table)
 
@@ -73,6 +73,19 @@ class Printed(str):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} text of {self.count(chr(10)) + 1} lines, see above>"
+
+
+def _groups(model: FusedModule) -> str:
+    """The norm to clip to, and what noise is scaled by, of each group, where there are several."""
+    clipping = model.clipped_sum.clipping
+    if len(clipping.thresholds) == 1:
+        return ""
+    names = clipping.names or [f"group {k}" for k in range(len(clipping.thresholds))]
+    rows = [
+        (name, f"{C:.4g}", f"{scale:.4g}")
+        for name, C, scale in zip(names, clipping.thresholds, clipping.noise_scales, strict=True)
+    ]
+    return f"\n\n{tables.plain(rows, ('clipped together', 'C', 'noise / noise_multiplier'))}"
 
 
 def _compiled(model: FusedModule) -> str:

@@ -168,6 +168,7 @@ def curves(
     log: str | Mapping[str, str] = "",
     legend: int | Sequence[int] = 1,
     guides: Mapping[str, Mapping[str, Curve]] | None = None,
+    ticks: Mapping[float, str] | None = None,
 ) -> Path:
     """Lines with marks and bands of one standard error, one panel a measure; for training curves and the like.
 
@@ -177,6 +178,7 @@ def curves(
         log: axes to draw logarithmically: "", "x", "y" or "xy"; for all panels, or by panel.
         legend: the panel that holds the legend, from 1; or several, each with one of its own lines.
         guides: dotted lines without marks, in the panel of that title.
+        ticks: what stands at which places of the horizontal axis, where these are no numbers.
     """
     where = check_path(path)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -201,6 +203,8 @@ def curves(
                 axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 30 * low else (1.0,), numticks=9))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.set_minor_formatter(NullFormatter())
+        if ticks is not None:
+            axes.set_xticks(list(ticks), list(ticks.values()))
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_name)
         _bare(axes)

@@ -12,15 +12,17 @@ class AdaptiveClipping:
     """``C ← C · exp(-η (b - q))``, b the noisy fraction of samples with n ≤ C (Andrew et al. 2021, Algorithm 1).
 
     Each sample adds ``1[n ≤ C] - ½`` to a count, which it moves by ½; the count gets noise of ``unclipped_num_std``.
-    Both releases of a step together are as private as one with the noise multiplier z that the accountant is told: sums
-    get ``z_Δ = (z⁻² - (2 · unclipped_num_std)⁻²)^(-½)`` (their Theorem 1), which is larger.
+    Over R groups there is a threshold and a count for each. A sample moves each of them by ½, whatever its norms are,
+    and all together by ``√R / 2`` (L2). Both releases of a step together are as private as one with the noise
+    multiplier z that the accountant is told: sums get ``z_Δ = (z⁻² - R · (2 · unclipped_num_std)⁻²)^(-½)`` (their
+    Theorem 1, for one count), which is larger.
 
     Args:
         target_unclipped_quantile: q, the fraction of samples to leave unclipped, 0 to 1.
         clipbound_learning_rate: η.
         max_clipbound, min_clipbound: where C stays.
-        unclipped_num_std: standard deviation of the count's noise; more than half of the noise multiplier. Andrew et
-            al. take a twentieth of the expected batch size.
+        unclipped_num_std: standard deviation of each count's noise; more than ``√R / 2`` times the noise multiplier.
+            Andrew et al. take a twentieth of the expected batch size.
 
     Raises:
         ValueError: with the argument's name.
@@ -44,20 +46,25 @@ class AdaptiveClipping:
                 f"positive and less than the second"
             )
 
-    def of_sums(self, noise_multiplier: Any) -> float:
+    def of_counts(self, groups: int) -> float:
+        """The noise multiplier of all counts together: their noise over what one sample moves them by."""
+        return 2 * self.unclipped_num_std / math.sqrt(groups)
+
+    def of_sums(self, noise_multiplier: Any, groups: int) -> float:
         """The noise multiplier of the clipped sums, where both releases are accounted for as ``noise_multiplier``.
 
         Raises:
-            ValueError: the count's noise alone is not enough for it.
+            ValueError: the counts' noise alone is not enough for it.
         """
         if noise_multiplier == 0:
             return 0.0
-        if 2 * self.unclipped_num_std <= noise_multiplier:
+        if (counts := self.of_counts(groups)) <= noise_multiplier:
+            least = "half of" if groups == 1 else f"√{groups} / 2 = {math.sqrt(groups) / 2:.6g} times"
             raise ValueError(
-                f"unclipped_num_std={self.unclipped_num_std!r}: must be more than half of the noise multiplier "
-                f"({noise_multiplier!r}), or the count alone spends more than the step's budget"
+                f"unclipped_num_std={self.unclipped_num_std!r}: must be more than {least} the noise multiplier "
+                f"({noise_multiplier!r}), or counting alone spends more than the step's budget"
             )
-        return noise_multiplier / math.sqrt(1 - (noise_multiplier / (2 * self.unclipped_num_std)) ** 2)
+        return noise_multiplier / math.sqrt(1 - (noise_multiplier / counts) ** 2)
 
     def next_threshold(self, threshold: float, fraction: float) -> float:
         """C after a step in which the noisy fraction of unclipped samples was ``fraction``."""

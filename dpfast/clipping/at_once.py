@@ -29,7 +29,7 @@ class Ended(NamedTuple):
     sums: list[Tensor]
     found: Factors
     scales: Scales
-    sensitivity: float
+    in_force: list[float]  # when it was clipped: see dpfast.clipping.thresholds.Clipping
     batch: int
 
 
@@ -69,7 +69,7 @@ def end_at_once(
         if out is None:
             out = run(thresholds, present, *given)
     found = Factors(*out[:4])
-    return Ended(params, out[4:], found, setting.scales, clipping.sensitivity, graph.batch)
+    return Ended(params, out[4:], found, setting.scales, clipping.in_force, graph.batch)
 
 
 def _traced_or_not(run: Callable[..., list[Tensor]], *inputs: Tensor) -> Any:

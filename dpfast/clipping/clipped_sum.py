@@ -114,8 +114,8 @@ class ClippedSum(Recorder):
 
     def start_logical_batch(self) -> None:
         """Nothing is summed: a step has used it, or it was dropped."""
-        self.sensitivity = 0.0  # the largest in force at any clipping of the logical batch
-        self.unclipped = 0.0  # Σ (1[n ≤ C] - ½) over its samples
+        self.in_force: list[float] = []  # of each part the largest sensitivity at any clipping of the logical batch
+        self.unclipped: list[float] = []  # of each group Σ (1[n ≤ C] - ½) over its samples, if any
         self.samples = 0  # of which it is the sum
         self.accumulated = 0  # most backward passes between two calls of step
         self._backwards = 0  # since the last call of step
@@ -268,9 +268,9 @@ class ClippedSum(Recorder):
         self.batches.use(self.passing, reached, drawn=not self.accumulation_allowed)
         return self.batches.padding(self.passing)
 
-    def _count_pass(self, sensitivity: float) -> None:
+    def _count_pass(self, in_force: Sequence[float]) -> None:
         self._backwards += 1
-        self.sensitivity = max(self.sensitivity, sensitivity)
+        self.in_force = [*map(max, self.in_force or in_force, in_force)]
 
     def drop_physical_batch(self) -> None:
         """Gradients are cleared before a step has used them: the batch is left out, with the logical one around it."""
@@ -296,7 +296,7 @@ class ClippedSum(Recorder):
         kinds: Sequence[Alike],
         packed: ForwardPass | None,
     ) -> None:
-        self._count_pass(self.clipping.sensitivity)
+        self._count_pass(self.clipping.in_force)
         if not recorded:
             units = sum(len(kind.units) for kind in kinds) if self.by_unit else batch or 0
             units = len(packed.segments or ()) if packed is not None else units
@@ -377,7 +377,7 @@ class ClippedSum(Recorder):
             padding = self._admit(True)
         finally:
             self.passing.clear()
-        self._count_pass(self.clipping.sensitivity)
+        self._count_pass(self.clipping.in_force)
         self.last_source = ""
         return padding
 
@@ -387,7 +387,7 @@ class ClippedSum(Recorder):
         self.drop()
 
     def _add(self, ended: Ended, padding: list[int]) -> None:
-        self._count_pass(ended.sensitivity)
+        self._count_pass(ended.in_force)
         self.report(ended.found, ended.scales.of_norms, padding)
         if self.accumulated or self._backwards > 1 or self.loss_scale != 1:
             for p, clipped in zip(ended.params, ended.sums, strict=True):
@@ -428,7 +428,8 @@ class ClippedSum(Recorder):
         norms = squared.sum(0).sqrt() * scale
         self.per_sample_gradient_norms = norms.to(compute_dtype(next(iter(self.names)).dtype))
         if self.counts_unclipped:
-            self.unclipped += float((self.clipping.within(squared, bounds, scale) - 0.5).sum())
+            counts = (self.clipping.within(squared, bounds, scale) - 0.5).sum(1).tolist()
+            self.unclipped = [a + b for a, b in zip(self.unclipped or [0.0] * len(counts), counts, strict=True)]
             self.samples += len(norms)
         self._count(lost)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.functions import Abadi, ClippingFunction
+from dpfast.clipping.group_noise import shares_of
 from dpfast.ops.numbers import plain
 from dpfast.reference.rounding import LEAST_WEIGHT, column
 from dpfast.refusals import ParametersChangedError
@@ -37,9 +38,40 @@ class Clipping:
 
     function: ClippingFunction = Abadi()
 
-    def __init__(self, thresholds: Sequence[float], group_of: Mapping[nn.Parameter, int] | None = None):
+    def __init__(
+        self,
+        thresholds: Sequence[float],
+        group_of: Mapping[nn.Parameter, int] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         self.thresholds = [check_threshold("max_grad_norm", value) for value in thresholds]
         self._group_of = dict(group_of) if group_of is not None else None
+        self.names = names  # of the groups, where they have any
+        self.shares: list[float] | None = None  # of the groups in the noise's budget; None: all get one noise
+
+    def share_noise(self, group_noise: Any) -> None:
+        """Have each group get noise of its own: see :mod:`dpfast.clipping.group_noise`.
+
+        Raises:
+            ValueError: ``group_noise`` is no way to share it out; nothing is changed.
+        """
+        self.shares = shares_of(group_noise, self.thresholds, self.names)
+
+    @property
+    def in_force(self) -> list[float]:
+        """The most that one sample can change each part of the clipped sum (L2) that gets noise of its own."""
+        return [self.sensitivity] if self.shares is None else list(self.thresholds)
+
+    @property
+    def noise_scales(self) -> list[float]:
+        """γ_r of each group: its noise has the standard deviation ``noise_multiplier · γ_r``."""
+        if self.shares is None:
+            return [self.sensitivity] * len(self.thresholds)
+        return [C / share for C, share in zip(self.thresholds, self.shares, strict=True)]
+
+    def part_of(self, parameter: nn.Parameter) -> int:
+        """Index into :attr:`in_force` of the parameter's part."""
+        return 0 if self.shares is None else self.group_of(parameter)
 
     @classmethod
     def flat(cls, max_grad_norm: float) -> Clipping:
@@ -76,7 +108,7 @@ class Clipping:
                 f"{len(parameters)} numbers, one for each parameter of the optimizer, or a dict of name prefixes to "
                 f"numbers"
             )
-        return cls(max_grad_norm, {p: r for r, p in enumerate(parameters.values())})
+        return cls(max_grad_norm, {p: r for r, p in enumerate(parameters.values())}, list(parameters))
 
     @classmethod
     def _named_groups(cls, thresholds: Mapping[str, float], parameters: Mapping[str, nn.Parameter]) -> Clipping:
@@ -94,7 +126,7 @@ class Clipping:
             group_of[p] = order.index(best)
         if unused := [key for key in order if key not in used]:
             raise ValueError(f"max_grad_norm has groups that match no parameter: {unused}; check the spelling")
-        return cls([thresholds[key] for key in order], group_of)
+        return cls([thresholds[key] for key in order], group_of, order)
 
     @classmethod
     def equal_shares(
@@ -149,8 +181,8 @@ class Clipping:
         return torch.where(lost | (factors < LEAST_WEIGHT), 0.0, factors), lost
 
     def within(self, squared: Tensor, bounds: Tensor, scale: float) -> Tensor:
-        """``1[n ≤ C]`` in the first group, for the norms of :meth:`factors`: ``[B]``, float64."""
-        return ((squared[0] + bounds[0]).sqrt() * scale <= self.thresholds[0]).double()
+        """``1[n ≤ C_r]`` in each group, for the norms of :meth:`factors`: ``[groups, B]``, float64."""
+        return ((squared + bounds).sqrt() * scale <= self.on(squared.device).unsqueeze(1)).double()
 
 
 def _shares(max_grad_norm: Any, count: int) -> list[float]:

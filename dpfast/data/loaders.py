@@ -8,7 +8,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from opacus.data_loader import DPDataLoader
@@ -16,7 +16,6 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dpfast.capture.which_samples import Samples
-from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.data.empty_batch import CollateOrEmpty
 from dpfast.data.public_numbers import Public, check_fixed, check_inside, drawn_from
 from dpfast.data.sampling import PoissonBatches
@@ -72,11 +71,17 @@ def arguments_of(loader: DataLoader) -> dict[str, Any]:
     return {name: getattr(loader, name) for name in names}
 
 
+class Watcher(Protocol):
+    """What hears of a loader's batches, such as a clipped sum: ``batches.give`` each one, and ``batches.end_whole``."""
+
+    batches: Any
+
+
 class Watchers:
-    """The clipped sums that hear of a loader's batches; a copy of the loader has none."""
+    """Those that hear of a loader's batches; a copy of the loader has none."""
 
     def __init__(self) -> None:
-        self.clipped_sums: weakref.WeakSet[ClippedSum] = weakref.WeakSet()
+        self.heard_by: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -102,11 +107,11 @@ class WatchedLoader(DataLoader):
             for batch in super().__iter__():
                 if drawn:  # a loader class of the user's own may draw elsewhere: nothing is known of its samples
                     samples = drawn_samples(self.batch_sampler, self.dataset, drawn.popleft(), ended)
-                    for clipped_sum in self.watchers.clipped_sums:
-                        clipped_sum.batches.give(samples, batch)
+                    for each in self.watchers.heard_by:
+                        each.batches.give(samples, batch)
                 yield batch
-            for clipped_sum in self.watchers.clipped_sums:
-                clipped_sum.batches.end_whole()
+            for each in self.watchers.heard_by:
+                each.batches.end_whole()
         finally:
             ended.append(True)
 
@@ -134,13 +139,13 @@ class _Noting(Sampler[list[Any]]):
         return len(self.batches)
 
 
-def watched(loader: DataLoader, clipped_sum: ClippedSum) -> DataLoader:
-    """A shallow copy of ``loader`` that tells ``clipped_sum`` of its batches; the loader itself if it is such a copy.
+def watched(loader: DataLoader, watcher: Watcher) -> DataLoader:
+    """A shallow copy of ``loader`` that tells ``watcher`` of its batches; the loader itself if it is such a copy.
 
     A loader that does not make batches of samples is returned as it is.
     """
     if isinstance(loader, WatchedLoader):
-        loader.watchers.clipped_sums.add(clipped_sum)
+        loader.watchers.heard_by.add(watcher)
         return loader
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return loader
@@ -151,7 +156,7 @@ def watched(loader: DataLoader, clipped_sum: ClippedSum) -> DataLoader:
         twin.in_order = True
     twin.__class__ = type(name, (WatchedLoader, type(loader)), {"__module__": __name__})
     vars(twin).update(watchers=Watchers(), _iterator=None)
-    return watched(twin, clipped_sum)
+    return watched(twin, watcher)
 
 
 class PoissonSampler(UniformWithReplacementSampler):

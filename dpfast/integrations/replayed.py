@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,11 +144,15 @@ def fingerprint(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash of the values of the parameters that train. Of a sharded model all ranks have to ask together."""
-    found = hashlib.sha256()
+def weights_digest(model: nn.Module, trained: Iterable[Tensor]) -> str:
+    """A hash of the values of the parameters that train. Of a sharded model all ranks have to ask together.
+
+    Args:
+        trained: all that the optimizer has, those too that are frozen for some of the steps.
+    """
+    found, among = hashlib.sha256(), set(trained)
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p in among:
             found.update(repr((name, str(p.dtype))).encode() + _value(p))
     return found.hexdigest()
 

@@ -306,7 +306,9 @@ class DPTrainer(ResumableTrainer):
             max_grad_norm=privacy.max_grad_norm,
             clipping=privacy.clipping,
             clipping_fn=privacy.clipping_fn,
+            group_noise=privacy.group_noise,
             low_precision=privacy.low_precision,
+            noise_correction=privacy.noise_correction,
             memory_budget=privacy.memory_budget,
             poisson_sampling=False,  # the batches are Poisson-sampled by our own loader
             loss_reduction="sum",  # a loss divided by the size of a physical batch would be rounded by it in 16 bit

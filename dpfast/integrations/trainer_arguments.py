@@ -59,7 +59,7 @@ class DPArguments:
         target_epsilon: ε to be spent at the end of training; 8 if neither this nor ``noise_multiplier`` is given.
         target_delta: δ; should be well below one over the number of samples.
         noise_multiplier: noise standard deviation over ``max_grad_norm``, instead of ``target_epsilon``.
-        max_grad_norm, clipping, clipping_fn, low_precision, memory_budget: as for
+        max_grad_norm, clipping, clipping_fn, group_noise, low_precision, noise_correction, memory_budget: as for
             :meth:`dpfast.PrivacyEngine.make_private`.
         accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``.
         secure_mode: noise of ChaCha20, with keys that are never kept.
@@ -91,10 +91,12 @@ class DPArguments:
     max_grad_norm: float | Sequence[float] | Mapping[str, float] = 1.0
     clipping: str | Sequence[str] = "flat"
     clipping_fn: Any = "abadi"
+    group_noise: str | Sequence[float] | Mapping[str, float] = "global"
     accountant: str = "prv"
     secure_mode: bool = False
     seed: int | None = None
     low_precision: str = "nearest"
+    noise_correction: bool | float = False
     memory_budget: int | float | None = None
     loss_scale: float = 2.0**10
     log_training_loss: bool = False

@@ -258,8 +258,9 @@ class ResumableTrainer(Trainer):
     def _settings(self) -> dict[str, str]:
         """What has to be as it was for the same noise to meet the same sums."""
         found = {name: getattr(self.args, name, None) for name in DECISIVE}
-        privacy = ("noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "secure_mode")
-        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in (*privacy, "loss_scale", "pad", "packing")}
+        privacy = ["noise_multiplier", "max_grad_norm", "clipping", "clipping_fn", "low_precision", "noise_correction"]
+        privacy += ["group_noise", "secure_mode", "loss_scale", "pad", "packing"]
+        found |= {f"privacy.{name}": getattr(self.privacy, name) for name in privacy}
         found |= {"device": self.args.device.type, "torch": str(torch.__version__)}
         found |= {"expected_batch_size": self._logical_batch_size}
         users = getattr(self._batches(0), "units", None)
@@ -277,6 +278,6 @@ class ResumableTrainer(Trainer):
             | {
                 "train_dataset": self._data_digest,
                 "parameters": self._fingerprint,
-                "weights": weights_digest(self.model),
+                "weights": weights_digest(self.model, self.optimizer.all_parameters()),
             }
         )

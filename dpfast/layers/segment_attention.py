@@ -94,9 +94,9 @@ class SegmentAttention(TorchFunctionMode):
         masks = self._parts(attn_mask, is_causal)
         each = len(query) // rows  # of [rows · heads, length, d]
         out = []
-        for row, cuts in enumerate(self.segments.runs):
-            of_row = slice(row * each, (row + 1) * each)
-            sides = zip(*(x[of_row].split(cuts, -2) for x in (query, key, value)), masks[row], strict=True)
+        of_rows = zip(*(x.split(each) for x in (query, key, value)), masks, self.segments.runs, strict=True)
+        for *of_row, its_masks, cuts in of_rows:
+            sides = zip(*(x.split(cuts, -2) for x in of_row), its_masks, strict=True)
             parts = [
                 F.scaled_dot_product_attention(
                     q, k, v, None if isinstance(mask, bool) else mask, dropout_p, mask is True, **kwargs
@@ -120,34 +120,29 @@ class SegmentAttention(TorchFunctionMode):
                 raise meet(WITHOUT_MASK)
             parts = [[is_causal] * len(cuts) for cuts in self.segments.runs]
         else:
+            places = self._places(mask)
             with unseen("masks of packed rows"):
                 open_ = _open(mask)
                 self._check_apart(open_, BY_MASK)
                 plain = mask.dtype == torch.bool or bool(((mask == 0) | ~open_).all())
-            parts = self._cut(mask, open_, plain and not mask.requires_grad)
+                simple = [_simple(open_[place]) if plain and not mask.requires_grad else None for place in places]
+            each = iter([mask[p] if way is None else way for p, way in zip(places, simple, strict=True)])
+            parts = [[next(each) for _ in cuts] for cuts in self.segments.runs]
         self._checked.append((mask, is_causal, parts))
         return parts
 
-    def _cut(self, mask: Tensor, open_: Tensor, plain: bool) -> list[Any]:
-        rows, parts = self.segments.rows, []
+    def _places(self, mask: Tensor) -> list[tuple[Any, ...]]:
+        """Where in ``mask`` each run of each row is."""
+        rows, places = self.segments.rows, []
         each = len(mask) // rows if mask.dim() > 2 and len(mask) % rows == 0 and len(mask) >= rows else 0
         for row, cuts in enumerate(self.segments.runs):
-            its: list[Any] = []
             of_row = slice(row * each, (row + 1) * each) if each else slice(None)
             start = 0
             for n in cuts:
-                place: tuple[Any, ...] = (of_row, ..., slice(start, start + n), slice(start, start + n))
-                place = place if mask.dim() > 2 else place[1:]
-                seen = open_[place]
-                if plain and bool(seen.all()):
-                    its.append(False)
-                elif plain and bool((seen == torch.ones(n, n, dtype=torch.bool, device=seen.device).tril()).all()):
-                    its.append(True)
-                else:
-                    its.append(mask[place])
+                place = of_row, ..., slice(start, start + n), slice(start, start + n)
+                places.append(place if mask.dim() > 2 else place[1:])
                 start += n
-            parts.append(its)
-        return parts
+        return places
 
     def _check_apart(self, open_: Tensor, what: str) -> None:
         """``open_ [..., length, length]`` is False between positions of different segments."""
@@ -195,6 +190,14 @@ class SegmentAttention(TorchFunctionMode):
 def _open(mask: Tensor) -> Tensor:
     """Where a mask lets a position see another one."""
     return mask.detach() if mask.dtype == torch.bool else mask.detach() > torch.finfo(mask.dtype).min / 2
+
+
+def _simple(open_: Tensor) -> bool | None:
+    """False if a mask of one segment is open throughout, True if it is a causal one, None if it is another."""
+    n = open_.shape[-1]
+    if bool(open_.all()):
+        return False
+    return True if bool((open_ == torch.ones(n, n, dtype=torch.bool, device=open_.device).tril()).all()) else None
 
 
 def _is_same(mask: Tensor | None, other: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -325,7 +324,7 @@ class ModelForward(Forward):
                 f"the batch size cannot be told from the inputs of {type(self.module).__name__}: pass tensors with the "
                 f"batch first"
             )
-        with self._uncompiled():
+        with self._schedule.checking(again=False), self._uncompiled():
             self.verdict = self._check(args, kwargs, run).whole()
         if self.verdict.untried and self._give_up(every=True):  # their rows may be the samples' by chance
             return self._why_mixed(args, kwargs, run)
@@ -336,10 +335,8 @@ class ModelForward(Forward):
 
     def _why_mixed_now(self, args: Any, kwargs: Any) -> str:
         """The same of a model that was found clean, on this batch."""
-        began = perf_counter()
-        with self._uncompiled():
+        with self._schedule.checking(), self._uncompiled():
             verdict = self._check(args, kwargs).again()
-        self._schedule.checked(perf_counter() - began)
         if verdict.mixed:
             self.verdict = verdict
         return verdict.mixed

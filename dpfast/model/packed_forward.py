@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -114,16 +113,13 @@ class PackedForward:
         due = self._schedule.due()
         if not (new or due):
             return
-        began = perf_counter()
         trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, self._schedule.steps)
-        with torch.random.fork_rng(), recorder.setting(segments=segments):
+        with self._schedule.checking(again=not new), torch.random.fork_rng(), recorder.setting(segments=segments):
             why = trial.why(None if new else 1)
             self.carries = self.carries or (not why and trial.carries())
         if why:
             raise SamplesMeetError(why)
         self._kinds.add(this)
-        if not new:
-            self._schedule.checked(perf_counter() - began)
 
     def remove(self) -> None:
         """No module has a hook of ours any more."""

@@ -30,7 +30,12 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """Hyperparameters of ``torch.optim.Adam``, of ``AdamW`` if ``decoupled``; ``t`` counts this step, from 1."""
+    """Hyperparameters of ``torch.optim.Adam``, of ``AdamW`` if ``decoupled``; ``t`` counts this step, from 1.
+
+    ``noise`` is the part that noise has in the second moments, as this step leaves them: its variance in each step,
+    with their weights. If it is not 0 it is taken off, and what is left is ``floor`` at least; their root is that of
+    ``max((exp_avg_sq - noise) / (1 - beta2^t), floor)``. The second moments themselves are torch's.
+    """
 
     lr: float
     beta1: float
@@ -38,6 +43,8 @@ class Adam:
     eps: float
     weight_decay: float
     t: float
+    noise: float = 0.0
+    floor: float = 0.0
     decoupled: bool = False
     maximize: bool = False
 
@@ -110,7 +117,7 @@ def noisy_step_(
             numbers += [rule.nesterov, rule.maximize, rule.first]
         else:
             op = torch.ops.dpfast.noisy_adam_
-            numbers = [rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.t]
+            numbers = [rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.t, rule.noise, rule.floor]
             numbers += [rule.decoupled, rule.maximize]
         op(*tensors, *common, *numbers, *rounded)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpfast.ops.noise import KEY_WORDS, Noise
 from dpfast.ops.update import ROUNDINGS, SGD, Adam, noisy_step_
 
-_RULES = {"SGD": (SGD, 4), "Adam": (Adam, 6)}  # the rest of their fields are true or false
+_RULES = {"SGD": (SGD, 4), "Adam": (Adam, 8)}  # the rest of their fields are true or false
 NUMBERS = 4 + max(len(fields(rule)) for rule, _ in _RULES.values())
 WORDS = KEY_WORDS + 3
 

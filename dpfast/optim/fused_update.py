@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,6 +15,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from dpfast import ops
 from dpfast.distributed.ranks import first_element, like, local
+from dpfast.noise.parts import StepNoise, only
+from dpfast.optim.noise_correction import NOISE_VARIANCE, corrected, note
 
 LOW_PRECISION = ("nearest", "stochastic", "master")
 MASTER = "master_param"  # in the optimizer's state, beside torch's own
@@ -112,9 +114,10 @@ def noisy_step(
     optimizer: Optimizer,
     summed: Mapping[Any, Tensor],
     index: Mapping[Any, int],
-    noise: ops.Noise,
+    noise: StepNoise,
     low_precision: str = "nearest",
     rounding_key: tuple[int, int] = (0, 0),
+    floor: float = 0.0,
 ) -> None:
     """Noise, scale and update in one pass; ``p.grad`` then holds the noisy gradient.
 
@@ -125,10 +128,13 @@ def noisy_step(
         index: each parameter's index in the noise stream.
         low_precision: how 16-bit parameters take an update: ``"nearest"``, ``"stochastic"`` rounding, or through a
             float32 ``"master"`` copy, which is kept in the optimizer's state.
+        floor: of Adam's second moments without the noise's variance; 0 to leave that in them.
     """
     look, part = _looks[optimizer], tuple(map(id, summed))
     checked = part in look.parts
-    for update in updates(optimizer, summed, index, low_precision):
+    for known in updates(optimizer, summed, index, low_precision, floor, noise.part_of):
+        of_part = noise.parts[known.part]
+        update = known.with_noise(of_part)
         sums = [summed[p] for p in update.params]
         grads = update.grads(sums)
         ops.noisy_step_(
@@ -139,7 +145,7 @@ def noisy_step(
             update.states,
             update.masters,
             update.indices,
-            noise,
+            of_part,
             update.rounding,
             rounding_key,
             update.firsts,
@@ -157,7 +163,7 @@ def end_step(optimizer: Optimizer) -> None:
 
 
 class Update(NamedTuple):
-    """Parameters that one call of the op updates: those of one group, dtype and history."""
+    """Parameters that one call of the op updates: those of one group, dtype, noise and history."""
 
     rule: ops.SGD | ops.Adam
     params: Sequence[Any]
@@ -168,6 +174,15 @@ class Update(NamedTuple):
     masters: list[Tensor]
     rounding: str
     steps: list[Tensor]  # counters, which do not count this step yet
+    kept: list[dict[str, Any]]  # the optimizer's state of each
+    noise_before: float | None  # of the second moments' noise, what is known of the steps before
+    part: int  # of the step's noise
+
+    def with_noise(self, noise: ops.Noise) -> Update:
+        """The update of a step with this noise."""
+        if not isinstance(self.rule, ops.Adam) or not self.rule.floor:
+            return self
+        return self._replace(rule=corrected(self.rule, self.noise_before, noise))
 
     def grads(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """Where the op writes noisy gradients: float32 ones into the sums themselves."""
@@ -179,6 +194,7 @@ class Update(NamedTuple):
         """The op has written."""
         if self.steps:
             torch._foreach_add_(self.steps, 1)
+            note(self.rule, self.kept)
         changed = [*self.params, *self.masters, *(state for states in self.states for state in states)]
         torch.autograd.graph.increment_version(changed)  # a graph kept from before is stale
         for p, grad in zip(self.params, grads, strict=True):
@@ -186,24 +202,31 @@ class Update(NamedTuple):
 
 
 def updates(
-    optimizer: Optimizer, trained: Collection[Any], index: Mapping[Any, int], low_precision: str
+    optimizer: Optimizer,
+    trained: Collection[Any],
+    index: Mapping[Any, int],
+    low_precision: str,
+    floor: float = 0.0,
+    part_of: Callable[[Any], int] = only,
 ) -> Iterator[Update]:
     """The calls that update ``trained``. States that are missing are made; nothing else is changed."""
     look = _looks[optimizer]
     for group in optimizer.param_groups:
-        by_dtype: dict[torch.dtype, list[Any]] = {}
+        alike: dict[tuple[torch.dtype, int], list[Any]] = {}
         for p in group["params"]:
             if p in trained:
-                by_dtype.setdefault(p.dtype, []).append(p)
-        for dtype, same in by_dtype.items():
+                alike.setdefault((p.dtype, part_of(p)), []).append(p)
+        for (dtype, part), same in alike.items():
             narrow = dtype != torch.float32
             rounding = "stochastic" if narrow and low_precision == "stochastic" else "nearest"
-            for rule, params in _by_rule(optimizer, group, same):
+            for rule, noise_before, params in _by_rule(optimizer, group, same, floor):
                 parts, indices, firsts = map(list, zip(*(look.place(p, index) for p in params), strict=True))
                 masters = [_master(optimizer, p) for p in params] if narrow and low_precision == "master" else []
                 states = _states(optimizer, group, params)
-                steps = [optimizer.state[p]["step"] for p in params] if isinstance(rule, ops.Adam) else []
-                yield Update(rule, params, parts, indices, firsts, states, masters, rounding, steps)
+                kept = [optimizer.state[p] for p in params] if isinstance(rule, ops.Adam) else []
+                steps = [state["step"] for state in kept]
+                places = params, parts, indices, firsts
+                yield Update(rule, *places, states, masters, rounding, steps, kept, noise_before, part)
 
 
 def why_not_known(optimizer: Optimizer, trained: Collection[Any], low_precision: str) -> str | None:
@@ -234,9 +257,12 @@ def look_of(optimizer: Optimizer) -> object:
 
 
 def _by_rule(
-    optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any]
-) -> Iterator[tuple[ops.SGD | ops.Adam, Sequence[Any]]]:
-    """The group's hyperparameters, with those of ``params`` that have the same history; states are torch's own."""
+    optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Any], floor: float
+) -> Iterator[tuple[ops.SGD | ops.Adam, float | None, Sequence[Any]]]:
+    """The group's hyperparameters, with those of ``params`` that have the same history; states are torch's own.
+
+    With a ``floor``, what is known of the noise in their second moments is a part of the history.
+    """
     if isinstance(optimizer, SGD):
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         numbers = {name: group[name] for name in names}
@@ -246,10 +272,10 @@ def _by_rule(
             for p in new:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if new:
-            yield ops.SGD(**numbers, first=True), new
+            yield ops.SGD(**numbers, first=True), None, new
         seen = {id(p) for p in new}
         if rest := [p for p in params if id(p) not in seen]:
-            yield ops.SGD(**numbers), rest
+            yield ops.SGD(**numbers), None, rest
         return
     for p in params:
         state = optimizer.state[p]
@@ -259,11 +285,11 @@ def _by_rule(
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(p)
     steps = torch.stack([optimizer.state[p]["step"] for p in params]) + 1  # as each will be counted
-    by_time: dict[float, list[Any]] = defaultdict(list)
+    by_time: dict[tuple[float, float | None], list[Any]] = defaultdict(list)
     for p, t in zip(params, steps.tolist(), strict=True):
-        by_time[t].append(p)
+        by_time[t, optimizer.state[p].get(NOISE_VARIANCE) if floor else None].append(p)
     beta1, beta2 = group["betas"]
-    for t, same in by_time.items():
+    for (t, noise_before), same in by_time.items():
         yield (
             ops.Adam(
                 group["lr"],
@@ -272,9 +298,11 @@ def _by_rule(
                 group["eps"],
                 group["weight_decay"],
                 t=t,
+                floor=floor,
                 decoupled=group["decoupled_weight_decay"],
                 maximize=group["maximize"],
             ),
+            noise_before,
             same,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -16,11 +17,13 @@ from dpfast.clipping.clipped_sum import ClippedSum
 from dpfast.clipping.grad_samples import all_grad_samples
 from dpfast.clipping.thresholds import Clipping
 from dpfast.distributed.ranks import Ranks, first_element, like, local
+from dpfast.noise.parts import StepNoise
 from dpfast.noise.stream import NoiseStream
 from dpfast.ops.numbers import plain
 from dpfast.optim.ascent import Ascending, Ascent, check_ascent
 from dpfast.optim.copies import accountant_of, copied, pickled
 from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
+from dpfast.optim.noise_correction import check_noise_correction
 from dpfast.optim.step_checks import agree, check_low_precision, check_noise_multiplier, look_for_bypass, refuse_step
 from dpfast.refusals import ParametersChangedError, ReplacedMethodError
 
@@ -55,6 +58,8 @@ class FusedDPOptimizer(DPOptimizer):
         secure_mode: noise from ChaCha20, see :class:`~dpfast.noise.stream.NoiseStream`.
         low_precision: how 16-bit parameters take an update: rounded to the ``"nearest"``, with ``"stochastic"``
             rounding, or through a float32 ``"master"`` copy in the optimizer's state.
+        noise_correction: whether Adam's second moments are relieved of the noise's variance, or the least that is left
+            of one: see :mod:`dpfast.optim.noise_correction`.
         adaptive: how C follows a quantile of the norms; it is part of the ``noise_multiplier``'s budget.
         ascent: where the next step takes its gradients: see :mod:`dpfast.optim.ascent`.
         ranks: how the processes of a run share the step; clipped sums are added up over them, noise is added once.
@@ -72,15 +77,20 @@ class FusedDPOptimizer(DPOptimizer):
         generator: torch.Generator | None = None,
         secure_mode: bool = False,
         low_precision: str = "nearest",
+        noise_correction: bool | float = False,
         adaptive: AdaptiveClipping | None = None,
         ascent: Ascent | None = None,
         ranks: Ranks | None = None,
     ):
         check_noise_multiplier(noise_multiplier)
         if adaptive is not None:
-            adaptive.of_sums(noise_multiplier)
+            adaptive.of_sums(noise_multiplier, len(clipping.thresholds))
         check_low_precision(low_precision, optimizer)
         check_ascent(ascent, optimizer, low_precision)
+        filters = ascent is not None and ascent.filters
+        floor = check_noise_correction(
+            noise_correction, optimizer, clipped_sum.names, filters=filters, why_not=why_not_fused(optimizer)
+        )
         other = clipped_sum.optimizer() if clipped_sum.optimizer is not None else None
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         if other is not None and set(other.all_parameters()) != mine:
@@ -91,6 +101,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.ranks = ranks or Ranks()
         self.noise = NoiseStream(generator, secure_mode, self.ranks)
         self.low_precision = low_precision
+        self.noise_correction = floor  # the least that is left of a second moment; 0 for none
         self.adaptive = adaptive
         self.ascending = Ascending(ascent, optimizer, clipped_sum.names)
         self.clipping = clipping
@@ -132,6 +143,11 @@ class FusedDPOptimizer(DPOptimizer):
     def max_grad_norms(self) -> list[float]:
         """The thresholds C_r of all groups."""
         return list(self.clipping.thresholds)
+
+    @property
+    def noise_scales(self) -> list[float]:
+        """γ_r of all groups: noise has the standard deviation ``noise_multiplier · γ_r`` before division."""
+        return self.clipping.noise_scales
 
     @property
     def accumulated_iterations(self) -> int:
@@ -182,7 +198,8 @@ class FusedDPOptimizer(DPOptimizer):
             if name == "sample_size":
                 return self.clipped_sum.samples
             if name == "unclipped_num":
-                return self.clipped_sum.unclipped + self.clipped_sum.samples / 2
+                counts = [count + self.clipped_sum.samples / 2 for count in self.clipped_sum.unclipped]
+                return counts if len(self.clipping.thresholds) > 1 else sum(counts)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
@@ -217,8 +234,10 @@ class FusedDPOptimizer(DPOptimizer):
                 p: total.view(local(p).shape) if p.dtype == total.dtype else torch.empty_like(total, dtype=p.dtype)
                 for p, total in summed.items()
             }
-            places = [self.clipped_sum.index[p] for p in summed], noise, [first_element(p) for p in summed]
-            ops.noisy_grad_(list(summed.values()), list(grads.values()), *places)
+            for part, of_part in enumerate(noise.parts):
+                its = [p for p in summed if noise.part_of(p) == part]
+                places = [self.clipped_sum.index[p] for p in its], of_part, [first_element(p) for p in its]
+                ops.noisy_grad_([summed[p] for p in its], [grads[p] for p in its], *places)
             for p, grad in grads.items():
                 p.grad = like(grad, p)
 
@@ -239,18 +258,29 @@ class FusedDPOptimizer(DPOptimizer):
         assert self.expected_batch_size is not None
         return self.expected_batch_size * self.accumulated_iterations
 
-    def _next_noise(self, scale: float) -> ops.Noise:
+    def _next_noise(self, scale: float) -> StepNoise:
         """The noise that the sums of this logical batch get, of all ranks together; adaptive clipping then moves C.
 
         ``scale`` is what noisy sums are multiplied with.
         """
         check_noise_multiplier(self.noise_multiplier)
-        sensitivity = self.clipped_sum.sensitivity or self.clipping.sensitivity
-        elements = sum([p.numel() for p in self.all_parameters() if p.requires_grad])
-        multiplier = self.noise_multiplier if self.adaptive is None else self.adaptive.of_sums(self.noise_multiplier)
-        noise = self.noise.next(multiplier, sensitivity, elements, scale)
-        if self.adaptive is not None:
-            self._adapt(self.adaptive, noise)
+        clipping, adaptive = self.clipping, self.adaptive
+        sensitivities = self.clipped_sum.in_force or clipping.in_force
+        elements = [0] * len(sensitivities)
+        for p in self.all_parameters():
+            if p.requires_grad:
+                elements[clipping.part_of(p)] += p.numel()
+        multiplier = self.noise_multiplier
+        if adaptive is not None:
+            multiplier = adaptive.of_sums(multiplier, len(clipping.thresholds))
+        parts = [
+            (multiplier / share, sensitivity, count, scale)
+            for share, sensitivity, count in zip(clipping.shares or [1.0], sensitivities, elements, strict=True)
+        ]
+        first = self.noise.next(*parts[0])
+        noise = StepNoise([first, *(self.noise.beside(first, *part) for part in parts[1:])], clipping.part_of)
+        if adaptive is not None:
+            self._adapt(adaptive, first)
         return noise
 
     def _take_sums(self) -> dict[Any, torch.Tensor | None]:
@@ -268,14 +298,16 @@ class FusedDPOptimizer(DPOptimizer):
         return self.keep_summed_grad or bool(self._hooks) or self.has_own_parts
 
     def _adapt(self, adaptive: AdaptiveClipping, noise: ops.Noise) -> None:
-        """The next step's C, from the noisy count of samples that were not clipped."""
+        """The next step's C of each group, from the noisy counts of samples that were not clipped."""
         assert self.expected_batch_size is not None
-        multiplier = 2 * adaptive.unclipped_num_std if self.noise_multiplier > 0 else 0.0
+        groups = len(self.clipping.thresholds)
+        multiplier = adaptive.of_counts(groups) if self.noise_multiplier > 0 else 0.0
         scale = 1 / (self.expected_batch_size * self.accumulated_iterations)
-        beside = self.noise.beside(noise, multiplier, 0.5, 1, scale)
-        centred = torch.tensor([self.clipped_sum.unclipped])
+        beside = self.noise.beside(noise, multiplier, math.sqrt(groups) / 2, groups, scale)
+        centred = torch.tensor(self.clipped_sum.unclipped or [0.0] * groups)
         ops.noisy_grad_([centred], [centred], [len(self.clipped_sum.index)], beside)
-        self.clipping.sensitivity = adaptive.next_threshold(self.clipping.sensitivity, centred.item() + 0.5)
+        pairs = zip(self.clipping.thresholds, centred.tolist(), strict=True)
+        self.clipping.thresholds = [adaptive.next_threshold(C, fraction + 0.5) for C, fraction in pairs]
 
     @as_written
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -315,14 +347,15 @@ class FusedDPOptimizer(DPOptimizer):
             with torch.enable_grad():
                 closure()
         if self.has_own("pre_step"):
-            check_low_precision(self.low_precision, self.original_optimizer, "the optimizer's pre_step was replaced")
+            self._check_update("the optimizer's pre_step was replaced")
             return self.original_optimizer.step() if self.pre_step() else None
-        # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with a low_precision
-        # that torch's own step does not have, the hook sees none.
-        for_hook = self.has_hooks and self.low_precision == "nearest"
-        replaced = self.has_own_parts or self.ascending.filters
-        if for_hook or replaced or why_not_fused(self.original_optimizer) is not None:
-            check_low_precision(self.low_precision, self.original_optimizer)
+        # A hook of the user's own is called with noisy gradients, before the update, as in Opacus; with an update that
+        # torch's own step does not have, the hook sees none.
+        for_hook = self.has_hooks and self.low_precision == "nearest" and not self.noise_correction
+        why_not = "a method of the optimizer was replaced" if self.has_own_parts else None
+        why_not = why_not or why_not_fused(self.original_optimizer)
+        self._check_update(why_not)
+        if for_hook or self.ascending.filters or why_not is not None:
             if not self._pre_step():
                 return None
             self.ascending.see_gradients()
@@ -333,17 +366,27 @@ class FusedDPOptimizer(DPOptimizer):
         if self.begin_step():
             noise, key, found = self.open_update()
             sums = _filled(found)
+            settings = self.low_precision, key, self.noise_correction
             with torch.no_grad():
                 for summed in self.ranks.totals(sums):
-                    noisy_step(self.original_optimizer, summed, self.clipped_sum.index, noise, self.low_precision, key)
+                    noisy_step(self.original_optimizer, summed, self.clipped_sum.index, noise, *settings)
             self.close_update()
         return None
 
+    def _check_update(self, why_not: str | None) -> None:
+        """Refuse an update that torch's own step does not have, where that step would make it."""
+        if self.low_precision != "nearest":
+            check_low_precision(self.low_precision, self.original_optimizer, why_not)
+        if self.noise_correction:
+            names = self.clipped_sum.names
+            check_noise_correction(self.noise_correction, self.original_optimizer, names, why_not=why_not)
+
     def _check_own_parts(self) -> None:
-        if self.ranks.world_size > 1 or self.adaptive is not None:
+        if self.ranks.world_size > 1 or self.adaptive is not None or self.clipping.shares is not None:
             raise ReplacedMethodError(
                 "step: a method of the optimizer was replaced (one of add_noise, scale_grad, clip_and_accumulate), "
-                "which cannot be done on several ranks, or with clipping='adaptive': both go through dpfast's own noise"
+                "which cannot be done on several ranks, with clipping='adaptive', or with another group_noise than "
+                "'global': all of these go through dpfast's own noise"
             )
 
     def _fill_sums(self) -> bool:
@@ -374,11 +417,12 @@ class FusedDPOptimizer(DPOptimizer):
                     )
                 zeros = {p: torch.zeros_like(total) for p, total in self._put_aside.items() if p.summed_grad is None}
                 self._put_aside = zeros
-                self.clipped_sum.sensitivity = max(self.clipped_sum.sensitivity, self.clipping.sensitivity)
+                own = self.clipping.in_force
+                self.clipped_sum.in_force = [*map(max, self.clipped_sum.in_force or own, own)]
         finally:
             FusedDPOptimizer.clip_and_accumulate(self)
 
-    def open_update(self) -> tuple[ops.Noise, tuple[int, int], dict[Any, torch.Tensor | None]]:
+    def open_update(self) -> tuple[StepNoise, tuple[int, int], dict[Any, torch.Tensor | None]]:
         """:meth:`begin_step` has said yes: account for the step, and end its logical batch.
 
         Returns:
@@ -408,7 +452,7 @@ class FusedDPOptimizer(DPOptimizer):
         self.clipped_sum.batches.tried = True  # what refuses from here on may be put right, and the step called again
         check_noise_multiplier(self.noise_multiplier)  # what can refuse does so before anything is used up
         if self.adaptive is not None:
-            self.adaptive.of_sums(self.noise_multiplier)
+            self.adaptive.of_sums(self.noise_multiplier, len(self.clipping.thresholds))
         self.noise.check()
         look_for_bypass(self)
         self._is_last_step_skipped = self.is_to_skip

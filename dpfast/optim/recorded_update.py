@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.noise.parts import StepNoise
 from dpfast.optim.fused_update import (
     Update,
     end_step,
@@ -66,7 +67,8 @@ class RecordedUpdate:
         self.why_not = why_not_known(wrapped, self.trained, optimizer.low_precision)
         if self.why_not is not None:
             return
-        self.plan: list[Update] = [*updates(wrapped, self.trained, clipped_sum.index, optimizer.low_precision)]
+        settings = optimizer.low_precision, optimizer.noise_correction, optimizer.clipping.part_of
+        self.plan: list[Update] = [*updates(wrapped, self.trained, clipped_sum.index, *settings)]
         sums = ((p, getattr(p, "summed_grad", None)) for p in self.trained)  # of physical batches before
         self.earlier = {p: total.contiguous() for p, total in sums if total is not None}
         each = tuple(
@@ -89,12 +91,13 @@ class RecordedUpdate:
         """How many of the last :meth:`inputs` are memory that the update writes to."""
         return sum(len(each.parts) + sum(map(len, each.states)) + len(each.masters) for each in self.plan)
 
-    def inputs(self, noise: ops.Noise | None = None, rounding_key: tuple[int, int] = (0, 0)) -> list[Tensor]:
+    def inputs(self, noise: StepNoise | None = None, rounding_key: tuple[int, int] = (0, 0)) -> list[Tensor]:
         """Tensors that the graph is given. Without ``noise``, as while it is recorded, they let it write nothing."""
         rows, words = [[0.0] * ops.NUMBERS] * len(self.plan), [0] * ops.WORDS
         if noise is not None:
-            rows = [ops.numbers_of(each.rule, noise) for each in self.plan]
-            words = ops.words_of(noise, rounding_key)
+            self.plan = [each.with_noise(noise.parts[each.part]) for each in self.plan]
+            rows = [ops.numbers_of(each.rule, noise.parts[each.part]) for each in self.plan]
+            words = ops.words_of(noise.parts[0], rounding_key)  # key and step are those of all parts
         pinned = self.device.type == "cuda"  # so that the host does not wait for the copy
         told = torch.tensor(rows, dtype=torch.float64, pin_memory=pinned), torch.tensor(words, pin_memory=pinned)
         out = [*(x.to(self.device, non_blocking=True) for x in told), *self.earlier.values()]

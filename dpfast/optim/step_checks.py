@@ -89,8 +89,9 @@ def agree(optimizer: Any) -> None:
     if optimizer.ranks.world_size == 1 and not optimizer.ranks.sharded:
         return
     clipped_sum = optimizer.clipped_sum
-    own = clipped_sum.sensitivity or optimizer.clipping.sensitivity
-    mine = (own, float(clipped_sum.accumulated), clipped_sum.unclipped, float(optimizer.first_bypassed))
+    own = clipped_sum.in_force or optimizer.clipping.in_force
+    counts = (clipped_sum.unclipped or [0.0] * len(optimizer.max_grad_norms)) if optimizer.adaptive is not None else []
+    mine = (*own, *counts, float(clipped_sum.accumulated), float(optimizer.first_bypassed))
     trained = [clipped_sum.index[p] for p in optimizer.all_parameters() if p.requires_grad]
     alike = {
         "noise_multiplier": float(optimizer.noise_multiplier),
@@ -109,7 +110,8 @@ def agree(optimizer: Any) -> None:
                 f"step: {name} differs between the ranks{shown}. Load the same checkpoint, and change the same "
                 f"settings, on all of them"
             )
-    sensitivities, accumulated, unclipped, bypassed, *_ = zip(*rows, strict=True)
+    columns = [*zip(*rows, strict=True)]
+    accumulated, bypassed = columns[len(own) + len(counts) : len(mine)]
     if any(bypassed):
         name = list(clipped_sum.names.values())[int(max(bypassed)) - 1]
         raise BypassedLayersError(
@@ -117,8 +119,8 @@ def agree(optimizer: Any) -> None:
             f"loss computes with it (for an L2 penalty use the optimizer's weight_decay), or other code does (call "
             f"the module that owns it), or set requires_grad_(False)"
         )
-    clipped_sum.sensitivity, clipped_sum.accumulated = max(sensitivities), int(max(accumulated))
-    clipped_sum.unclipped = sum(unclipped)
+    clipped_sum.in_force, clipped_sum.accumulated = [*map(max, columns[: len(own)])], int(max(accumulated))
+    clipped_sum.unclipped = [*map(sum, columns[len(own) : len(own) + len(counts)])]
 
 
 def check_noise_multiplier(value: Any) -> None:

@@ -3,14 +3,15 @@
 ``check`` is the whole of it. ``proof`` follows operators by ``rules``, ``networks`` and ``indexing``, which give
 ``labels`` to tensors; ``trial`` tries an operator that has no rule; ``followed`` asks the proof about a private model,
 and ``answers`` has it take other branches. ``experiment`` replaces samples and leaves them out, with the same
-``draws``; ``segments_apart`` replaces samples of packed rows. ``passes`` and ``state`` keep all of that from leaving a
-trace, and ``schedule`` says when it is repeated.
+``draws``; ``segments_apart`` replaces samples of packed rows, and ``losses_apart`` checks losses without a backward.
+``passes`` and ``state`` keep all of that from leaving a trace, and ``schedule`` says when it is repeated.
 """
 
 from dpfast.separation.check import Check, Verdict
 from dpfast.separation.draws import Draws
 from dpfast.separation.followed import Followed
 from dpfast.separation.inputs import kind, noisy, unvarying
+from dpfast.separation.losses_apart import LossCheck
 from dpfast.separation.passes import aside, observed, own_random_numbers, same, without_autocast
 from dpfast.separation.segments_apart import SegmentsApart
 from dpfast.separation.state import kept
@@ -19,6 +20,7 @@ __all__ = [
     "Check",
     "Draws",
     "Followed",
+    "LossCheck",
     "SegmentsApart",
     "Verdict",
     "aside",

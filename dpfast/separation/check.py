@@ -205,10 +205,14 @@ class Check:
             stack.enter_context(nullcontext() if high is None else answers.extreme_draws(high))
             follow.starts(args, kwargs)
             stack.enter_context(follow.following())
-            outputs = [x for x in tensors(self.run(args, kwargs)) if x.requires_grad]
+            outputs = self._outputs(self.run(args, kwargs))
             follow.returns(outputs, outputs)
             follow.numbers = keeping.numbers()
         return follow, [x.detach() for x in outputs]
+
+    def _outputs(self, returned: Any) -> list[Tensor]:
+        """What of a forward's result samples must be apart in."""
+        return [x for x in tensors(returned) if x.requires_grad]
 
     def _try_chance(self, verdict: Verdict) -> None:
         """Whatever Python decides by random numbers, samples must be kept apart."""

@@ -38,6 +38,15 @@ def own_saved_tensors() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
 
 
+def seed_torch(seed: int) -> None:
+    """As ``torch.manual_seed``; where there is no accelerator without what that does for each kind of them that there
+    might be: it writes out the stack, which takes longer than a small model's forward, and keeps it for ever."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def own_random_numbers(seed: int | None) -> Iterator[None]:
     """Random numbers within, of torch, Python and numpy, follow from ``seed``; those outside go on as they would."""
@@ -45,7 +54,7 @@ def own_random_numbers(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         try:
             if seed is not None:
-                torch.manual_seed(seed)
+                seed_torch(seed)
                 random.seed(seed)
                 np.random.seed(seed % (1 << 32))
             yield

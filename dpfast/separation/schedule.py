@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 SHARE = 0.01  # of a run's time, that later checks may take
@@ -16,6 +18,7 @@ class Schedule:
         self._next = 2
         self._spent = 0.0
         self._longest = 0.0
+        self._apart = 0.0  # seconds since the first step that were no step's: all checks
         self._began = 0.0
 
     def due(self) -> bool:
@@ -32,12 +35,20 @@ class Schedule:
     def _is_due(self, steps: int) -> bool:
         if steps == 1 or steps < self._next:
             return False
-        step = (perf_counter() - self._began - self._spent) / (steps - 1)
+        step = (perf_counter() - self._began - self._apart) / (steps - 1)
         return self._spent + self._longest <= SHARE * step * max(RUN, steps)
 
-    def checked(self, seconds: float) -> None:
-        """A check was made, and took so long."""
-        self._spent += seconds
-        self._longest = max(self._longest, seconds)
-        while self._next <= self.steps:
-            self._next *= 2
+    @contextmanager
+    def checking(self, again: bool = True) -> Iterator[None]:
+        """A check runs within; ``again``: a later one, whose time counts, as there may be many of them."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            seconds = perf_counter() - began
+            self._apart += seconds
+            if again:
+                self._spent += seconds
+                self._longest = max(self._longest, seconds)
+                while self._next <= self.steps:
+                    self._next *= 2

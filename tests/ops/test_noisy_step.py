@@ -7,6 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 
 from dpfast import ops
+from dpfast.noise.parts import StepNoise
 from dpfast.optim.fused_update import noisy_step, why_not_fused
 from tests.ops.noisy import F32, MODES, apart, assert_guards, guarded, new_noise, require, same
 
@@ -68,7 +69,7 @@ class Trained:
                 self.optimizer,
                 {p: x.clone() for p, x in zip(self.params, sums, strict=True)},
                 {p: k for k, p in enumerate(self.params)},
-                noise,
+                StepNoise([noise]),
             )
 
     def sums(self):

@@ -31,7 +31,7 @@ each_kind = pytest.mark.parametrize(("dtype", "low_precision"), KINDS, ids=lambd
 each_mode = pytest.mark.parametrize("mode", MODES)
 NUMBERS = {
     "noisy_sgd_": lambda t: (0.1, 0.9, 0.2, 0.01, True, False, t == 0),
-    "noisy_adam_": lambda t: (0.1, 0.9, 0.99, 1e-8, 0.01, t + 1.0, t % 2 == 0, False),
+    "noisy_adam_": lambda t: (0.1, 0.9, 0.99, 1e-8, 0.01, t + 1.0, 0.02 * (t % 2), 1e-3, t % 2 == 0, False),
 }
 
 

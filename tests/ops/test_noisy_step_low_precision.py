@@ -7,6 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 
 from dpfast import ops
+from dpfast.noise.parts import StepNoise
 from dpfast.optim.fused_update import MASTER, noisy_step, why_not_fused
 from tests.ops.noisy import BF16, F16, MODES, apart, new_noise, require, same, units
 
@@ -34,7 +35,7 @@ def step(optimizer, params, sums, noise, low_precision="nearest", key=(1, 2)):
     index = {p: k for k, p in enumerate(params)}
     with torch.no_grad():
         summed = {p: x.clone() for p, x in zip(params, sums, strict=True)}
-        noisy_step(optimizer, summed, index, noise, low_precision, key)
+        noisy_step(optimizer, summed, index, StepNoise([noise]), low_precision, key)
 
 
 def wide_step(rule, params, states, grads, variant):

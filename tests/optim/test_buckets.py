@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dpfast import ops
+from dpfast.noise.parts import StepNoise
 from dpfast.ops import update
 from dpfast.optim.fused_update import noisy_step, why_not_fused
 from tests.ops.noisy import require
@@ -24,9 +25,8 @@ def test_every_bucket_is_checked_until_nothing_changes(make, monkeypatch):
         looked.clear()
         assert why_not_fused(optimizer) is None
         for bucket in (params[:1], params[1:]):
-            noisy_step(
-                optimizer, {p: torch.zeros_like(p) for p in bucket}, index, ops.Noise((0,) * ops.KEY_WORDS, 0, 0.0)
-            )
+            noise = StepNoise([ops.Noise((0,) * ops.KEY_WORDS, 0, 0.0)])
+            noisy_step(optimizer, {p: torch.zeros_like(p) for p in bucket}, index, noise)
         return list(looked)
 
     assert step() == [1, 3]

@@ -225,3 +225,16 @@ def test_compute_dtype_of_sums():
     run = run_of("sgd")
     run.backward(batch(dtype=BF16))
     assert {p.summed_grad.dtype for p in run.model.parameters()} == {F32} == {ops.compute_dtype(BF16)}
+
+
+@pytest.mark.parametrize("way", ["stochastic", "master"])
+@pytest.mark.parametrize("part", ["add_noise", "scale_grad", "clip_and_accumulate"])
+def test_a_replaced_part_of_the_step_is_followed_by_torchs_own_update(part, way):
+    """Which rounds to the nearest, and knows of no copies: refused with nothing released."""
+    run = run_of("sgd", way=way)
+    own = getattr(run.optimizer, part)
+    setattr(run.optimizer, part, lambda: own())
+    before = run.values()
+    with pytest.raises(ValueError, match=f"low_precision='{way}' needs .* a method of the optimizer was replaced"):
+        run.step(batch(dtype=BF16))
+    assert same(run.values(), before) and run.optimizer.noise.step == 0

@@ -13,6 +13,7 @@ struct SGDArguments {
 };
 struct AdamArguments {
   double lr, beta1, beta2, eps, weight_decay, t;
+  double noise, floor;  // the noise's part of the second moments, which is taken off down to the floor; 0: none is
   bool decoupled, maximize;
 };
 
@@ -44,8 +45,9 @@ struct Adam {
   float weight_decay;                // where not decoupled (Adam), else 0
   float beta1, beta2, rest1, rest2;  // rest = 1 - beta
   float step_size;                   // lr / (1 - beta1^t)
-  float correction2;                 // 1 / sqrt(1 - beta2^t)
+  float correction2;                 // sqrt(1 - beta2^t)
   float eps;
+  float unbias2, noise, floor;  // 1 / (1 - beta2^t); the noise's part of square · unbias2, 0 to leave it there; the least left
   bool maximize;
 };
 
@@ -70,6 +72,7 @@ DPFAST_FN double power(double base, double t) {
 }
 
 DPFAST_FN Adam constants(const AdamArguments& a) {
+  const double rest2 = 1 - power(a.beta2, a.t);
   return {float(a.decoupled ? 1 - a.lr * a.weight_decay : 1.0),
           float(a.decoupled ? 0.0 : a.weight_decay),
           float(a.beta1),
@@ -77,8 +80,11 @@ DPFAST_FN Adam constants(const AdamArguments& a) {
           float(1 - a.beta1),
           float(1 - a.beta2),
           float(a.lr / (1 - power(a.beta1, a.t))),
-          float(::sqrt(1 - power(a.beta2, a.t))),
+          float(::sqrt(rest2)),
           float(a.eps),
+          float(1 / rest2),
+          float(a.noise / rest2),
+          float(a.floor),
           a.maximize};
 }
 
@@ -92,7 +98,14 @@ DPFAST_FN f32 step(const Adam& c, f32 p, f32 g, f32& mean, f32& square, f32& lar
   square = fma(g * splat(c.rest2), g, square * splat(c.beta2));
   f32 under = square;
   if constexpr (amsgrad) under = largest = select(is_nan(square) | (square > largest), square, largest);
-  const f32 denominator = sqrt(under) / splat(c.correction2) + splat(c.eps);
+  f32 root;
+  if (c.noise != 0.0f) {  // NaN is kept
+    const f32 left = fma(under, splat(c.unbias2), splat(-c.noise)), least = splat(c.floor);
+    root = sqrt(select(is_nan(left) | (left > least), left, least));
+  } else {
+    root = sqrt(under) / splat(c.correction2);
+  }
+  const f32 denominator = root + splat(c.eps);
   return p - splat(c.step_size) * mean / denominator;
 }
 

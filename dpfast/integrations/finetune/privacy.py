@@ -11,6 +11,7 @@ import numpy as np
 from dpfast.accounting.epsilon import noise_multiplier_for
 from dpfast.data.unit import Unit
 from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
+from dpfast.integrations.finetune.probe import steps_of_probe
 
 # What a seed is used for, beside what DPTrainer makes of it: independent streams of one seed.
 WEIGHTS, HELD_OUT = range(2, 4)
@@ -22,6 +23,7 @@ class Plan:
 
     Attributes:
         expected_batch_size: what the noisy sum is divided by; as it was asked for, whatever the number of samples.
+        probe_steps: of the steps, how many train the head alone; they come first, and cost what the others cost.
     """
 
     samples: int
@@ -30,6 +32,7 @@ class Plan:
     noise_multiplier: float
     delta: float
     expected_batch_size: int
+    probe_steps: int = 0
 
 
 def unit_of(config: FinetuneConfig) -> Unit:
@@ -52,11 +55,12 @@ def plan_of(config: FinetuneConfig, samples: int, noise_multiplier: float | None
     per_epoch = math.ceil(samples / config.batch_size)  # as DPTrainer has it
     epochs = config.epochs or (3 if config.train is not None else 20)
     steps = config.max_steps or max(1, round(epochs * per_epoch))
+    probe_steps = steps_of_probe(config.probe_first, steps)
     if noise_multiplier is None:
         noise_multiplier = config.noise_multiplier
     if noise_multiplier is None:
         noise_multiplier = _noise_for(config.target_epsilon or 8.0, delta, 1 / per_epoch, steps, config.accountant)
-    return Plan(samples, per_epoch, steps, noise_multiplier, delta, config.batch_size)
+    return Plan(samples, per_epoch, steps, noise_multiplier, delta, config.batch_size, probe_steps)
 
 
 def _noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str) -> float:

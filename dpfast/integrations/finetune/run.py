@@ -26,7 +26,7 @@ DECISIVE = (
     *("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "lr_schedule", "warmup_steps"),
     *("target_epsilon", "target_delta", "noise_multiplier", "accountant", "max_grad_norm", "clipping_fn", "secure"),
     *("bf16", "pure_bf16", "low_precision", "truncate", "fsdp", "lora_alpha"),
-    *("unit_column", "rows_per_unit", "dpo", "dpo_beta", "packing"),
+    *("unit_column", "rows_per_unit", "dpo", "dpo_beta", "packing", "probe_first"),
 )
 
 
@@ -208,6 +208,8 @@ def _announce(trainer: FinetuneTrainer, place: Place, made: bool, held: dict[str
     say(f"batches   {plan.expected_batch_size} {expected} expected, {size} {them} at a time{chosen}{ranks}")
     say(f"privacy   noise multiplier {plan.noise_multiplier:.4f}, {plan.steps} steps, delta {plan.delta:g}")
     say(f"          epsilon is for {privacy.unit_of(config)}")
+    if plan.probe_steps:
+        say(f"          the first {plan.probe_steps} steps train the head alone, the others everything")
     if held is not None:
         say(f"resumed   after step {held['step']}")
     if plan.noise_multiplier == 0:

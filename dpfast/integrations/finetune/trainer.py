@@ -26,6 +26,7 @@ from dpfast.integrations.finetune.config import FinetuneConfig, FinetuneError
 from dpfast.integrations.finetune.data import IGNORED, Collate, Samples
 from dpfast.integrations.finetune.preferences import CollatePairs, Pairs
 from dpfast.integrations.finetune.privacy import Plan
+from dpfast.integrations.finetune.probe import ProbeFirst
 from dpfast.integrations.trainer import DPArguments, DPTrainer
 from dpfast.integrations.trainer_arguments import check_reports
 from dpfast.integrations.trainer_checkpoints import newest_whole
@@ -135,6 +136,7 @@ class FinetuneTrainer(DPTrainer):
         except (ValueError, ImportError, RuntimeError) as error:
             raise FinetuneError(f"the run cannot be set up: {str(error).splitlines()[0]}") from error
         self.remove_callback(PrinterCallback)
+        self.probe = ProbeFirst(model, run.plan.probe_steps) if run.plan.probe_steps else None
         if run.config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore
         try:
@@ -191,6 +193,8 @@ class FinetuneTrainer(DPTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As DPTrainer's, with one line on what a person can put right."""
+        if self.probe is not None:
+            self.probe.before_step(self.state.global_step)
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except (LayoutError, ValueError) as error:  # of the collator, too
