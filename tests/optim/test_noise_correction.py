@@ -89,7 +89,7 @@ def test_without_noise_it_is_torchs_to_the_bit(make):
 
 
 def test_moments_and_epsilon_stay_what_they_are():
-    """The gradients are those of the same run without it; True is the floor of the paper's own code."""
+    """The gradients are those of the same run without it; True is a floor of 5e-8."""
     start, engines = net(), [engine_of(), engine_of()]
     data = batch()
     runs = [run_of(copy.deepcopy(start), correction=c, engine=e) for c, e in zip((False, True), engines, strict=True)]
