@@ -27,7 +27,7 @@ STYLES = (runs.FLAT, runs.LAYERS, runs.DROPPED)
 
 @pytest.mark.usefixtures("few_orders")
 def test_a_folder_of_images_gives_tables_plots_and_three_last_lines(tmp_path):
-    folder, out = idx_folder(tmp_path / "stripes"), tmp_path / "out"
+    folder, out = idx_folder(tmp_path / "stripes", test=calibration.LEAST_TEST), tmp_path / "out"
     arguments = ["--data", str(folder), "--quick", "--seeds", "1", "--out", str(out)]
     assert main(["reproduce", "calibration", *arguments]) == 0
     assert {path.name for path in out.glob("*.png")} == {
@@ -42,10 +42,23 @@ def test_a_folder_of_images_gives_tables_plots_and_three_last_lines(tmp_path):
     assert "xpected" not in text
 
 
+@pytest.mark.parametrize("sizes", [(64, calibration.LEAST_TEST - 1), (9, calibration.LEAST_TEST)])
+def test_too_few_images_are_refused_in_one_line(sizes, tmp_path, capsys):
+    folder = idx_folder(tmp_path / "few", *sizes)
+    out = tmp_path / "out"
+    assert main(["reproduce", "calibration", "--data", str(folder), "--quick", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{sizes[0]} images to train on and {sizes[1]} to test on: give at least 10" in error
+    assert not out.exists()
+
+
 @pytest.mark.usefixtures("few_orders")
 def test_all_trainings_of_a_seed_share_data_weights_batches_and_noise(tmp_path):
     """Where nobody is clipped, and the learning rate is the same, the ways to clip are the same."""
-    (plan,) = calibration.plans(Job(1, tmp_path, quick=True, data=str(idx_folder(tmp_path / "stripes"))))
+    (plan,) = calibration.plans(
+        Job(1, tmp_path, quick=True, data=str(idx_folder(tmp_path / "stripes", test=calibration.LEAST_TEST)))
+    )
     found = runs.grid(replace(plan, norms=(1e3,), products=(1.0,)))
     flat, layers, dropped = (found[style, 1e3, 1.0][0] for style in STYLES)
     assert flat.losses == pytest.approx(dropped.losses)

@@ -9,21 +9,31 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from dpfast.analysis.calibration import BINS, MIN_COUNT
 from dpfast.analysis.reproduce.calibration_plots import draw_maps, draw_norms, draw_reliability, draw_training
 from dpfast.analysis.reproduce.calibration_runs import FLAT, STYLES, Choice, Plan, chosen, grid, tempered
 from dpfast.analysis.reproduce.calibration_tables import comparison, map_table, on_choosing, temperatures
 from dpfast.analysis.reproduce.calibration_verdicts import verdict
 from dpfast.analysis.reproduce.common import Job, Table, Verdict, digits, hard
-from dpfast.analysis.reproduce.datasets import check_images, folder_of, idx_data
+from dpfast.analysis.reproduce.datasets import MissingData, check_images, folder_of, idx_data
 
-FASHION = "fashion-mnist"
+DIGITS, FASHION = "digits", "fashion-mnist"
+LEAST_TEST = BINS * (MIN_COUNT - 1) + 1  # then a bin has enough for the MCE, wherever the confidences lie
 QUICK_EPOCHS = 2
 FULL_EPOCHS = 60  # of TensorFlow Privacy's MNIST tutorial, which the paper's runs on MNIST follow
 
 
 def check(job: Job) -> None:
-    """Refuse data that is not there."""
+    """Refuse data that is not there, or too little to measure calibration with."""
     check_images(job.data)
+    if job.data == DIGITS:
+        return
+    data = idx_data(folder_of(job.data), 0)
+    if not len(data.holdout) or len(data.test) < LEAST_TEST:
+        raise MissingData(
+            f"--data {job.data}: {len(data.train) + len(data.holdout)} images to train on and {len(data.test)} to test "
+            f"on: give at least 10, of which one is held out, and {LEAST_TEST}, so that a bin of the ECE is full enough"
+        )
 
 
 def run(job: Job) -> list[Table | Verdict]:
@@ -36,7 +46,7 @@ def run(job: Job) -> list[Table | Verdict]:
 
 def plans(job: Job) -> list[Plan]:
     """What is tried: made-up samples and digits, or a folder of images."""
-    if job.data == "digits":
+    if job.data == DIGITS:
         found = [
             Plan("hard synthetic", hard, seeds=job.seeds),
             Plan("digits", digits, seeds=job.seeds, resplit=digits(0).resplit),
