@@ -25,7 +25,7 @@ demo: $(READY)
 
 # Two at a time, as each test works on one thread: half of the folders, by their CPU time, and all that is not in these.
 # Lint beside them: on two cores it would take a minute of its own.
-HALF := $(addprefix tests/,kernels layers ops native capture planning dropin optim separation) $(wildcard tests/test_*.py)
+HALF := $(addprefix tests/,bench kernels layers ops native capture planning dropin optim separation) $(wildcard tests/test_*.py)
 
 # Python keeps what it compiles, of libraries too: over a hundred tests start a process of their own, which imports torch.
 test: export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache

@@ -33,6 +33,7 @@ from dpfast.losses import causal_lm_loss, segment_cross_entropy
 
 THREADS = 2
 TARGET = 1.15  # dpfast packed, over non-private packed
+CHECKED = 8  # first steps, in which models are looked at: later ones are at most a hundredth of a run's time
 SIZES: dict[str, dict[str, Any]] = {
     "full": dict(width=512, layers=2, heads=8, vocabulary=4096, length=512),
     "tiny": dict(width=16, layers=1, heads=2, vocabulary=32, length=32),
@@ -168,6 +169,8 @@ def compared(name: str, ways: Mapping[str, Way], small: bool, seconds: float) ->
                 entry["error"] = None if right else f"wrong: relative error {found[0]:.1e}"
         if entry["error"] is None:
             steps[key] = step_of(make(), rows, way, LEARNING_RATE, NOISE_MULTIPLIER, MAX_GRAD_NORM)
+            for _ in range(CHECKED):
+                steps[key]()
     taken, reasons = measure.turns_of(steps, device, seconds)
     for key, rounds in taken.items():
         entries[key]["seconds"] = measure.percentiles(list(rounds.values()))
