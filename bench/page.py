@@ -37,8 +37,8 @@ BEGIN, END = "<!-- from bench/results, by python -m bench.page -->", "<!-- end -
 SECTIONS = {  # suites in the order of the page, with what each of them measures
     "models": "Whole training steps: forward, loss, backward, clipping, noise and update. Each method takes turns with "
     "the others in one loop, so that all of them meet the machine in the same state.",
-    "packed": "Language models on samples of 16 to 256 tokens: packed into rows, or each padded to the longest. Ratios are "
-    "to non-private training on the packed rows.",
+    "packed": "Language models on samples of 16 to 256 tokens: packed into rows, or each padded to the longest. Ratios "
+    "are to non-private training on the packed rows.",
     "distributed": "Two processes share one step.",
     "host": "Models of many tiny layers, where Python decides, and not arithmetic. The tables also count the operators "
     "that a step dispatches, and the operators for which the host would have to wait for a GPU.",
