@@ -37,6 +37,7 @@ def within_site(markdown: str, folder: str) -> str:
 
 def on_config(config: Any) -> Any:
     config.repo_url, config.site_url = URLS["Repository"], URLS["Documentation"]
+    config.repo_name = URLS["Repository"].removeprefix("https://github.com/")  # told from the address before hooks run
     return config
 
 
