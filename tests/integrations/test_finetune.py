@@ -21,6 +21,7 @@ from dpfast.integrations.distributed import PRIVACY_NAME
 from dpfast.integrations.finetune import FinetuneConfig, FinetuneError, checkpoint, command, finetune, model
 from dpfast.integrations.finetune.trainer import FinetuneTrainer
 from dpfast.optim.optimizer import FusedDPOptimizer
+from tests.integrations.ended_runs import Killed, killed_at, weights
 
 TEXTS = [f"the number {k} comes after {k - 1}" for k in range(1, 41)]
 ROWS = [{"text": text, "label": ["no", "yes"][len(text) % 2]} for text in TEXTS]
@@ -46,27 +47,6 @@ def config(tmp_path, **changes):
         save_every=3,
     )
     return FinetuneConfig(**{**given, **changes})
-
-
-def weights(found):
-    return {name: p.detach().clone() for name, p in found.model.named_parameters()}
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, step):
-    """The process ends right before that step."""
-    whole = FinetuneTrainer.training_step
-
-    def training_step(self, *given):
-        if self.state.global_step == step:
-            raise Killed
-        return whole(self, *given)
-
-    monkeypatch.setattr(FinetuneTrainer, "training_step", training_step)
-    return lambda: monkeypatch.setattr(FinetuneTrainer, "training_step", whole)
 
 
 @pytest.mark.parametrize(

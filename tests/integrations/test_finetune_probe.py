@@ -20,6 +20,7 @@ from dpfast.integrations.finetune.probe import ProbeFirst, steps_of_probe
 from dpfast.integrations.finetune.trainer import FinetuneTrainer
 from tests import oracle
 from tests.helpers import F64, SLACK, distance, make_private, sums_of
+from tests.integrations.ended_runs import Killed, killed_at, weights
 from tests.integrations.transformer_models import SMALL
 
 ROWS = [{"text": f"the number {k} comes next", "label": ["no", "yes"][k % 3 % 2]} for k in range(1, 25)]
@@ -143,26 +144,6 @@ def test_epsilon_is_that_of_as_many_steps_of_anything(tmp_path):
     with_target = dict(noise_multiplier=None, target_epsilon=3.0)
     noise = [finetune(config(tmp_path / x, probe_first=p, **with_target)) for x, p in (("c", 0.5), ("d", None))]
     assert noise[0].noise_multiplier == noise[1].noise_multiplier and noise[0].epsilon <= 3.0
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, step):
-    whole = FinetuneTrainer.training_step
-
-    def training_step(self, *given):
-        if self.state.global_step == step:
-            raise Killed
-        return whole(self, *given)
-
-    monkeypatch.setattr(FinetuneTrainer, "training_step", training_step)
-    return lambda: monkeypatch.setattr(FinetuneTrainer, "training_step", whole)
-
-
-def weights(found):
-    return {name: p.detach().clone() for name, p in found.model.named_parameters()}
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"pure_bf16": True, "low_precision": "master"}])
