@@ -24,7 +24,15 @@ def test_every_record_is_on_the_page_with_its_command_machine_and_date():
     assert {path for path, _ in page.records()} == {*page.RECORDS.glob("*.json")}
 
 
-def test_readme_has_no_figure_beside_those_of_the_table():
+def test_readme_has_no_figure_beside_those_of_its_tables():
     """Ratios have two decimal places; the versions and arguments that README names have one."""
-    before, _, rest = page.README.read_text().partition(page.BEGIN)
-    assert not re.findall(r"(?<!Python )(?<!torch )\b\d+\.\d\d|\d ?×", before + rest.partition(page.END)[2])
+    outside = re.sub(r"<!-- from (.*?)<!-- end.*?-->", "", page.README.read_text(), flags=re.S)
+    assert not re.findall(r"(?<!Python )(?<!torch )\b\d+\.\d\d|\d ?×", outside)
+
+
+def test_readme_has_the_fine_tune_of_the_page_on_the_papers():
+    """The page is what the reproduction printed; README takes its table and what it cost to have it."""
+    _, _, rest = page.README.read_text().partition("<!-- from reproduce finetune -->")
+    shown = [line for line in rest.partition("<!-- end of finetune -->")[0].splitlines() if line.startswith("|")]
+    _, _, report = (page.PAGE.parent / "papers.md").read_text().partition("<!-- from reproduce finetune -->")
+    assert len(shown) == 6 and "\n".join(shown) in report
