@@ -43,7 +43,7 @@ inline constexpr const char* kSchemas[] = {
     // products, other [R, t, s], rows t of two Gram matrices from the diagonal on, s ≥ t; what an element of either side
     // may lose to underflow → [5, R] float64: Σ products · other, the sum of absolute values, each doubled past column
     // t, Σ_t √(products_tt + lost), Σ_t √(other_tt + other_lost), and the sum of their products
-    "gram_stats(Tensor products, Tensor other, float lost, float other_lost) -> Tensor",
+    "ghost_stats(Tensor[] A, Tensor[] G, int[] first, int[] end, float lost) -> Tensor",
     // samples [B, *] each, factors [B] float32 or [len(samples), B] → Σ_i factor_i g_i [*] each, float32;
     // a sample whose factor is 0 is left out, not multiplied
     "weighted_sums(Tensor[] samples, Tensor factors) -> Tensor[]",

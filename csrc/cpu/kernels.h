@@ -81,6 +81,14 @@ struct PatchGradient {
   int64_t stride;
 };
 
+// x_iᵀ x_j of rows that follow each other in x, `size` features each: out [rows, width] has those with i < rows and
+// i <= j < width. What is in front of the diagonal is not meant for reading.
+struct GramRows {
+  const float* x;
+  int64_t size, rows, width;
+  float* out;
+};
+
 struct Kernels {
   const char* name;
   void (*standard_normal)(float* out, const NoiseArguments&, uint32_t parameter, int64_t offset, int64_t n);
@@ -94,6 +102,7 @@ struct Kernels {
   void (*sum_channel)(double& weight, double& bias, const Channel&);
   int64_t (*patch_gradient_width)(int64_t columns);
   double (*patch_gradient)(const PatchGradient&);  // its squared norm
+  void (*gram_rows)(const GramRows&);
 };
 
 const Kernels& kernels();

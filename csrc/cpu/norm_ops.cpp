@@ -102,43 +102,100 @@ Tensor side_norms(Tensors sides, Tensors squares, Integers sizes, Integers first
   return out;
 }
 
-// Of rows of two Gram matrices, from the diagonal on: signed and absolute sums of their products, and of the lengths on
-// the diagonals. Σ_{t,s} (a_t·a_s)(g_t·g_s) has each product past the diagonal block twice.
-Tensor gram_stats(Tensor products, Tensor other, double lost, double other_lost) {
-  check_floats(products, "products");
-  check_floats(other, "other");
-  STD_TORCH_CHECK(products.dim() == 3 && products.size(2) >= products.size(1),
-                  "dpfast: products must be [R, t, s] with s >= t, not ", shape_of(products));
-  const int64_t R = products.size(0), t = products.size(1), s = products.size(2);
-  check_shape(other, "other", {R, t, s});
-  STD_TORCH_CHECK(other.scalar_type() == products.scalar_type(), "dpfast: other must have the dtype of products");
-  Tensor out = make({5, R}, ScalarType::Double, products);
-  double* sums = static_cast<double*>(out.data_ptr());
-  const Type type = type_of(products);
-  const int64_t size = int64_t(products.element_size());
-  const char *a = static_cast<const char*>(products.const_data_ptr()),
-             *g = static_cast<const char*>(other.const_data_ptr());
-  const auto number = [&](const char* data, int64_t i) {
-    return type == Type::float64 ? reinterpret_cast<const double*>(data)[i]
-                                 : double(reinterpret_cast<const float*>(data)[i]);
-  };
-  STD_TORCH_CHECK(type == Type::float32 || type == Type::float64, "dpfast: products must be float32 or float64");
-  share(Integers(R, 2 * t * s), [&](size_t r) {
-    double total[5] = {};
-    for (int64_t i = 0; i < t; ++i) {
-      const int64_t row = (int64_t(r) * t + i) * s;
-      double signs[2], sizes[2];
-      kernels().product_sums(signs[0], sizes[0], a + row * size, g + row * size, type, t);
-      kernels().product_sums(signs[1], sizes[1], a + (row + t) * size, g + (row + t) * size, type, s - t);
-      const double length = std::sqrt(number(a, row + i) + lost), other_length = std::sqrt(number(g, row + i) + other_lost);
-      total[0] += signs[0] + 2 * signs[1];
-      total[1] += sizes[0] + 2 * sizes[1];
-      total[2] += length;
-      total[3] += other_length;
-      total[4] += length * other_length;
+constexpr int64_t STRIP = 48;  // rows of Gram matrices that one thread makes at a time
+
+// Weights that share an input, whose Gram matrix is made once for all of them.
+struct Shared {
+  const float* a;
+  int64_t d;
+  std::vector<size_t> weights;
+};
+
+// What ghost norms and their bounds are made of, [n, 5, S], of n weights with inputs A[k] [R, d_k] and backprops
+// G[k] [R, p_k]. Sample i has the positions t, s from first[i] to end[i], of which it is
+// Σ_{t,s} (a_t·a_s)(g_t·g_s), the sum of absolute values, Σ_t ‖a_t‖, Σ_t ‖g_t‖ and Σ_t ‖a_t‖·‖g_t‖.
+// Lengths have what d_k or p_k squares may lose, `lost` each.
+Tensor ghost_stats(Tensors A, Tensors G, Integers first, Integers end, double lost) {
+  STD_TORCH_CHECK(!A.empty() && A.size() == G.size(), "dpfast: A and G must be lists of one length, not ", A.size(),
+                  " and ", G.size());
+  STD_TORCH_CHECK(first.size() == end.size(), "dpfast: first and end must be lists of one length");
+  const int64_t n = int64_t(A.size()), S = int64_t(first.size()), R = A[0].dim() == 2 ? A[0].size(0) : 0;
+  std::vector<Shared> inputs;
+  for (int64_t k = 0; k < n; ++k) {
+    for (const Tensor* side : {&A[k], &G[k]}) {
+      const std::string name = (side == &A[k] ? "A[" : "G[") + std::to_string(k) + "]";
+      check_argument(*side, name);
+      STD_TORCH_CHECK(side->scalar_type() == ScalarType::Float, "dpfast: ", name, " must be float32");
+      STD_TORCH_CHECK(side->dim() == 2 && side->size(0) == R, "dpfast: ", name, " must be [R, features] with the R of ",
+                      "A[0], not ", shape_of(*side));
     }
-    for (int k = 0; k < 5; ++k) sums[k * R + int64_t(r)] = total[k];
+    const auto* a = static_cast<const float*>(A[k].const_data_ptr());
+    const int64_t d = A[k].size(1);
+    const auto same = [&](const Shared& one) { return one.a == a && one.d == d; };
+    auto input = std::find_if(inputs.begin(), inputs.end(), same);
+    if (input == inputs.end()) input = inputs.insert(inputs.end(), {a, d, {}});
+    input->weights.push_back(size_t(k));
+  }
+  struct Strip {
+    const Shared* input;
+    int64_t sample, begin, rows, width;
+    size_t part;  // in which its sums are, five for each weight of the input
+  };
+  std::vector<Strip> strips;
+  Integers work;
+  size_t parts = 0;
+  for (const Shared& input : inputs) {
+    int64_t columns = input.d;
+    for (size_t k : input.weights) columns += G[k].size(1);
+    for (int64_t i = 0; i < S; ++i) {
+      STD_TORCH_CHECK(0 <= first[i] && first[i] <= end[i] && end[i] <= R, "dpfast: sample ", i, " has the positions ",
+                      first[i], " to ", end[i], " of ", R);
+      for (int64_t t = first[i]; t < end[i]; t += STRIP) {
+        strips.push_back({&input, i, t, std::min(STRIP, end[i] - t), end[i] - t, parts});
+        work.push_back(strips.back().rows * strips.back().width * columns / 16);
+        parts += 5 * input.weights.size();
+      }
+    }
+  }
+  std::vector<double> sums(parts);
+  share(work, [&](size_t which) {
+    thread_local std::vector<float> of_input, of_backprops;
+    const Strip& strip = strips[which];
+    const int64_t d = strip.input->d, width = strip.width;
+    of_input.resize(strip.rows * width);
+    of_backprops.resize(strip.rows * width);
+    kernels().gram_rows({strip.input->a + strip.begin * d, d, strip.rows, width, of_input.data()});
+    double* sum = sums.data() + strip.part;
+    for (size_t k : strip.input->weights) {
+      const int64_t p = G[k].size(1);
+      const auto* g = static_cast<const float*>(G[k].const_data_ptr());
+      kernels().gram_rows({g + strip.begin * p, p, strip.rows, width, of_backprops.data()});
+      double total[5] = {};
+      for (int64_t i = 0; i < strip.rows; ++i) {
+        const float *a_row = of_input.data() + i * width + i, *g_row = of_backprops.data() + i * width + i;
+        double sign, size;
+        kernels().product_sums(sign, size, a_row + 1, g_row + 1, Type::float32, width - i - 1);
+        const double both = double(*a_row) * double(*g_row);
+        const double length = std::sqrt(double(*a_row) + double(d) * lost);
+        const double other_length = std::sqrt(double(*g_row) + double(p) * lost);
+        total[0] += both + 2 * sign;
+        total[1] += std::fabs(both) + 2 * size;
+        total[2] += length;
+        total[3] += other_length;
+        total[4] += length * other_length;
+      }
+      std::copy_n(total, 5, sum);
+      sum += 5;
+    }
   });
+  Tensor out = make({n, 5, S}, ScalarType::Double, A[0]);
+  double* made = static_cast<double*>(out.data_ptr());
+  std::fill_n(made, n * 5 * S, 0.0);
+  for (const Strip& strip : strips) {  // in the order of their positions
+    const double* sum = sums.data() + strip.part;
+    for (size_t k : strip.input->weights)
+      for (int64_t e = 0; e < 5; ++e) made[(int64_t(k) * 5 + e) * S + strip.sample] += *sum++;
+  }
   return out;
 }
 
@@ -148,5 +205,5 @@ Tensor gram_stats(Tensor products, Tensor other, double lost, double other_lost)
 STABLE_TORCH_LIBRARY_IMPL(dpfast, CPU, library) {
   library.impl("squared_norms", TORCH_BOX(&dpfast::squared_norms));
   library.impl("side_norms", TORCH_BOX(&dpfast::side_norms));
-  library.impl("gram_stats", TORCH_BOX(&dpfast::gram_stats));
+  library.impl("ghost_stats", TORCH_BOX(&dpfast::ghost_stats));
 }

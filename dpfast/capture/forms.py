@@ -111,16 +111,9 @@ class Factored:
         B, groups, T, d = self.A.shape
         return Shape(B, groups, T, d, self.G.shape[-1], self.A.dtype, self.A.device, self.A.nbytes + self.G.nbytes)
 
-    def has_stats(self) -> bool:
-        """Whether its norm is a ghost norm, from :meth:`stats`."""
-        return self.A.shape[2] > 1 and not self._in_tiles() and ops.has_ghost_stats(self.A, self.G)
-
-    def stats(self) -> Tensor:
-        return ops.ghost_stats(self.A, self.G)
-
     def is_ghost(self) -> bool:
         """Whether its norm is a ghost norm, of an op for several weights at once."""
-        return self.A.shape[2] > 1 and not self._in_tiles() and not ops.has_ghost_stats(self.A, self.G)
+        return self.A.shape[2] > 1 and not self._in_tiles()
 
     def kept(self) -> tuple[Tensor, ...]:
         return self.A, self.G
@@ -216,7 +209,7 @@ class Convolved:
         return Shape(self.batch, groups, T, d, p, self.G.dtype, self.G.device, sides, patches=True)
 
     def has_stats(self) -> bool:
-        """As of :class:`Factored`."""
+        """Whether its norm is a ghost norm, from :meth:`stats`."""
         return ops.has_convolution_stats(self.x, self.G, self.shape.T)
 
     def stats(self) -> Tensor:

@@ -16,8 +16,6 @@ from dpfast.capture.forms import Convolved, Factored, Instantiated, OuterProduct
 from dpfast.capture.packed_sides import PackedSides
 from dpfast.clipping.sums_of_forms import squared_norm
 
-STATS = (Factored, Convolved)
-
 
 def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int], count: int) -> Tensor:
     """``‖g_i‖²`` and the bound on its error, over the parameters of each group: ``[2, count, B]``, float64.
@@ -26,7 +24,7 @@ def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int],
     """
     by_sides: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     by_stats: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
-    by_ghost: dict[tuple[torch.device, int, int], list[int]] = {}
+    by_ghost: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
     by_packed: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     parts = []
     for place, forms in enumerate(parameters):
@@ -37,10 +35,10 @@ def squared_norms(parameters: Sequence[Sequence[Summed]], groups: Sequence[int],
             by_sides.setdefault(_kind(form.samples), []).append(place)
         elif isinstance(form, OuterProduct) and ops.has_products(form.A, form.G):
             by_sides.setdefault(_kind(form.G), []).append(place)
-        elif isinstance(form, STATS) and form.has_stats():
+        elif isinstance(form, Convolved) and form.has_stats():
             by_stats.setdefault((*_kind(form.G), form.shape.groups), []).append(place)
         elif isinstance(form, Factored) and form.is_ghost():
-            by_ghost.setdefault((form.G.device, form.shape.groups, form.shape.T), []).append(place)
+            by_ghost.setdefault((*_kind(form.G), form.shape.groups, form.shape.T), []).append(place)
         elif isinstance(form, PackedSides) and form.is_ghost():
             by_packed.setdefault((*_kind(form.G), id(form.places)), []).append(place)
         else:

@@ -27,7 +27,7 @@ NATIVE_OPS = (
     "noisy_adam_",
     "clip_factors",
     "squared_norms",
-    "gram_stats",
+    "ghost_stats",
     "weighted_sums",
     "sum_positions",
     "normalised_sums",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpfast import reference
 from dpfast.ops.backends import is_native, is_triton
-from dpfast.reference.rounding import column, drift, of_slip, underflow, unit_roundoff, with_safety
+from dpfast.reference.rounding import column, drift, of_slip, smallest, underflow, unit_roundoff, with_safety
 
 # Units of 2⁻²⁴ that a product may be off where few positions make a kernel scale backprops before they are rounded to
 # two bfloat16, and those that a kernel's float32 sum of squares may be off: a tree in each block, then the blocks.
@@ -27,16 +27,18 @@ SMALL_PRODUCT = 1 << 20  # multiplications, up to which a call of an op takes as
 
 def ghost_squared_norm(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``‖g_i‖² = Σ_{t,s} (a_t·a_s)(g_t·g_s)`` and the bound on its error, ``[B]`` each, float64."""
-    if has_ghost_stats(A, G):
-        return reference.certified_ghost(ghost_stats(A, G), (A.shape[2], A.shape[3], G.shape[3]), G.dtype)
     squared, bound = ghost_squared_norms([(A, G)])
     return squared[0], bound[0]
 
 
 def ghost_squared_norms(sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """:func:`ghost_squared_norm` of several weights of one B, g and T that have no :func:`ghost_stats`: ``[n, B]``
-    each, in one launch for those that are alike. An input that several weights share is read once for all.
+    """:func:`ghost_squared_norm` of several weights of one B, g, T and dtype of sums: ``[n, B]`` each.
+
+    In one call, or one launch for those that are alike. An input that several weights share is read once for all.
     """
+    sizes = [(A.shape[2], A.shape[3], G.shape[3]) for A, G in sides]
+    if not is_triton("ghost_squared_norm", *sides[0]):
+        return reference.certified_ghosts(_dense_stats(sides), sizes, sides[0][1].dtype)
     from dpfast_kernels.ghost import ghost_norms
 
     def one(A: Tensor, G: Tensor) -> Tensor:
@@ -50,18 +52,53 @@ def ghost_squared_norms(sides: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor,
         stats = ghost_norms([aligned[id(sides[k][0])] for k in together], [aligned[id(sides[k][1])] for k in together])
         found |= dict(zip(together, stats, strict=True))
     made = torch.stack([found[k] for k in range(len(sides))])
-    return certified_stats(made, sides, [(A.shape[-1], G.shape[-1]) for A, G in sides])
+    return certified_stats(made, sides, [(d, p) for _, d, p in sizes])
 
 
-def has_ghost_stats(A: Tensor, G: Tensor) -> bool:
-    """Whether there is :func:`ghost_stats` for these; a Triton kernel has statistics of its own."""
-    return not is_triton("ghost_squared_norm", A, G)
+def _dense_stats(sides: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """:func:`dpfast.reference.matmul.ghost_stats` of several weights: ``[n, 5, B, g]``."""
+    B, groups, T, _ = sides[0][1].shape
+    if not has_native_stats(sides):
+        return torch.stack([_by_sample(reference.ghost_stats, A, G) for A, G in sides])
+    flat = {id(side): side.reshape(-1, side.shape[-1]) for pair in sides for side in pair}
+    samples = [(i * T, (i + 1) * T) for i in range(B * groups)]
+    stats = native_stats([(flat[id(A)], flat[id(G)]) for A, G in sides], samples)
+    return stats.view(len(sides), 5, B, groups)
 
 
-def ghost_stats(A: Tensor, G: Tensor) -> Tensor:
-    """What a ghost norm and its bound are made of: see :func:`dpfast.reference.matmul.ghost_stats`."""
-    gram = torch.ops.dpfast.gram_stats if is_native("gram_stats", G.device) else reference.gram_stats
-    return _by_sample(lambda A, G: reference.ghost_stats(A, G, gram), A, G)
+def has_native_stats(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether there is :func:`native_stats` for these weights."""
+    G = sides[0][1]
+    return is_native("ghost_stats", G.device) and reference.compute_dtype(G.dtype) == torch.float32
+
+
+def native_stats(sides: Sequence[tuple[Tensor, Tensor]], samples: Sequence[tuple[int, int]]) -> Tensor:
+    """What ghost norms and their bounds are made of: ``[n, 5, samples]``, float64, by the compiled library.
+
+    ``sides`` are ``A [R, d]`` and ``G [R, p]`` of n weights, ``samples`` the first row and the end of each sample, in
+    order. Of sides in 16 bits no more than :data:`MOST_COPIED` bytes or one sample are in float32 at a time.
+    """
+    first, end = [first for first, _ in samples], [end for _, end in samples]
+    tiny = smallest(torch.float32)
+    op = torch.ops.dpfast.ghost_stats
+    if all([side.dtype == torch.float32 for pair in sides for side in pair]):
+        whole = {id(side): side.contiguous() for pair in sides for side in pair}
+        return op([whole[id(A)] for A, _ in sides], [whole[id(G)] for _, G in sides], first, end, tiny)
+    out = []
+    for A, G in sides:
+        rows = max(1, MOST_COPIED // (4 * max(A.shape[1], G.shape[1], 1)))
+        parts: list[Tensor] = []
+        k = 0
+        while k < len(samples) or not parts:
+            last = k + 1
+            while last < len(samples) and end[last] - first[k] <= rows:
+                last += 1
+            at, to = (first[k], end[last - 1]) if samples else (0, 0)
+            some = [[row - at for row in each[k:last]] for each in (first, end)]
+            parts.append(op([A[at:to].float().contiguous()], [G[at:to].float().contiguous()], *some, tiny))
+            k = last
+        out.append(torch.cat(parts, 2))
+    return torch.cat(out)
 
 
 def are_small(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from dpfast import reference
-from dpfast.ops.backends import is_native, is_triton
-from dpfast.ops.matmul import BLOCK_UNITS, aligned_columns, clipped_weight_gradient, units_of_a_product
+from dpfast.ops.backends import is_triton
+from dpfast.ops.matmul import (
+    BLOCK_UNITS,
+    aligned_columns,
+    clipped_weight_gradient,
+    has_native_stats,
+    native_stats,
+    units_of_a_product,
+)
 from dpfast.reference.rounding import column, drift, drifts, of_slip, underflow, unit_roundoff, with_safety
 
 Sides = Sequence[tuple[Tensor, Tensor]]
@@ -85,9 +92,12 @@ def packed_ghost_squared_norms(sides: Sides, places: Places) -> tuple[Tensor, Te
 
         stats = packed_ghost_norms([A for A, _ in sides], [G for _, G in sides], places.for_kernels)
         return _certified(stats, sides, sizes, places)
-    gram = torch.ops.dpfast.gram_stats if is_native("gram_stats", G.device) else reference.gram_stats
-    made = [reference.packed_ghost_stats(A[0], G[0], places.bounds, gram) for A, G in sides]
-    return reference.certified_packed_ghosts(torch.stack(made), sizes, places.lengths(G.device), G.dtype)
+    rows = [(A[0], G[0]) for A, G in sides]
+    if has_native_stats(rows):
+        stats = native_stats(rows, places.bounds)
+    else:
+        stats = torch.stack([reference.packed_ghost_stats(*pair, places.bounds) for pair in rows])
+    return reference.certified_packed_ghosts(stats, sizes, places.lengths(G.device), G.dtype)
 
 
 def packed_tile_squared_norm(A: Tensor, G: Tensor, places: Places) -> tuple[Tensor, Tensor]:

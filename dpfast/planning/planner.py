@@ -29,13 +29,15 @@ from dpfast.planning.unmeasured import Rates
 from dpfast.refusals import CheckpointError
 
 WAYS = ("ghost", "norm-GEMM", "instantiate")  # those that there is a choice of
+NEAR = 1.1  # times as long as the fastest way, which a way that keeps less memory may take: rates err by as much
 DEFAULT_FRACTION = 0.10  # of the memory that is in use when a backward pass starts
 
 
 class Shape(NamedTuple):
     """One use of a weight: ``A [batch, groups, T, d]``, ``G [batch, groups, T, p]``, of a convolution over its patches.
 
-    ``sides`` are the bytes of what is kept where no gradient is written out.
+    ``sides`` are the bytes of what is kept where no gradient is written out. ``singly``: per-sample gradients are
+    written out by a product for each sample, as samples are not equally long.
     """
 
     batch: int
@@ -47,6 +49,7 @@ class Shape(NamedTuple):
     device: torch.device
     sides: int
     patches: bool = False
+    singly: bool = False
 
     @property
     def elements(self) -> int:
@@ -91,7 +94,8 @@ def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
         seconds = product / rates.tile + clipped_sum
     elif way == "instantiate":
         written = shape.itemsize * shape.elements
-        seconds = product / rates.sample + written / rates.write + rates.passes * written / rates.read
+        made = product / rates.sum + shape.batch * rates.call if shape.singly else product / rates.sample
+        seconds = max(made, written / rates.write) + rates.passes * written / rates.read
         kept = max(0, written - shape.sides)
     else:
         raise ValueError(f"way={way!r}: use one of {', '.join(WAYS)}")
@@ -194,7 +198,8 @@ class Planner:
             if found is not None:
                 return found
             warnings.warn(f"plan: there is no {pin!r} for layer {layer!r} on {shape.device}", stacklevel=2)
-        return next((plan for plan in plans if plan.kept <= max(0.0, self._left_on(shape.device))), plans[0])
+        fit = [plan for plan in plans if plan.kept <= max(0.0, self._left_on(shape.device))] or plans[:1]
+        return min((plan for plan in fit if plan.seconds <= NEAR * fit[0].seconds), key=lambda plan: plan.kept)
 
     def _pin(self, layer: str) -> str | None:
         """The way that the longest prefix of the layer's name is pinned to; the empty one is of every layer."""

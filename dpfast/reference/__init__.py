@@ -29,7 +29,6 @@ from dpfast.reference.matmul import (
     ghost_squared_norm,
     ghost_stats,
     grad_samples,
-    gram_stats,
     one_position_squared_norm,
 )
 from dpfast.reference.packed import certified_packed_ghosts, packed_ghost_stats, packed_grad_samples
@@ -80,7 +79,6 @@ __all__ = [
     "ghost_squared_norm",
     "ghost_stats",
     "grad_samples",
-    "gram_stats",
     "head_backward",
     "head_clipped_sum",
     "head_embedding_cross_term",

@@ -52,7 +52,7 @@ def embedding_cross_term(ids: Tensor, E: Tensor, A: Tensor, G: Tensor) -> tuple[
     terms = torch.bmm(A, E.transpose(1, 2)).mul_(gathered).flatten(1)
     # Not from |a_s·e_t|, which may have cancelled.
     lengths_a, lengths_e = (torch.linalg.vector_norm(side, dim=2).double() for side in (A, E))
-    reach = torch.einsum("bs,bt,bst->b", lengths_a, lengths_e, gathered.abs_().double())
+    reach = (torch.bmm(gathered.abs_().double(), lengths_e.unsqueeze(2)).squeeze(2) * lengths_a).sum(1)
     return terms.sum(1).double(), drift(A.shape[-1]) * unit_roundoff(dtype) * reach
 
 

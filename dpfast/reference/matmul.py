@@ -1,6 +1,6 @@
 """Per-sample gradients that are matrix products: ``g_i = G_iᵀ A_i`` (linear layers, unfolded convolutions)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -72,20 +72,20 @@ def gram_stats(products: Tensor, other: Tensor, lost: float, other_lost: float) 
 
 
 @in_full_precision
-def ghost_stats(A: Tensor, G: Tensor, gram: Callable[[Tensor, Tensor, float, float], Tensor] = gram_stats) -> Tensor:
+def ghost_stats(A: Tensor, G: Tensor) -> Tensor:
     """What a ghost norm and its bound are made of: ``[5, B, groups]``, float64.
 
     ``Σ_{t,s} (a_t·a_s)(g_t·g_s)``, which can cancel, the sum of absolute values, and ``Σ_t ‖a_t‖``, ``Σ_t ‖g_t‖`` and
-    ``Σ_t ‖a_t‖·‖g_t‖``, with what may have underflowed. ``gram`` is :func:`gram_stats`, or an op that computes it.
+    ``Σ_t ‖a_t‖·‖g_t‖``, with what may have underflowed.
     """
     dtype = compute_dtype(G.dtype)
     B, groups, T, d = A.shape
     p = G.shape[-1]
     A, G = A.to(dtype).reshape(B * groups, T, d), G.to(dtype).reshape(B * groups, T, p)
-    return gram_strips(A, G, gram).view(5, B, groups)
+    return gram_strips(A, G).view(5, B, groups)
 
 
-def gram_strips(A: Tensor, G: Tensor, gram: Callable[[Tensor, Tensor, float, float], Tensor]) -> Tensor:
+def gram_strips(A: Tensor, G: Tensor) -> Tensor:
     """What :func:`ghost_stats` adds up, ``[5, B]``, of ``A [B, T, d]`` and ``G [B, T, p]`` in the dtype of the sums."""
     B, T, d = A.shape
     p = G.shape[2]
@@ -94,7 +94,7 @@ def gram_strips(A: Tensor, G: Tensor, gram: Callable[[Tensor, Tensor, float, flo
     parts = []
     for t in range(0, T, strip):
         products, other = (torch.bmm(side[:, t : t + strip], side[:, t:].transpose(1, 2)) for side in (A, G))
-        parts.append(gram(products, other, d * lost, p * lost))
+        parts.append(gram_stats(products, other, d * lost, p * lost))
     total = parts[0] if parts else torch.zeros(5, B, dtype=torch.float64, device=A.device)
     for part in parts[1:]:
         total = total + part

@@ -3,12 +3,12 @@
 A segment is a view: nothing is gathered, padded or masked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dpfast.reference.matmul import gram_stats, gram_strips
+from dpfast.reference.matmul import gram_strips
 from dpfast.reference.precision import in_full_precision
 from dpfast.reference.rounding import (
     column,
@@ -25,12 +25,10 @@ Bounds = Sequence[tuple[int, int]]  # the first position and the end of each seg
 
 
 @in_full_precision
-def packed_ghost_stats(
-    A: Tensor, G: Tensor, bounds: Bounds, gram: Callable[[Tensor, Tensor, float, float], Tensor] = gram_stats
-) -> Tensor:
+def packed_ghost_stats(A: Tensor, G: Tensor, bounds: Bounds) -> Tensor:
     """:func:`dpfast.reference.matmul.ghost_stats` of each segment: ``[5, segments]``, float64."""
     dtype = compute_dtype(G.dtype)
-    out = [gram_strips(A[None, first:end].to(dtype), G[None, first:end].to(dtype), gram) for first, end in bounds]
+    out = [gram_strips(A[None, first:end].to(dtype), G[None, first:end].to(dtype)) for first, end in bounds]
     return torch.cat(out, 1) if out else torch.zeros(5, 0, dtype=torch.float64, device=G.device)
 
 

@@ -16,5 +16,6 @@ void sum_normalised(void* weight, void* bias, const Normalised&, int64_t begin, 
 void sum_channel(double& weight, double& bias, const Channel&);
 int64_t patch_gradient_width(int64_t columns);
 double patch_gradient(const PatchGradient&);
+void gram_rows(const GramRows&);
 
 }  // namespace dpfast::DPFAST_ISA
