@@ -297,8 +297,8 @@ class PrivacyEngine(OpacusEngine):
                 "gradients to keep; leave it out"
             )
         packed = isinstance(units, str) and units == PACKED
-        if packed and (ranks.sharded or keep_grad_samples or not batch_first):
-            what = "fully_shard" if ranks.sharded else "keep_grad_samples" if keep_grad_samples else "batch_first=False"
+        if packed and (keep_grad_samples or not batch_first):
+            what = "keep_grad_samples" if keep_grad_samples else "batch_first=False"
             raise ValueError(
                 f"units={PACKED!r} with {what}: rows that hold several samples do not go with it; leave it out"
             )

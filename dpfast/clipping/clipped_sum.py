@@ -301,6 +301,8 @@ class ClippedSum(Recorder):
             units = sum(len(kind.units) for kind in kinds) if self.by_unit else batch or 0
             units = len(packed.segments or ()) if packed is not None else units
             self.per_sample_gradient_norms = torch.zeros(units)
+            if self.ranks.sharded and self.packed:
+                check_finite([], torch.zeros(0), self.ranks)
             if self.ranks.sharded:
                 self._share([], [])
             return
@@ -316,7 +318,7 @@ class ClippedSum(Recorder):
             if packed is not None:
                 assert packed.segments is not None
                 found, parts, owners = clipped_segments(recorded, groups, packed.segments, setting, thresholds)
-                check_finite(self.passing, found.lost)
+                check_finite(self.passing, found.lost, self.ranks)
                 padding = []
             recorded.clear()
             if packed is None and self.by_unit:

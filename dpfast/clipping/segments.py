@@ -25,6 +25,7 @@ from dpfast.clipping.norms import squared_norms
 from dpfast.clipping.segment_kinds import Alike, check_form, kinds_of
 from dpfast.clipping.sums_of_forms import combine
 from dpfast.clipping.units import Clipped
+from dpfast.distributed.ranks import Ranks
 from dpfast.ops import index_of
 from dpfast.planning.planner import Once, Plan, Planner, Shape
 from dpfast.refusals import UnitsError
@@ -141,7 +142,7 @@ class _Pass:
         lengths = self.segments.lengths
         each = form.A.shape[2] // self.segments.length
         T = math.ceil(math.sqrt(sum(n * n for n in lengths) / len(lengths))) * each
-        return form.shape._replace(batch=len(lengths), T=T)
+        return form.shape._replace(batch=len(lengths), T=T, singly=form.G.device.type == "cpu")
 
     def _packed(self, form: Factored, plan: Plan) -> Summed:
         A, G = (side.reshape(1, -1, side.shape[-1]) for side in (form.A, form.G))
@@ -208,14 +209,17 @@ def check_samples(forward: ForwardPass, drawn: bool) -> None:
         )
 
 
-def check_finite(passing: Iterable[ForwardPass], lost: Tensor) -> None:
+def check_finite(passing: Iterable[ForwardPass], lost: Tensor, ranks: Ranks) -> None:
     """Of a backward pass: where segments are kept apart by zeros, what is not finite reaches others of its row.
+
+    The ranks of a sharded model, which would wait for one that stops, tell each other.
 
     Raises:
         UnitsError: there is one: which others it has taken along would depend on it.
     """
     carrying = [each for each in passing if each.attention is not None and each.attention.carries]
-    if any(each.segments is not None and each.segments.shares_rows for each in carrying) and bool(lost.any()):
+    reached = any(each.segments is not None and each.segments.shares_rows for each in carrying) and bool(lost.any())
+    if any(row[0] for row in ranks.gathered([reached])) if ranks.sharded else reached:
         raise UnitsError(
             f"units={PACKED!r}: a sample's gradient is not finite, and attention that is written out in operators, or "
             f"that a checkpoint computes again outside of all modules, carries that to all samples of its row, as "

@@ -168,7 +168,11 @@ class ModelForward(Forward):
         untrusted: gradients through it are refused.
         """
         recorder = self.recorder
-        if self._agreed or recorder.paused or recorder.observer or not (module.training and trains(module)):
+        if recorder.paused or recorder.observer or not (module.training and trains(module)):
+            return
+        if recorder.packed:
+            self.packed.check_together(lambda args, kwargs: module(*args, **kwargs), args, kwargs)
+        if self._agreed:
             return
         given = tensors((args, kwargs))
         sizes = input_sizes(args, kwargs, self.batch_dim)
@@ -189,10 +193,10 @@ class ModelForward(Forward):
         self._agreed = True
 
     def _run_checked(self, args: Any, kwargs: Any) -> Any:
-        if self.recorder.ranks.sharded:
-            return self._run(args, kwargs)
         if self.recorder.batch_size == 0 and self.recorder.packed:
             return self.packed.on_none(self._run, args, kwargs)
+        if self.recorder.ranks.sharded:
+            return self._run(args, kwargs)
         if self.recorder.batch_size == 0:
             return on_nobody(self._run, args, kwargs, self.batch_dim, self.module)
         while True:

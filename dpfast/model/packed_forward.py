@@ -32,6 +32,7 @@ class PackedForward:
         self.carries = False  # a trial has shown that what is not finite reaches other segments
         self._schedule = Schedule()
         self._kinds: set[Any] = set()
+        self._together = 0  # forwards of a sharded model that could show something
         self._read: tuple[Any, list[Any], Segments] | None = None  # in this forward, of inputs that are held
         self._hooks: list[Any] = []
         self._entered = threading.local()
@@ -113,13 +114,46 @@ class PackedForward:
         due = self._schedule.due()
         if not (new or due):
             return
-        trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, self._schedule.steps)
-        with self._schedule.checking(again=not new), torch.random.fork_rng(), recorder.setting(segments=segments):
-            why = trial.why(None if new else 1)
+        with self._schedule.checking(again=not new):
+            self._try(run, args, kwargs, segments, self._schedule.steps, digits=None if new else 1)
+        self._kinds.add(this)
+
+    def check_together(self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> None:
+        """As :meth:`check`, of a sharded model, whose ranks gather its parameters in each forward of a trial.
+
+        In forwards 1, 2, 4, 8 and so on all ranks try the batch of that rank whose rows hold most samples.
+        """
+        recorder = self.recorder
+        self._together += 1
+        if not recorder.verifies or self._together & (self._together - 1):
+            return
+        segments, given = self._segments(args, kwargs), tensors((args, kwargs))
+        counts = [row[0] for row in recorder.ranks.gathered([len(segments) if segments.shares_rows else 0])]
+        if not max(counts):
+            self._together -= 1  # nothing can be seen of such batches: the next one is looked at
+            return
+        device = given[0].device if given else torch.device("cpu")
+        held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
+        args, kwargs = recorder.ranks.from_rank(counts.index(max(counts)), held)
+        args, kwargs = map_tensors(lambda x: x.to(device), (args, kwargs))
+        self._try(run, args, kwargs, Segments.of_call(self.forward, args, kwargs), self._together, digits=None)
+
+    def _try(
+        self,
+        run: Callable[[Any, Any], Any],
+        args: Any,
+        kwargs: Any,
+        segments: Segments,
+        seed: int,
+        digits: int | None,
+    ) -> None:
+        recorder = self.recorder
+        trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, seed)
+        with torch.random.fork_rng(), recorder.setting(segments=segments):
+            why = trial.why(digits)
             self.carries = self.carries or (not why and trial.carries())
         if why:
             raise SamplesMeetError(why)
-        self._kinds.add(this)
 
     def remove(self) -> None:
         """No module has a hook of ours any more."""

@@ -97,14 +97,14 @@ class Sums(nn.Module):
         return self.head(self.ids(input_ids))
 
 
-def packed_rank(rank: int, world_size: int) -> list:
-    """The weights after three steps over packed rows."""
+def packed_rank(rank: int, world_size: int, kind: str, build: Any = Sums, rate: float = 0.6, bad: float = 1.0) -> list:
+    """The weights after three steps over packed rows; ``bad`` is a factor in the loss of the longest sample."""
     torch.manual_seed(0)
-    model: Any = Sums()
+    model: Any = build()
     if world_size > 1:
-        model = DistributedDataParallel(model)
+        model = DistributedDataParallel(model) if kind == "replicated" else fully_shard(model)
     samples = [torch.arange(n) % 9 for n in (3, 5, 2, 8, 4, 6, 2, 7)]
-    batches = PoissonBatches(8, 3, seed=4, sample_rate=0.6, rank=rank, world_size=world_size)
+    batches = PoissonBatches(8, 3, seed=4, sample_rate=rate, rank=rank, world_size=world_size)
     model, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
@@ -117,15 +117,60 @@ def packed_rank(rank: int, world_size: int) -> list:
     )
     for batch in loader:
         logits = model(batch["input_ids"], batch["position_ids"])
+        logits = logits * torch.where(batch["input_ids"] == 7, bad, 1.0)[..., None]
         segment_cross_entropy(logits, batch["labels"], position_ids=batch["position_ids"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [p.detach() for p in model.parameters()]
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
 
 
-def test_packed_rows_of_ranks_together_are_those_of_one_process(ranks):
-    """Each rank packs its share."""
-    alone = packed_rank(0, 1)
-    for found in ranks(packed_rank, 3):
+class Attends(Sums):
+    """A head that is tied to the embedding, and attention by segments, which dpfast runs sample by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.ids.weight
+        self.qkv, self.norm = nn.Linear(6, 18), nn.LayerNorm(6)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        x = self.ids(input_ids)
+        q, k, v = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, -1)
+        of = (position_ids == 0).cumsum(1)
+        mask = (of[:, :, None] == of[:, None]).tril().unsqueeze(1)
+        return self.head(x + nn.functional.scaled_dot_product_attention(q, k, v, mask).squeeze(1))
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("build, rate", [(Sums, 0.6), (Attends, 0.6), (Attends, 0.1)])
+def test_packed_rows_of_ranks_together_are_those_of_one_process(build, rate, kind, ranks):
+    """Each rank packs its share; at the lower rate most of them have no sample."""
+    alone = packed_rank(0, 1, kind, build, rate)
+    for found in ranks(packed_rank, 3, kind, build, rate):
         assert not isinstance(found, Exception), found
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+
+
+class Meets(Sums):
+    """Each position is given the sum of all before it."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.ids(input_ids).cumsum(1))
+
+
+class Carries(Attends):
+    """Attention that is written out: its mask is a product with zeros."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        x = self.ids(input_ids)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        of = (position_ids == 0).cumsum(1)
+        scores = (q @ k.transpose(1, 2)).masked_fill(of[:, :, None] != of[:, None], -torch.inf)
+        return self.head(x + torch.softmax(scores, 2) @ v)
+
+
+@pytest.mark.parametrize("build, why", [(Meets, "not kept apart"), (Carries, "not finite")])
+def test_what_one_rank_sees_of_packed_rows_all_ranks_of_a_sharded_model_refuse(build, why, ranks):
+    """No rank waits for another one."""
+    found = ranks(packed_rank, 3, "sharded", build, 1.0, torch.inf)
+    assert all(isinstance(one, Exception) and why in str(one) for one in found), found
