@@ -1,13 +1,15 @@
 """The main job on real data with no download: `python -m bench.demo`, which is what `make demo` runs.
 
 A GroupNorm CNN on scikit-learn's digits and a small GPT on the English of CPython's own documentation topics, each
-trained without privacy, privately with dpfast and privately with stock Opacus. The three take turns in one loop, so
-their step times can be compared; both private ones draw Poisson batches and use the same noise multiplier.
+trained without privacy, privately with dpfast, as a loop of Opacus is written and with a recorded step, and privately
+with stock Opacus. They take turns in one loop, so that their step times can be compared; the private ones draw Poisson
+batches and use the same noise multiplier.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -92,10 +94,18 @@ class Run:
         return None if self.trainer.engine is None else self.trainer.engine.get_epsilon(DELTA)
 
 
-def endless(loader: DataLoader) -> Iterator[Any]:
-    """Batches of as many epochs as are asked for."""
-    while True:
-        yield from loader
+def endless(task: Task, method: str, trainer: Trainer) -> Iterator[Any]:
+    """Batches of as many epochs as are asked for; a recorded step has them in a few sizes."""
+    with contextlib.ExitStack() as stack:
+        loader = trainer.loader
+        if METHODS[method].recorded:
+            import dpfast  # as below
+
+            few = dict(max_physical_batch_size=2 * task.batch_size, pad=max(1, task.batch_size // 10))
+            given = dict(data_loader=loader, optimizer=trainer.optimizer)
+            loader = stack.enter_context(dpfast.BatchMemoryManager(**given, **few))
+        while True:
+            yield from loader
 
 
 @torch.no_grad()
@@ -135,7 +145,7 @@ def train(task: Task, methods: list[str]) -> list[Run]:
     runs = []
     for method in tqdm(methods, desc=f"{task.name}: peak memory", leave=False):
         trainer = make_trainer(task, method, task.model(method), noise_multiplier)
-        runs.append(Run(method, trainer, endless(trainer.loader)))
+        runs.append(Run(method, trainer, endless(task, method, trainer)))
         runs[-1].memory = memory.growth(
             "bench.demo:memory_job", task=task.name, method=method, noise_multiplier=noise_multiplier
         )
@@ -218,7 +228,8 @@ def about(names: list[str], methods: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=("dpfast", "hooks"), default=["dpfast", "hooks"])
+    methods = ["dpfast", "dpfast-graphed", "hooks"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     arguments = parser.parse_args()
     quiet_peers()
     torch.set_num_threads(THREADS)
@@ -226,7 +237,7 @@ def main() -> int:
     drawn, table = [], []
     for name in arguments.tasks:
         task = TASKS[name]
-        if "dpfast" in arguments.methods:
+        if {"dpfast", "dpfast-graphed"} & {*arguments.methods}:
             check_first(task)
         found = results(task, train(task, ["nonprivate", *arguments.methods]))
         table += rows(task, found)

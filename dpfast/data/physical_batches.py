@@ -59,8 +59,10 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     With ``pad=True`` every physical batch has ``max_physical_batch_size`` rows, an empty Poisson batch included: zeros
     stand behind the samples, in every tensor whose first dimension is the batch. These rows are left out of the clipped
     sum, so that they contribute exactly nothing. Shapes then never change, and what is compiled for them is compiled
-    once. A mean over the batch in the loss is over all rows. The model must get the rows in the loader's order: in
-    another one samples would be left out and zeros trained on, at no cost in privacy.
+    once. With a number, as in ``pad=32``, the rows are the next multiple of it, and at most
+    ``max_physical_batch_size``: whole Poisson batches then have a few shapes, at the cost of a few rows. A mean over
+    the batch in the loss is over all rows. The model must get the rows in the loader's order: in another one samples
+    would be left out and zeros trained on, at no cost in privacy.
 
     A unit of several rows (``make_private(units=...)``) is in one physical batch as a whole, so that the size must be
     at least the rows of the largest.
@@ -71,7 +73,11 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     An optimizer of another mode than "fused" gets Opacus' own loader.
     """
 
-    def __init__(self, *, data_loader: DataLoader, max_physical_batch_size: int, optimizer: Any, pad: bool = False):
+    def __init__(
+        self, *, data_loader: DataLoader, max_physical_batch_size: int, optimizer: Any, pad: bool | int = False
+    ):
+        if pad is not True and (not isinstance(pad, (int, np.integer)) or pad < 0):
+            raise ValueError(f"pad={pad!r}: give True, False, or of what number of rows batches are a multiple")
         super().__init__(data_loader=data_loader, max_physical_batch_size=max_physical_batch_size, optimizer=optimizer)
         self.pad = pad
 
@@ -79,7 +85,7 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
         clipped_sum = getattr(self.optimizer, "clipped_sum", None)
         if not isinstance(clipped_sum, ClippedSum):
             if self.pad:
-                raise ValueError("pad=True: the fused mode has it, and this optimizer is of another one")
+                raise ValueError(f"pad={self.pad}: the fused mode has it, and this optimizer is of another one")
             return super().__enter__()
         check_size("max_physical_batch_size", self.max_physical_batch_size, self.data_loader.batch_sampler)
         self.optimizer.abandon()
@@ -91,20 +97,23 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
 
 
 class PhysicalLoader(DataLoader):
-    """A loader of at most ``size`` samples at a time, in the batches of another loader; of so many rows if ``pad``."""
+    """A loader of at most ``size`` samples at a time, in the batches of another loader; ``pad`` is as of
+    :class:`BatchMemoryManager`.
+    """
 
     clipped_sum: ClippedSum
-    rows: int | None  # that every batch has; None: as many as it has samples
+    size: int
+    multiple: int | None  # what the rows of a batch are a multiple of; None: it has as many as samples
     _loop: Loop
     _drawn: deque[Piece]
 
-    def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum, pad: bool = False):
+    def __init__(self, loader: DataLoader, size: int, clipped_sum: ClippedSum, pad: bool | int = False):
         if loader.batch_sampler is None:
             raise LoaderError(
                 "data_loader has batch_size=None: its data set gives whole batches, which cannot be split"
             )
         self.clipped_sum = clipped_sum
-        self.rows = size if pad else None
+        self.size, self.multiple = size, size if pad is True else int(pad) or None
         parts = PhysicalBatches(loader.batch_sampler, size, loader.dataset, clipped_sum)
         super().__init__(loader.dataset, batch_sampler=parts, **arguments_of(loader))
 
@@ -130,10 +139,11 @@ class PhysicalLoader(DataLoader):
                     finished = True
                     return
                 piece = drawn.popleft()
-                if self.rows is not None and piece.samples is not None:
+                if self.multiple is not None and piece.samples is not None:
                     given = len(piece.samples)
-                    batch = padded(batch, given, self.rows)
-                    piece = piece._replace(samples=replace(piece.samples, padding=self.rows - given))
+                    rows = min(self.size, self.multiple * max(1, -(-given // self.multiple)))
+                    batch = padded(batch, given, rows)
+                    piece = piece._replace(samples=replace(piece.samples, padding=rows - given))
                 self.clipped_sum.batches.give_piece(piece, self.clipped_sum.waits_for_step, batch)
                 yield batch
         finally:

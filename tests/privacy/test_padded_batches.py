@@ -1,4 +1,4 @@
-"""``BatchMemoryManager(pad=True)``: physical batches of one size, whose padding contributes exactly nothing."""
+"""``BatchMemoryManager(pad=...)``: physical batches of one size or a few, whose padding contributes exactly nothing."""
 
 from collections import namedtuple
 
@@ -46,10 +46,15 @@ def train(model, optimizer, loader, pad, change=lambda x, y: (x, y), loss=mse):
 
 @pytest.mark.parametrize("options", [{}, dict(clipping="per_layer"), dict(clipping_fn="automatic")], ids=str)
 @pytest.mark.parametrize("rate", [0.02, 0.3])
-def test_padded_batches_train_as_others_do(rate, options):
-    (shapes, plain), (same, got) = (train(*private(rate, **options), pad=pad) for pad in (False, True))
-    assert set(same) == {(ROWS, D, ROWS, 2)}
+@pytest.mark.parametrize("pad", [True, 4])
+def test_padded_batches_train_as_others_do(pad, rate, options):
+    (shapes, plain), (same, got) = (train(*private(rate, **options), pad=pad) for pad in (False, pad))
+    wanted = {ROWS} if pad is True else {4, ROWS}  # the next multiple, and no more than a physical batch may have
+    found = {rows for rows, *_ in same}
+    assert set(same) == {(rows, D, rows, 2) for rows in found}
+    assert found == wanted if rate > 0.1 else found <= wanted
     sizes = [shape[0] for shape in shapes]
+    assert all(given[0] <= rows[0] for given, rows in zip(shapes, same, strict=True))
     assert len(sizes) == len(same) and min(sizes) < ROWS and (rate > 0.1 or 0 in sizes)
     for one, other in zip(plain, got, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -160,6 +165,8 @@ def test_a_batch_without_such_tensors_is_refused():
 
 def test_opacus_modes_have_no_padding():
     _, optimizer, loader = private(grad_sample_mode="hooks", sample_rate=None, expected_batch_size=None)
+    with pytest.raises(ValueError, match="pad=-3: give True, False, or"):
+        BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer, pad=-3)
     with pytest.raises(ValueError, match="pad=True: the fused mode has it"):
         BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer, pad=True).__enter__()
 
