@@ -111,13 +111,15 @@ sanitize: $(READY)
 	$(RUN) -m pytest -q --capture=sys tests/ops tests/native -m "not compiles"
 
 # torch first and pinned: the build without isolation needs it there. Its CUDA build has brought the Triton that it needs;
-# beside its CPU build there is this one.
+# beside its CPU build there is this one. Nor could that load a CUDA library of ours, which takes minutes to build.
 TRITON := 3.9.0
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip
 	$(RUN) -m pip install -q --no-compile -c constraints.txt torch setuptools
 	test "$$(uname)" != Linux || $(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install -q --no-compile triton==$(TRITON)
+	test "$$($(RUN) -c 'import torch; print(torch.version.cuda)')" != None -o ! -x "$$(command -v $${CXX:-c++})" \
+		|| export DPFAST_BUILD=$${DPFAST_BUILD:-cpu}; \
 	$(RUN) -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[test,demo,dev,finetune,lightning,trl]'
 	touch $@
 
