@@ -40,10 +40,10 @@ inline constexpr const char* kSchemas[] = {
     // first[j], written out, or the product of sides first[j] and second[j]; on the CPU alone
     "side_norms(Tensor[] sides, Tensor[] squares, int[] sizes, int[] first, int[] second, int[] groups, int count, "
     "int batch, bool wide) -> Tensor",
-    // products, other [R, t, s], rows t of two Gram matrices from the diagonal on, s ≥ t; what an element of either side
-    // may lose to underflow → [5, R] float64: Σ products · other, the sum of absolute values, each doubled past column
-    // t, Σ_t √(products_tt + lost), Σ_t √(other_tt + other_lost), and the sum of their products
-    "ghost_stats(Tensor[] A, Tensor[] G, int[] first, int[] end, float lost) -> Tensor",
+    // A[k] [N, T, d_k], G[k] [N, T, p_k] float32, features one behind the other; the row of each sample, its first
+    // position there and its end; what a square may lose to underflow → [n, 5, samples] float64 of n weights: Σ_{t,s}
+    // (a_t·a_s)(g_t·g_s), the sum of absolute values, Σ_t ‖a_t‖, Σ_t ‖g_t‖ and Σ_t ‖a_t‖·‖g_t‖; on the CPU alone
+    "ghost_stats(Tensor[] A, Tensor[] G, int[] row, int[] first, int[] end, float lost) -> Tensor",
     // samples [B, *] each, factors [B] float32 or [len(samples), B] → Σ_i factor_i g_i [*] each, float32;
     // a sample whose factor is 0 is left out, not multiplied
     "weighted_sums(Tensor[] samples, Tensor factors) -> Tensor[]",

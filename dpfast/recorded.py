@@ -74,9 +74,10 @@ def graphed(
 
     The first call of a kind runs as it is written, and the second one is recorded. A kind is a shape, dtype and device
     of every tensor of the batch, with what else a step depends on: what is trained, train() or eval() of every module,
-    clipping, plan, autocast, whether an ascent has moved the weights. So batches should be of one size: use
-    ``BatchMemoryManager(pad=True)``. Whenever the samples are due to be checked (steps 2, 4, 8, ...), where a sample is
-    left out for its norm, for an empty batch and with a clipping function of your own, a step runs as it is written.
+    clipping, plan, autocast, whether an ascent has moved the weights. So batches should be of one size, or of a few:
+    use ``BatchMemoryManager(pad=True)``, or ``pad=32``. Whenever the samples are due to be checked (steps 2, 4, 8,
+    ...), where a sample is left out for its norm, for an empty batch and with a clipping function of your own, a step
+    runs as it is written.
 
     The guarantee is that of a step that is not recorded, and so are its bits on a CPU. As in every recorded graph, the
     Python code of the model and of the loss is not run again: a branch that it takes by a value of its own (a counter,

@@ -81,11 +81,11 @@ struct PatchGradient {
   int64_t stride;
 };
 
-// x_iᵀ x_j of rows that follow each other in x, `size` features each: out [rows, width] has those with i < rows and
+// x_iᵀ x_j of rows that lie `stride` apart in x, `size` features each: out [rows, width] has those with i < rows and
 // i <= j < width. What is in front of the diagonal is not meant for reading.
 struct GramRows {
   const float* x;
-  int64_t size, rows, width;
+  int64_t stride, size, rows, width;
   float* out;
 };
 

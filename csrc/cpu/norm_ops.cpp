@@ -106,34 +106,44 @@ constexpr int64_t STRIP = 48;  // rows of Gram matrices that one thread makes at
 
 // Weights that share an input, whose Gram matrix is made once for all of them.
 struct Shared {
-  const float* a;
-  int64_t d;
+  const Tensor* input;
   std::vector<size_t> weights;
 };
 
-// What ghost norms and their bounds are made of, [n, 5, S], of n weights with inputs A[k] [R, d_k] and backprops
-// G[k] [R, p_k]. Sample i has the positions t, s from first[i] to end[i], of which it is
+// Rows `row` of sides [N, T, features], features behind each other: where position t of one is.
+const float* position(const Tensor& side, int64_t row, int64_t t) {
+  return static_cast<const float*>(side.const_data_ptr()) + row * side.stride(0) + t * side.stride(1);
+}
+
+bool are_same(const Tensor& one, const Tensor& other) {
+  return one.const_data_ptr() == other.const_data_ptr() && one.size(2) == other.size(2) &&
+         one.stride(0) == other.stride(0) && one.stride(1) == other.stride(1);
+}
+
+// What ghost norms and their bounds are made of, [n, 5, S], of n weights with inputs A[k] [N, T, d_k] and backprops
+// G[k] [N, T, p_k]. Sample i has the positions t, s from first[i] to end[i] of row[i], of which it is
 // Σ_{t,s} (a_t·a_s)(g_t·g_s), the sum of absolute values, Σ_t ‖a_t‖, Σ_t ‖g_t‖ and Σ_t ‖a_t‖·‖g_t‖.
 // Lengths have what d_k or p_k squares may lose, `lost` each.
-Tensor ghost_stats(Tensors A, Tensors G, Integers first, Integers end, double lost) {
+Tensor ghost_stats(Tensors A, Tensors G, Integers row, Integers first, Integers end, double lost) {
   STD_TORCH_CHECK(!A.empty() && A.size() == G.size(), "dpfast: A and G must be lists of one length, not ", A.size(),
                   " and ", G.size());
-  STD_TORCH_CHECK(first.size() == end.size(), "dpfast: first and end must be lists of one length");
-  const int64_t n = int64_t(A.size()), S = int64_t(first.size()), R = A[0].dim() == 2 ? A[0].size(0) : 0;
+  STD_TORCH_CHECK(row.size() == first.size() && first.size() == end.size(),
+                  "dpfast: row, first and end must be lists of one length");
+  const int64_t n = int64_t(A.size()), S = int64_t(first.size());
   std::vector<Shared> inputs;
   for (int64_t k = 0; k < n; ++k) {
     for (const Tensor* side : {&A[k], &G[k]}) {
       const std::string name = (side == &A[k] ? "A[" : "G[") + std::to_string(k) + "]";
-      check_argument(*side, name);
-      STD_TORCH_CHECK(side->scalar_type() == ScalarType::Float, "dpfast: ", name, " must be float32");
-      STD_TORCH_CHECK(side->dim() == 2 && side->size(0) == R, "dpfast: ", name, " must be [R, features] with the R of ",
-                      "A[0], not ", shape_of(*side));
+      STD_TORCH_CHECK(side->is_cpu() && side->scalar_type() == ScalarType::Float, "dpfast: ", name,
+                      " must be float32, on the CPU");
+      STD_TORCH_CHECK(side->dim() == 3 && side->size(0) == A[0].size(0) && side->size(1) == A[0].size(1), "dpfast: ",
+                      name, " must be [N, T, features] with N and T of A[0], not ", shape_of(*side));
+      STD_TORCH_CHECK(side->size(2) < 2 || side->stride(2) == 1, "dpfast: ", name,
+                      " must have its features one behind the other");
     }
-    const auto* a = static_cast<const float*>(A[k].const_data_ptr());
-    const int64_t d = A[k].size(1);
-    const auto same = [&](const Shared& one) { return one.a == a && one.d == d; };
+    const auto same = [&](const Shared& one) { return are_same(*one.input, A[k]); };
     auto input = std::find_if(inputs.begin(), inputs.end(), same);
-    if (input == inputs.end()) input = inputs.insert(inputs.end(), {a, d, {}});
+    if (input == inputs.end()) input = inputs.insert(inputs.end(), {&A[k], {}});
     input->weights.push_back(size_t(k));
   }
   struct Strip {
@@ -145,11 +155,13 @@ Tensor ghost_stats(Tensors A, Tensors G, Integers first, Integers end, double lo
   Integers work;
   size_t parts = 0;
   for (const Shared& input : inputs) {
-    int64_t columns = input.d;
-    for (size_t k : input.weights) columns += G[k].size(1);
+    int64_t columns = input.input->size(2);
+    for (size_t k : input.weights) columns += G[k].size(2);
     for (int64_t i = 0; i < S; ++i) {
-      STD_TORCH_CHECK(0 <= first[i] && first[i] <= end[i] && end[i] <= R, "dpfast: sample ", i, " has the positions ",
-                      first[i], " to ", end[i], " of ", R);
+      STD_TORCH_CHECK(0 <= row[i] && row[i] < A[0].size(0) && 0 <= first[i] && first[i] <= end[i] &&
+                          end[i] <= A[0].size(1),
+                      "dpfast: sample ", i, " has the positions ", first[i], " to ", end[i], " of row ", row[i],
+                      ", and A[0] is ", shape_of(A[0]));
       for (int64_t t = first[i]; t < end[i]; t += STRIP) {
         strips.push_back({&input, i, t, std::min(STRIP, end[i] - t), end[i] - t, parts});
         work.push_back(strips.back().rows * strips.back().width * columns / 16);
@@ -161,15 +173,16 @@ Tensor ghost_stats(Tensors A, Tensors G, Integers first, Integers end, double lo
   share(work, [&](size_t which) {
     thread_local std::vector<float> of_input, of_backprops;
     const Strip& strip = strips[which];
-    const int64_t d = strip.input->d, width = strip.width;
+    const Tensor& a = *strip.input->input;
+    const int64_t d = a.size(2), width = strip.width, in = row[strip.sample];
     of_input.resize(strip.rows * width);
     of_backprops.resize(strip.rows * width);
-    kernels().gram_rows({strip.input->a + strip.begin * d, d, strip.rows, width, of_input.data()});
+    kernels().gram_rows({position(a, in, strip.begin), a.stride(1), d, strip.rows, width, of_input.data()});
     double* sum = sums.data() + strip.part;
     for (size_t k : strip.input->weights) {
-      const int64_t p = G[k].size(1);
-      const auto* g = static_cast<const float*>(G[k].const_data_ptr());
-      kernels().gram_rows({g + strip.begin * p, p, strip.rows, width, of_backprops.data()});
+      const int64_t p = G[k].size(2);
+      const float* g = position(G[k], in, strip.begin);
+      kernels().gram_rows({g, G[k].stride(1), p, strip.rows, width, of_backprops.data()});
       double total[5] = {};
       for (int64_t i = 0; i < strip.rows; ++i) {
         const float *a_row = of_input.data() + i * width + i, *g_row = of_backprops.data() + i * width + i;

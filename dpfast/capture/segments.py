@@ -7,6 +7,7 @@ arguments of the model's forward, under the names that Transformers has for it (
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ UNMARKED = (
     f"units={PACKED!r}: the model was called without anything that says where the samples of a packed row begin. Give "
     f"it one of {', '.join(MARKS)}, as DataCollatorWithFlattening of Transformers and dpfast.data.packed.Packed do"
 )
+
+ELSEWHERE = f"units={PACKED!r}: another rank has refused its batch, and says why. Nothing was summed"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Segments:
     def shares_rows(self) -> bool:
         """Whether anything has to be kept apart within a row: several segments, or one beside padding."""
         return any(n < self.length for n in self.lengths)
+
+    @cached_property
+    def most_in_a_row(self) -> int:
+        """How many segments the row has that has most of them."""
+        return max(Counter(row for row, _, _ in self.bounds).values(), default=0)
 
     @cached_property
     def runs(self) -> list[list[int]]:

@@ -27,7 +27,7 @@ from dpfast.clipping.closing import Factors, Scales, Setting, factors_of, weight
 from dpfast.clipping.early import EarlySums, summed_up
 from dpfast.clipping.grad_samples import gradients, keep_grad_sample
 from dpfast.clipping.samples_once import Batches
-from dpfast.clipping.segments import check_finite, check_samples, clipped_segments
+from dpfast.clipping.segments import check_finite, check_samples, clipped_segments, refused_together
 from dpfast.clipping.sums_of_forms import clipped_sums
 from dpfast.clipping.thresholds import Clipping
 from dpfast.clipping.units import Alike, clipped_units, kinds_of, mean_gradients
@@ -205,7 +205,8 @@ class ClippedSum(Recorder):
         recorded = taken
         if self.tracked is not None and not self.tracked.issuperset(taken):
             recorded = {p: forms for p, forms in taken.items() if p in self.tracked}
-        packed = self._packed_pass(sources) if self.packed and (taken or ended) else None
+        with refused_together(self.ranks):
+            packed = self._packed_pass(sources) if self.packed and (taken or ended) else None
         if (recorded or ended) and narrowed and self.loss_is_mean:
             size = self._common_batch(recorded) if ended is None else ended.batch
             self._check_mean(narrowed, size if packed is None else len(packed.segments or ()))
@@ -317,7 +318,8 @@ class ClippedSum(Recorder):
             forms = whole_forms(recorded, setting) if packed is None else []
             if packed is not None:
                 assert packed.segments is not None
-                found, parts, owners = clipped_segments(recorded, groups, packed.segments, setting, thresholds)
+                with refused_together(self.ranks):
+                    found, parts, owners = clipped_segments(recorded, groups, packed.segments, setting, thresholds)
                 check_finite(self.passing, found.lost, self.ranks)
                 padding = []
             recorded.clear()

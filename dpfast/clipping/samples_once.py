@@ -366,7 +366,7 @@ class Batches:
         padded = self.piece is not None and self.piece.samples is not None and self.piece.samples.padding > 0
         if None in found or any(rows != found[0] for rows in found) or (padded and not found):
             raise PaddingError(
-                "BatchMemoryManager(pad=True): it cannot be told which rows of the model's inputs are padding, to be "
+                "BatchMemoryManager's pad: it cannot be told which rows of the model's inputs are padding, to be "
                 "left out. Give the model the rows as the loader gave them, in their order"
             )
         return found[0] or [] if found else []

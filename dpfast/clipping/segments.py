@@ -8,7 +8,8 @@ each position comes with the factor of its segment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from dpfast import ops
 from dpfast.capture.forms import EmbeddingRows, Factored, Form, Instantiated, Summed, Waiting, by
 from dpfast.capture.packed_sides import PackedSides
-from dpfast.capture.segments import PACKED, UNMARKED, Segments
+from dpfast.capture.segments import ELSEWHERE, PACKED, UNMARKED, Segments
 from dpfast.capture.which_samples import ForwardPass
 from dpfast.clipping.closing import Factors, Setting, weighted
 from dpfast.clipping.norms import squared_norms
@@ -31,6 +32,7 @@ from dpfast.planning.planner import Once, Plan, Planner, Shape
 from dpfast.refusals import UnitsError
 
 AT_ONCE = 1 << 26  # bytes of sides that are put beside each other before norms are taken of them
+REACHED, REFUSED = 1, 2  # what the ranks of a sharded model tell each other of a pass
 LARGE = 1 << 20  # bytes of a segment's sides that are not put beside others, as that takes longer than an op
 
 Named = tuple[Any, int, Sequence[Summed]]  # a parameter, its group and its forms
@@ -88,7 +90,7 @@ class _Pass:
         plan = None
         if len(forms) == 1 and isinstance(one, Factored) and one.A.shape[1] == 1 and one.A.shape[2] > 1:
             plan = self.planner.choose(name, self._shape_of(one))
-            if one.A.shape[2] == self.segments.length and ops.has_packed(one.A, one.G):
+            if self._stay(one):
                 self.whole.append((p, group, [self._packed(one, plan)]))
                 return
         summed = [] if plan is not None and plan.way == "instantiate" else self._positions_of(forms)
@@ -142,10 +144,15 @@ class _Pass:
         lengths = self.segments.lengths
         each = form.A.shape[2] // self.segments.length
         T = math.ceil(math.sqrt(sum(n * n for n in lengths) / len(lengths))) * each
-        return form.shape._replace(batch=len(lengths), T=T, singly=form.G.device.type == "cpu")
+        return form.shape._replace(batch=len(lengths), T=T, singly=self._stay(form) and form.G.device.type == "cpu")
+
+    def _stay(self, form: Factored) -> bool:
+        """Whether its segments are clipped where they lie."""
+        return form.A.shape[2] == self.segments.length and ops.has_packed(form.A, form.G)
 
     def _packed(self, form: Factored, plan: Plan) -> Summed:
-        A, G = (side.reshape(1, -1, side.shape[-1]) for side in (form.A, form.G))
+        positions = self.segments.rows * self.segments.length
+        A, G = (side.reshape(1, positions, side.shape[-1]) for side in (form.A, form.G))
         sides = PackedSides(A, G, self._places, form.rows, form.row, plan)
         if plan.way != "instantiate":
             return sides
@@ -209,17 +216,33 @@ def check_samples(forward: ForwardPass, drawn: bool) -> None:
         )
 
 
+@contextmanager
+def refused_together(ranks: Ranks) -> Iterator[None]:
+    """A rank of a sharded model that refuses a pass within tells the others, which are on their way to
+    :func:`check_finite`.
+    """
+    try:
+        yield
+    except UnitsError:
+        if ranks.sharded:
+            ranks.gathered([REFUSED])
+        raise
+
+
 def check_finite(passing: Iterable[ForwardPass], lost: Tensor, ranks: Ranks) -> None:
     """Of a backward pass: where segments are kept apart by zeros, what is not finite reaches others of its row.
 
     The ranks of a sharded model, which would wait for one that stops, tell each other.
 
     Raises:
-        UnitsError: there is one: which others it has taken along would depend on it.
+        UnitsError: there is one: which others it has taken along would depend on it. Or another rank has refused.
     """
     carrying = [each for each in passing if each.attention is not None and each.attention.carries]
     reached = any(each.segments is not None and each.segments.shares_rows for each in carrying) and bool(lost.any())
-    if any(row[0] for row in ranks.gathered([reached])) if ranks.sharded else reached:
+    found = [row[0] for row in ranks.gathered([REACHED if reached else 0])] if ranks.sharded else [REACHED * reached]
+    if REFUSED in found:
+        raise UnitsError(ELSEWHERE)
+    if any(found):
         raise UnitsError(
             f"units={PACKED!r}: a sample's gradient is not finite, and attention that is written out in operators, or "
             f"that a checkpoint computes again outside of all modules, carries that to all samples of its row, as "

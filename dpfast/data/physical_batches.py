@@ -76,10 +76,10 @@ class BatchMemoryManager(opacus.utils.batch_memory_manager.BatchMemoryManager):
     def __init__(
         self, *, data_loader: DataLoader, max_physical_batch_size: int, optimizer: Any, pad: bool | int = False
     ):
-        if pad is not True and (not isinstance(pad, (int, np.integer)) or pad < 0):
+        if not isinstance(pad, (bool, np.bool_, int, np.integer)) or pad < 0:
             raise ValueError(f"pad={pad!r}: give True, False, or of what number of rows batches are a multiple")
         super().__init__(data_loader=data_loader, max_physical_batch_size=max_physical_batch_size, optimizer=optimizer)
-        self.pad = pad
+        self.pad = bool(pad) if isinstance(pad, np.bool_) else pad
 
     def __enter__(self) -> DataLoader:
         clipped_sum = getattr(self.optimizer, "clipped_sum", None)
@@ -165,7 +165,7 @@ def padded(batch: Any, given: int, rows: int) -> Any:
     if not found:
         shapes = [list(x.shape) for x in tensors(batch)]
         raise PaddingError(
-            f"pad=True: a batch of {given} samples has tensors of shapes {shapes}, none of which has the samples along "
+            f"pad: a batch of {given} samples has tensors of shapes {shapes}, none of which has the samples along "
             f"its first dimension: leave pad out, or have collate_fn return such tensors"
         )
 

@@ -170,13 +170,17 @@ class ModelForward(Forward):
         recorder = self.recorder
         if recorder.paused or recorder.observer or not (module.training and trains(module)):
             return
+        if running_backward() != OUTSIDE:  # a checkpoint around the model computes it again
+            return
+        rows = None
         if recorder.packed:
-            self.packed.check_together(lambda args, kwargs: module(*args, **kwargs), args, kwargs)
+            rows = self.packed.check_together(lambda args, kwargs: module(*args, **kwargs), args, kwargs)
         if self._agreed:
             return
         given = tensors((args, kwargs))
         sizes = input_sizes(args, kwargs, self.batch_dim)
-        rows = [row[0] for row in recorder.ranks.gathered([max(sizes, default=0)])]
+        if rows is None:
+            rows = [int(row[0]) for row in recorder.ranks.gathered([max(sizes, default=0)])]
         if max(rows) < 2:
             return
         device = given[0].device if given else torch.device("cpu")

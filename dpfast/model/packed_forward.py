@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
-from dpfast.capture.segments import PACKED, Segments
+from dpfast.capture.segments import ELSEWHERE, PACKED, Segments
 from dpfast.capture.shift import inside_checkpoint
 from dpfast.capture.trees import map_tensors, tensors
 from dpfast.layers.segment_attention import SegmentAttention
@@ -32,7 +32,7 @@ class PackedForward:
         self.carries = False  # a trial has shown that what is not finite reaches other segments
         self._schedule = Schedule()
         self._kinds: set[Any] = set()
-        self._together = 0  # forwards of a sharded model that could show something
+        self._together = 0  # forwards of a sharded model, from the first that could show something
         self._read: tuple[Any, list[Any], Segments] | None = None  # in this forward, of inputs that are held
         self._hooks: list[Any] = []
         self._entered = threading.local()
@@ -52,7 +52,7 @@ class PackedForward:
         if compiled:
             raise UnitsError(f"units={PACKED!r} with torch.compile: leave compiling out")
         self._hook_recomputing()
-        self._read = None
+        self._read = self.attention = None
         segments = self._segments(args, kwargs)
         self.recorder.segments = segments
         self.recorder.batch_sizes = [segments.rows if len(segments) else 0]
@@ -107,10 +107,10 @@ class PackedForward:
         if not recorder.verifies or running_backward() != OUTSIDE or not len(recorder.segments or ()):
             return
         segments = self._segments(args, kwargs)  # a look at rows may have come before
-        if not segments.shares_rows:
+        if segments.most_in_a_row < 2:
             return
         this = kind(args, kwargs, recorder.batch_size, 0)
-        new = this not in self._kinds and len(self._kinds) < MOST_KINDS
+        new = self._is_new(this)
         due = self._schedule.due()
         if not (new or due):
             return
@@ -118,25 +118,48 @@ class PackedForward:
             self._try(run, args, kwargs, segments, self._schedule.steps, digits=None if new else 1)
         self._kinds.add(this)
 
-    def check_together(self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> None:
+    def _is_new(self, this: Any) -> bool:
+        return this not in self._kinds and len(self._kinds) < MOST_KINDS
+
+    def check_together(self, run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> list[int]:
         """As :meth:`check`, of a sharded model, whose ranks gather its parameters in each forward of a trial.
 
-        In forwards 1, 2, 4, 8 and so on all ranks try the batch of that rank whose rows hold most samples.
+        In forwards 1, 2, 4, 8 and so on all ranks try the batch of that rank which has most samples in a row; and one
+        that its rank has not called the model in such a way with before.
+
+        Returns:
+            The rows that each rank has.
+
+        Raises:
+            SamplesMeetError: samples of a row are not kept apart.
+            UnitsError: of some rank's batch it cannot be told where its samples begin.
         """
         recorder = self.recorder
-        self._together += 1
-        if not recorder.verifies or self._together & (self._together - 1):
-            return
-        segments, given = self._segments(args, kwargs), tensors((args, kwargs))
-        counts = [row[0] for row in recorder.ranks.gathered([len(segments) if segments.shares_rows else 0])]
-        if not max(counts):
-            self._together -= 1  # nothing can be seen of such batches: the next one is looked at
-            return
-        device = given[0].device if given else torch.device("cpu")
-        held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
-        args, kwargs = recorder.ranks.from_rank(counts.index(max(counts)), held)
-        args, kwargs = map_tensors(lambda x: x.to(device), (args, kwargs))
-        self._try(run, args, kwargs, Segments.of_call(self.forward, args, kwargs), self._together, digits=None)
+        segments: Segments | None = None
+        error: UnitsError | None = None
+        try:
+            segments = self._segments(args, kwargs)
+        except UnitsError as raised:  # the other ranks would wait for this one
+            error = raised
+        most, rows = (-1, 0) if segments is None else (segments.most_in_a_row, segments.rows if len(segments) else 0)
+        new = most > 1 and self._is_new(kind(args, kwargs, rows, 0))
+        every = recorder.ranks.gathered([most, rows, new])
+        if any(its[0] < 0 for its in every):
+            raise error or UnitsError(ELSEWHERE)
+        most_of = [its[0] for its in every]
+        anew = [rank for rank, its in enumerate(every) if its[2]]
+        forwards = self._together + (self._together > 0 or max(most_of) > 1)
+        if recorder.verifies and max(most_of) > 1 and (anew or not forwards & (forwards - 1)):
+            given = tensors((args, kwargs))
+            device = given[0].device if given else torch.device("cpu")
+            held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
+            held = recorder.ranks.from_rank(anew[0] if anew else most_of.index(max(most_of)), held)
+            args, kwargs = map_tensors(lambda x: x.to(device), held)
+            segments = Segments.of_call(self.forward, args, kwargs)
+            self._try(run, args, kwargs, segments, forwards, digits=None)
+            self._kinds.add(kind(args, kwargs, segments.rows, 0))
+        self._together = forwards
+        return [int(its[1]) for its in every]
 
     def _try(
         self,
@@ -148,12 +171,22 @@ class PackedForward:
         digits: int | None,
     ) -> None:
         recorder = self.recorder
-        trial = SegmentsApart(run, self.forward, (args, kwargs), segments, recorder, self.module, seed)
+        inputs = args, kwargs
+        trial = SegmentsApart(run, self.forward, inputs, segments, recorder, self.module, seed, self._agreed)
         with torch.random.fork_rng(), recorder.setting(segments=segments):
             why = trial.why(digits)
             self.carries = self.carries or (not why and trial.carries())
         if why:
             raise SamplesMeetError(why)
+
+    def _agreed(self, why: str) -> str:
+        """``why``, or that another rank of a sharded model has one, which would go on alone with other forwards."""
+        ranks = self.recorder.ranks
+        if ranks.sharded and not why and any(its[0] for its in ranks.gathered([False])):
+            return ELSEWHERE
+        if ranks.sharded and why:
+            ranks.gathered([True])
+        return why
 
     def remove(self) -> None:
         """No module has a hook of ours any more."""

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import reference
+from dpfast.native import instruction_set
 from dpfast.ops.backends import is_native, is_triton
 from dpfast.reference.rounding import column, drift, of_slip, smallest, underflow, unit_roundoff, with_safety
 
@@ -60,45 +63,82 @@ def _dense_stats(sides: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     B, groups, T, _ = sides[0][1].shape
     if not has_native_stats(sides):
         return torch.stack([_by_sample(reference.ghost_stats, A, G) for A, G in sides])
-    flat = {id(side): side.reshape(-1, side.shape[-1]) for pair in sides for side in pair}
-    samples = [(i * T, (i + 1) * T) for i in range(B * groups)]
-    stats = native_stats([(flat[id(A)], flat[id(G)]) for A, G in sides], samples)
-    return stats.view(len(sides), 5, B, groups)
+    rows = [(A.reshape(B * groups, T, A.shape[3]), G.reshape(B * groups, T, G.shape[3])) for A, G in sides]
+    return native_stats(rows, _whole_rows(B * groups, T)).view(len(sides), 5, B, groups)
+
+
+@lru_cache(maxsize=64)
+def _whole_rows(count: int, T: int) -> Samples:
+    return Samples(range(count), [0] * count, [T] * count)
+
+
+class Samples(NamedTuple):
+    """Where each sample is: its row, and from which position of this on to which end, in order."""
+
+    row: Sequence[int]
+    first: Sequence[int]
+    end: Sequence[int]
 
 
 def has_native_stats(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether there is :func:`native_stats` for these weights."""
+    """Whether there is :func:`native_stats` for these weights, and it is faster than products of torch's."""
     G = sides[0][1]
-    return is_native("ghost_stats", G.device) and reference.compute_dtype(G.dtype) == torch.float32
+    native = is_native("ghost_stats", G.device) and reference.compute_dtype(G.dtype) == torch.float32
+    return native and _has_vectors()
 
 
-def native_stats(sides: Sequence[tuple[Tensor, Tensor]], samples: Sequence[tuple[int, int]]) -> Tensor:
+@lru_cache(maxsize=1)
+def _has_vectors() -> bool:
+    return instruction_set() != "scalar"
+
+
+def native_stats(sides: Sequence[tuple[Tensor, Tensor]], samples: Samples) -> Tensor:
     """What ghost norms and their bounds are made of: ``[n, 5, samples]``, float64, by the compiled library.
 
-    ``sides`` are ``A [R, d]`` and ``G [R, p]`` of n weights, ``samples`` the first row and the end of each sample, in
-    order. Of sides in 16 bits no more than :data:`MOST_COPIED` bytes or one sample are in float32 at a time.
+    ``sides`` are ``A [N, T, d]`` and ``G [N, T, p]`` of n weights. Those in float32 are taken together, where they lie;
+    the Gram matrix of an input that several have is made once. Of others no more than :data:`MOST_COPIED` bytes, or
+    one sample, are in float32 at a time, of weights that have one input.
     """
-    first, end = [first for first, _ in samples], [end for _, end in samples]
-    tiny = smallest(torch.float32)
-    op = torch.ops.dpfast.ghost_stats
-    if all([side.dtype == torch.float32 for pair in sides for side in pair]):
-        whole = {id(side): side.contiguous() for pair in sides for side in pair}
-        return op([whole[id(A)] for A, _ in sides], [whole[id(G)] for _, G in sides], first, end, tiny)
-    out = []
-    for A, G in sides:
-        rows = max(1, MOST_COPIED // (4 * max(A.shape[1], G.shape[1], 1)))
-        parts: list[Tensor] = []
-        k = 0
-        while k < len(samples) or not parts:
-            last = k + 1
-            while last < len(samples) and end[last] - first[k] <= rows:
-                last += 1
-            at, to = (first[k], end[last - 1]) if samples else (0, 0)
-            some = [[row - at for row in each[k:last]] for each in (first, end)]
-            parts.append(op([A[at:to].float().contiguous()], [G[at:to].float().contiguous()], *some, tiny))
-            k = last
-        out.append(torch.cat(parts, 2))
-    return torch.cat(out)
+    by_input: dict[Any, list[int]] = {}
+    for k, (A, G) in enumerate(sides):
+        wide = A.dtype == G.dtype == torch.float32
+        by_input.setdefault(None if wide else (A.data_ptr(), A.shape, A.stride(), A.dtype), []).append(k)
+    found: dict[int, Tensor] = {}
+    for of_input, places in by_input.items():
+        some = [sides[k] for k in places]
+        stats = _stats_of(some, samples) if of_input is None else _stats_in_parts(some, samples)
+        found |= dict(zip(places, stats.unbind(), strict=True))
+    return torch.stack([found[k] for k in range(len(sides))])
+
+
+def _stats_of(sides: Sequence[tuple[Tensor, Tensor]], samples: Samples) -> Tensor:
+    """Of sides in float32."""
+    A, G = ([x if x.stride(2) == 1 else x.contiguous() for x in each] for each in zip(*sides, strict=True))
+    return torch.ops.dpfast.ghost_stats(A, G, *samples, smallest(torch.float32))
+
+
+def _stats_in_parts(sides: Sequence[tuple[Tensor, Tensor]], samples: Samples) -> Tensor:
+    """Of weights with one input, a few samples at a time in float32."""
+    T = sides[0][0].shape[1]
+    one_row = [
+        x.reshape(1, -1, x.shape[2]) if x.shape[2] else x.new_zeros(1, x.shape[0] * T, 0)
+        for x in (sides[0][0], *(G for _, G in sides))
+    ]
+    first = [row * T + t for row, t in zip(samples.row, samples.first, strict=True)]
+    end = [row * T + t for row, t in zip(samples.row, samples.end, strict=True)]
+    most = max(1, MOST_COPIED // (4 * max(1, sum(x.shape[2] for x in one_row))))
+    parts: list[Tensor] = []
+    k = 0
+    while k < len(first) or not parts:
+        last = k + 1
+        while last < len(first) and end[last] - first[k] <= most:
+            last += 1
+        at, to = (first[k], end[last - 1]) if first else (0, 0)
+        A, *G = (x[:, at:to].float() for x in one_row)
+        where = Samples([0] * len(first[k:last]), [t - at for t in first[k:last]], [t - at for t in end[k:last]])
+        parts.append(_stats_of([(A, each) for each in G], where))
+        k = last
+    return torch.cat(parts, 2)
 
 
 def are_small(sides: Sequence[tuple[Tensor, Tensor]]) -> bool:

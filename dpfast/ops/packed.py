@@ -17,6 +17,7 @@ from dpfast import reference
 from dpfast.ops.backends import is_triton
 from dpfast.ops.matmul import (
     BLOCK_UNITS,
+    Samples,
     aligned_columns,
     clipped_weight_gradient,
     has_native_stats,
@@ -38,6 +39,10 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.bounds)
+
+    @cached_property
+    def samples(self) -> Samples:
+        return Samples([0] * len(self), [first for first, _ in self.bounds], [end for _, end in self.bounds])
 
     @cached_property
     def for_kernels(self) -> Any:
@@ -92,11 +97,10 @@ def packed_ghost_squared_norms(sides: Sides, places: Places) -> tuple[Tensor, Te
 
         stats = packed_ghost_norms([A for A, _ in sides], [G for _, G in sides], places.for_kernels)
         return _certified(stats, sides, sizes, places)
-    rows = [(A[0], G[0]) for A, G in sides]
-    if has_native_stats(rows):
-        stats = native_stats(rows, places.bounds)
+    if has_native_stats(sides):
+        stats = native_stats(sides, places.samples)
     else:
-        stats = torch.stack([reference.packed_ghost_stats(*pair, places.bounds) for pair in rows])
+        stats = torch.stack([reference.packed_ghost_stats(A[0], G[0], places.bounds) for A, G in sides])
     return reference.certified_packed_ghosts(stats, sizes, places.lengths(G.device), G.dtype)
 
 

@@ -1,4 +1,5 @@
-"""Which way each layer's norm and clipped sum are computed: the fastest by prediction, within a memory budget.
+"""Which way each layer's norm and clipped sum are computed: the fastest by prediction, within a memory budget; of ways
+that are about as fast the one that keeps less memory.
 
 Every way is exact; the choice moves time and memory only.
 
@@ -94,8 +95,11 @@ def predicted(shape: Shape, way: str, rates: Rates) -> Plan | None:
         seconds = product / rates.tile + clipped_sum
     elif way == "instantiate":
         written = shape.itemsize * shape.elements
-        made = product / rates.sum + shape.batch * rates.call if shape.singly else product / rates.sample
-        seconds = max(made, written / rates.write) + rates.passes * written / rates.read
+        if shape.singly:  # as a sum's product, which writes next to nothing
+            made = product / rates.sum + shape.batch * rates.call + written / rates.write
+        else:
+            made = max(product / rates.sample, written / rates.write)
+        seconds = made + rates.passes * written / rates.read
         kept = max(0, written - shape.sides)
     else:
         raise ValueError(f"way={way!r}: use one of {', '.join(WAYS)}")
@@ -198,8 +202,9 @@ class Planner:
             if found is not None:
                 return found
             warnings.warn(f"plan: there is no {pin!r} for layer {layer!r} on {shape.device}", stacklevel=2)
-        fit = [plan for plan in plans if plan.kept <= max(0.0, self._left_on(shape.device))] or plans[:1]
-        return min((plan for plan in fit if plan.seconds <= NEAR * fit[0].seconds), key=lambda plan: plan.kept)
+        within = [plan for plan in plans if plan.kept <= max(0.0, self._left_on(shape.device))] or plans[:1]
+        near = (plan for plan in within if plan.seconds <= NEAR * within[0].seconds)
+        return min(near, key=lambda plan: plan.kept)
 
     def _pin(self, layer: str) -> str | None:
         """The way that the longest prefix of the layer's name is pinned to; the empty one is of every layer."""

@@ -50,8 +50,11 @@ class SegmentsApart:
         recorder: Recorder,
         module: nn.Module,
         seed: int = 0,
+        agreed: Callable[[str], str] = lambda why: why,
     ):
+        """``agreed``: what all who make these trials together go by, where this one has found a reason, or none."""
         self.run, self.segments, self.recorder, self.module, self.seed = run, segments, recorder, module, seed
+        self.agreed = agreed
         self.inputs = map_tensors(lambda x: x.view_as(x), inputs)  # labels may be the ids themselves
         given = named(forward, *self.inputs)
         self.marks = {id(x) for name, x in given.items() if name in MARKS or "mask" in name}
@@ -72,17 +75,19 @@ class SegmentsApart:
             return ""
         before = self._unchanged
         if self.watch.found:
-            return (
+            return self.agreed(
                 f"units={PACKED!r}: the model orders or picks positions of packed rows by an index "
                 f"({self.watch.found}), as a mixture of experts does. In another batch that may be another order, so "
                 f"that it cannot be told which gradient is of which sample. Pad samples to rows of their own"
             )
+        if elsewhere := self.agreed(""):
+            return elsewhere
         for digit in chosen:
             for value in (0, 1):
                 of_segment = torch.tensor([*((k >> digit & 1) == value for k in order), True])
                 changing = of_segment[self.segments.numbers]  # padding may change too
                 after = self._seen(self._replaced(changing))
-                if changed := self._changed(before, after, ~changing & (self.segments.numbers >= 0)):
+                if changed := self.agreed(self._changed(before, after, ~changing & (self.segments.numbers >= 0))):
                     return changed
         return self._moved(order)
 
@@ -103,14 +108,18 @@ class SegmentsApart:
                 part = sum(value is None or k % 2 == value for k in order) / len(order)
                 after = self._seen(self._picked(index), index, part)
                 staying = self.segments.numbers.gather(1, index) >= 0
+                found = ""
                 for key in before.keys() & after.keys():
                     x, y = _at(before[key], index)[staying][:, 1:], after[key][staying][:, 1:]
                     scale = torch.maximum(x, y).amax(-1, keepdim=True).clamp_min(0.01 * largest[key])
                     if bool(((x - y).abs() > rounding(self.recorder) * scale).any()):
-                        return self._meet(
+                        found = self._meet(
                             f"{key[0]} changes where the sample stands elsewhere in the row, or beside fewer others: "
                             f"give the model position_ids that begin at 0 in each sample"
                         )
+                        break
+                if found := self.agreed(found):
+                    return found
         return ""
 
     def _reversed(self, kept: list[bool]) -> Tensor:
@@ -187,9 +196,10 @@ class SegmentsApart:
             try:
                 with not_finite(self.module, bad):
                     after = self._seen(self.inputs, bad=bad)
-            except (RuntimeError, ValueError, IndexError, AssertionError, ArithmeticError):
-                return True  # of code that looks at values: nothing is shown
-            if self._changed(before, after, ~bad & (self.segments.numbers >= 0)):
+                changed = self._changed(before, after, ~bad & (self.segments.numbers >= 0))
+            except (RuntimeError, ValueError, IndexError, AssertionError, ArithmeticError) as error:
+                changed = str(error) or "an error"  # of code that looks at values: nothing is shown
+            if self.agreed(changed):
                 return True
         return False
 

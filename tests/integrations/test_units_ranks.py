@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfast import BatchMemoryManager, PrivacyEngine
@@ -141,8 +142,19 @@ class Attends(Sums):
         return self.head(x + nn.functional.scaled_dot_product_attention(q, k, v, mask).squeeze(1))
 
 
+class Recomputes(nn.Module):
+    """Attention that is computed again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Attends()
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, input_ids, position_ids, use_reentrant=False)
+
+
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
-@pytest.mark.parametrize("build, rate", [(Sums, 0.6), (Attends, 0.6), (Attends, 0.1)])
+@pytest.mark.parametrize("build, rate", [(Sums, 0.6), (Attends, 0.6), (Attends, 0.1), (Recomputes, 0.1)])
 def test_packed_rows_of_ranks_together_are_those_of_one_process(build, rate, kind, ranks):
     """Each rank packs its share; at the lower rate most of them have no sample."""
     alone = packed_rank(0, 1, kind, build, rate)
@@ -174,3 +186,53 @@ def test_what_one_rank_sees_of_packed_rows_all_ranks_of_a_sharded_model_refuse(b
     """No rank waits for another one."""
     found = ranks(packed_rank, 3, "sharded", build, 1.0, torch.inf)
     assert all(isinstance(one, Exception) and why in str(one) for one in found), found
+
+
+class Switches(Meets):
+    """Positions meet where it is asked to mix them."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mix: bool = False) -> torch.Tensor:
+        return super().forward(input_ids, position_ids) if mix else self.head(self.ids(input_ids))
+
+
+def refusals(rank: int, build: Any, rows: list, calls: list) -> list[str]:
+    """What each forward of a sharded model is refused for; ``rows`` has a ``seq_idx`` or position ids for each rank."""
+    torch.manual_seed(0)
+    batches = PoissonBatches(8, 3, seed=4, rank=rank, world_size=3)
+    model = fully_shard(build())
+    model, _, _ = PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader([torch.arange(5)] * 8, batch_sampler=batches, collate_fn=Packed(8)),
+        noise_multiplier=0.7,
+        max_grad_norm=0.5,
+        units="packed",
+    )
+    found = []
+    for more in calls:
+        positions = torch.tensor(rows[rank])
+        try:
+            model(torch.arange(positions.numel()).view_as(positions) % 9, position_ids=positions, **more)
+            found.append("")
+        except (ValueError, RuntimeError) as error:
+            found.append(str(error))
+    return found
+
+
+ALONE, TWO = [[0, 1, 2]], [[0, 0, 1]]  # one sample in a row, and two
+
+
+@pytest.mark.parametrize(
+    ("build", "rows", "calls", "refused"),
+    [
+        (Meets, [ALONE, TWO, ALONE], [{}] * 4, [True] * 4),  # again and again
+        (Meets, [ALONE * 3, TWO, ALONE * 3], [{}], [True]),  # a trial on three rows of one sample would show nothing
+        (Switches, [TWO, TWO, TWO], [{}, {}, dict(mix=True)], [False, False, True]),  # called in another way
+        (Sums, [ALONE, ALONE, [[1, 2, 3]]], [{}], [True]),  # it cannot be told where samples begin, on one rank
+    ],
+    ids=["raised", "most", "kind", "unmarked"],
+)
+def test_trials_of_ranks_together(build, rows, calls, refused, ranks):
+    """What one of them sees all of them are told of, and none is left waiting."""
+    for found in ranks(refusals, build, rows, calls):
+        assert [bool(text) for text in found] == refused, found

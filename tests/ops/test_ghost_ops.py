@@ -15,9 +15,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def stats(A, G, samples):
-    """``[n, 5, samples]``."""
+    """``[n, 5, samples]`` of samples in one row."""
     first, end = ([*each] for each in zip(*samples, strict=True)) if samples else ([], [])
-    return torch.ops.dpfast.ghost_stats(A, G, first, end, TINY)
+    A, G = ([x[None] for x in each] for each in (A, G))
+    return torch.ops.dpfast.ghost_stats(A, G, [0] * len(first), first, end, TINY)
 
 
 def close(got, want):
@@ -99,7 +100,7 @@ def test_every_instruction_set(ops, isa, tmp_path):
     """Lanes are added up in another order: as close to float64."""
     A, G, samples = torch.randn(130, 77), torch.randn(130, 45), [(0, 9), (9, 130)]
     file = tmp_path / "given.pt"
-    torch.save(([A], [G], [0, 9], [9, 130], TINY), file)
+    torch.save(([A[None]], [G[None]], [0, 0], [0, 9], [9, 130], TINY), file)
     env = os.environ | {"DPFAST_CPU_ISA": isa, "DPFAST_LIBRARY_CPU": str(native.library("cpu").path)}
     here = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", OTHER, str(file)], check=True, cwd=here, env=env, timeout=300)
@@ -109,34 +110,60 @@ def test_every_instruction_set(ops, isa, tmp_path):
     close(got, reference.packed_ghost_stats(A.double(), G.double(), samples)[None])
 
 
+def test_sides_where_they_lie(ops):
+    """Samples of several rows, with the batch second, and a part of wider rows: as of copies."""
+    T, N = 50, 3
+    A, G = torch.randn(T, N, 24).transpose(0, 1), torch.randn(N, T, 40)[..., 3:20]
+    samples = matmul.Samples([0, 0, 2], [1, 20, 0], [20, 50, 49])
+    got = ops.ghost_stats([A], [G], *samples, TINY)
+    assert torch.equal(got, ops.ghost_stats([A.contiguous()], [G.contiguous()], *samples, TINY))
+    one_row = [x.reshape(N * T, -1).double() for x in (A, G)]
+    close(got, reference.packed_ghost_stats(*one_row, [(1, 20), (20, 50), (2 * T, 2 * T + 49)])[None])
+
+
+@pytest.mark.parametrize("d, p", [(0, 5), (5, 0)])
+def test_a_layer_without_features(ops, d, p):
+    A, G = torch.randn(4, 1, 3, d), torch.randn(4, 1, 3, p)
+    for dtype in (torch.float32, torch.bfloat16):
+        squared, _ = matmul.ghost_squared_norms([(A.to(dtype), G.to(dtype))])
+        assert squared.shape == (1, 4) and not squared.any()
+
+
 @pytest.mark.parametrize(
-    "A, G, first, end, why",
+    "A, G, row, first, end, why",
     [
-        ([(4, 3)], [(4, 2), (4, 2)], [0], [1], "lists of one length"),
-        ([(4, 3)], [(5, 2)], [0], [1], r"G\[0\] must be \[R, features\]"),
-        ([(4, 3, 1)], [(4, 2)], [0], [1], r"A\[0\] must be \[R, features\]"),
-        ([(4, 3)], [(4, 2)], [0, 1], [1], "first and end must be lists of one length"),
-        ([(4, 3)], [(4, 2)], [0], [5], "sample 0 has the positions 0 to 5 of 4"),
-        ([(4, 3)], [(4, 2)], [3], [2], "sample 0 has the positions 3 to 2 of 4"),
-        ([(4, 3)], [(4, 2)], [-1], [2], "sample 0 has the positions -1 to 2 of 4"),
+        ([(1, 4, 3)], [(1, 4, 2), (1, 4, 2)], [0], [0], [1], "lists of one length"),
+        ([(1, 4, 3)], [(1, 5, 2)], [0], [0], [1], r"G\[0\] must be \[N, T, features\]"),
+        ([(4, 3)], [(1, 4, 2)], [0], [0], [1], r"A\[0\] must be \[N, T, features\]"),
+        ([(1, 4, 3)], [(1, 4, 2)], [0], [0, 1], [1], "row, first and end must be lists of one length"),
+        ([(1, 4, 3)], [(1, 4, 2)], [0], [0], [5], "sample 0 has the positions 0 to 5 of row 0"),
+        ([(1, 4, 3)], [(1, 4, 2)], [0], [3], [2], "sample 0 has the positions 3 to 2 of row 0"),
+        ([(1, 4, 3)], [(1, 4, 2)], [0], [-1], [2], "sample 0 has the positions -1 to 2 of row 0"),
+        ([(1, 4, 3)], [(1, 4, 2)], [1], [0], [2], "sample 0 has the positions 0 to 2 of row 1"),
+        ([(1, 4, 3)], [(1, 4, 2)], [-1], [0], [2], "sample 0 has the positions 0 to 2 of row -1"),
     ],
 )
-def test_what_is_refused(ops, A, G, first, end, why):
+def test_what_is_refused(ops, A, G, row, first, end, why):
     sides = [[torch.zeros(shape) for shape in each] for each in (A, G)]
     with pytest.raises(RuntimeError, match=why):
-        ops.ghost_stats(*sides, first, end, TINY)
-    if A == [(4, 3)] and G == [(4, 2)]:
-        with pytest.raises(RuntimeError, match=r"A\[0\] must be float32"):
-            ops.ghost_stats([sides[0][0].double()], sides[1], [0], [1], TINY)
+        ops.ghost_stats(*sides, row, first, end, TINY)
+
+
+def test_other_dtypes_and_features_apart_are_refused(ops):
+    A, G = torch.zeros(1, 4, 3), torch.zeros(1, 4, 2)
+    with pytest.raises(RuntimeError, match=r"A\[0\] must be float32"):
+        ops.ghost_stats([A.double()], [G], [0], [0], [1], TINY)
+    with pytest.raises(RuntimeError, match=r"G\[0\] must have its features one behind the other"):
+        ops.ghost_stats([A], [torch.zeros(1, 2, 4).transpose(1, 2)], [0], [0], [1], TINY)
 
 
 @pytest.mark.parametrize("most", [1, 1 << 9, 1 << 26])
 def test_sides_in_16_bits_are_copied_in_parts(monkeypatch, most):
-    """The same bits as of copies in float32."""
+    """The same bits as of copies in float32, beside sides that are."""
     monkeypatch.setattr(matmul, "MOST_COPIED", most)
-    samples = [(1, 4), (4, 20), (22, 23), (30, 40)]
-    A, G = torch.randn(40, 12).bfloat16(), torch.randn(40, 7).bfloat16()
-    got = matmul.native_stats([(A, G), (A.float(), G)], samples)
-    want = matmul.native_stats([(A.float(), G.float())], samples)
-    assert torch.equal(got, torch.cat([want, want]))
-    assert matmul.native_stats([(A, G)], []).shape == (1, 5, 0)
+    samples = matmul.Samples([0, 0, 1, 1], [1, 4, 2, 10], [4, 20, 3, 20])
+    A, G, other = torch.randn(2, 20, 12).bfloat16(), torch.randn(2, 20, 7).bfloat16(), torch.randn(2, 20, 3).bfloat16()
+    got = matmul.native_stats([(A, G), (A.float(), G.float()), (A, other)], samples)
+    want = matmul.native_stats([(A.float(), G.float()), (A.float(), other.float())], samples)
+    assert torch.equal(got, want[[0, 0, 1]])
+    assert matmul.native_stats([(A, G)], matmul.Samples([], [], [])).shape == (1, 5, 0)

@@ -1,5 +1,5 @@
 // Rows of a Gram matrix: dot products of the rows of a matrix, which are read where they lie. Each is made lane by lane,
-// by fma where vectors have it, in one order whatever the blocks and the threads.
+// by fma where vectors have it, in an order that its place and the width decide, whatever the threads.
 #include <algorithm>
 
 #include "vector.h"
@@ -109,12 +109,12 @@ __attribute__((noinline)) void block(const float* a, const float* b, int64_t str
 template <int COUNT>
 void columns(const GramRows& g, int64_t begin, int64_t j) {
   const int64_t n = std::min(CHUNK, g.size - begin), rows = std::min(g.rows, j + COUNT);
-  const float *a = g.x + begin, *b = a + j * g.size;
+  const float *a = g.x + begin, *b = a + j * g.stride;
   const bool more = begin > 0;
   int64_t i = 0;
-  for (; i + MOST <= rows; i += MOST) block<MOST, COUNT>(a + i * g.size, b, g.size, n, g.out + i * g.width + j, g.width, more);
-  for (; i + 2 <= rows; i += 2) block<2, COUNT>(a + i * g.size, b, g.size, n, g.out + i * g.width + j, g.width, more);
-  for (; i < rows; ++i) block<1, COUNT>(a + i * g.size, b, g.size, n, g.out + i * g.width + j, g.width, more);
+  for (; i + MOST <= rows; i += MOST) block<MOST, COUNT>(a + i * g.stride, b, g.stride, n, g.out + i * g.width + j, g.width, more);
+  for (; i + 2 <= rows; i += 2) block<2, COUNT>(a + i * g.stride, b, g.stride, n, g.out + i * g.width + j, g.width, more);
+  for (; i < rows; ++i) block<1, COUNT>(a + i * g.stride, b, g.stride, n, g.out + i * g.width + j, g.width, more);
 }
 
 }  // namespace
