@@ -22,7 +22,7 @@ from dpfast import tables
 
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 RECORDS = ROOT / "bench" / "results"
-COMPARED = RECORDS / "models-cpu-20261122-182528.json"  # all methods on all models
+COMPARED = RECORDS / "models-cpu-20261130-041233.json"  # all methods on all models
 SHOWN = ("dpfast", "hooks", "functorch", "ghost", "fastdp", "opake", "flashdp")
 IN_README = {  # its models, by shorter names, and its methods
     "mlp": "MLP",
