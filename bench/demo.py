@@ -221,7 +221,8 @@ def rows(task: Task, found: list[Result]) -> list[list[str]]:
 def about(names: list[str], methods: list[str]) -> str:
     """What is about to be done."""
     tasks = " and a ".join(TASKS[name].title.removeprefix("a ") for name in names)
-    ways = ", ".join({"nonprivate": "without privacy"}.get(m, f"privately with {METHODS[m].title}") for m in methods)
+    known = {"nonprivate": "without privacy", "dpfast-graphed": "privately with dpfast and a recorded step"}
+    ways = ", ".join(known.get(method, f"privately with {METHODS[method].title}") for method in methods)
     return ABOUT.format(tasks=f"A {tasks}", ways=ways, threads=THREADS)
 
 

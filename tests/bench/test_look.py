@@ -64,7 +64,8 @@ def test_the_demo_says_what_it_does_and_what_comes_next(monkeypatch, capsys, tmp
     assert demo.main() == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith("A GroupNorm CNN on digits and a small GPT on CPython")
-    assert "without privacy, privately with dpfast, privately with Opacus hooks" in lines[1]
+    ways = "privately with dpfast, privately with dpfast and a recorded step, privately with Opacus hooks"
+    assert f"without privacy, {ways}" in lines[1]
     last = lines[lines.index("What next?") + 1 :]
     assert len(last) == 4 and lines[-1] == last[-1]
     for path in ("examples/image_cnn.py", "docs/guarantee.md"):
