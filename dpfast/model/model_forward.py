@@ -19,13 +19,13 @@ from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
 from dpfast.capture.refusals import ONE_BY_ONE, BypassError, refuse_gradient_hooks
 from dpfast.capture.shift import Shift, inside_checkpoint
 from dpfast.capture.traced_tap import batch_token
-from dpfast.capture.trees import map_tensors, packed_sequences, tensors
+from dpfast.capture.trees import packed_sequences, tensors
 from dpfast.layers.broadcast import UnservedError
 from dpfast.layers.generic import Generic
 from dpfast.model import graph_inputs
 from dpfast.model.bare_parameters import BareForward, BareParameters
 from dpfast.model.forwards import Forward, lend, on_nobody, trains
-from dpfast.model.packed_forward import PackedForward
+from dpfast.model.packed_forward import PackedForward, batch_of
 from dpfast.refusals import (
     BatchStatisticsError,
     LayoutError,
@@ -177,16 +177,12 @@ class ModelForward(Forward):
             rows = self.packed.check_together(lambda args, kwargs: module(*args, **kwargs), args, kwargs)
         if self._agreed:
             return
-        given = tensors((args, kwargs))
-        sizes = input_sizes(args, kwargs, self.batch_dim)
         if rows is None:
+            sizes = input_sizes(args, kwargs, self.batch_dim)
             rows = [int(row[0]) for row in recorder.ranks.gathered([max(sizes, default=0)])]
         if max(rows) < 2:
             return
-        device = given[0].device if given else torch.device("cpu")
-        held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
-        held = recorder.ranks.from_rank(rows.index(max(rows)), held)
-        args, kwargs = map_tensors(lambda x: x.to(device), held)
+        args, kwargs = batch_of(recorder.ranks, rows.index(max(rows)), (args, kwargs))
         sizes = input_sizes(args, kwargs, self.batch_dim)
         recorder.batch_sizes = [size for size in sizes if size != 1] or sizes[:1]
         recorder.new_layouts = set()

@@ -15,6 +15,7 @@ from dpfast.capture.recorder import OUTSIDE, Recorder, running_backward
 from dpfast.capture.segments import ELSEWHERE, PACKED, Segments
 from dpfast.capture.shift import inside_checkpoint
 from dpfast.capture.trees import map_tensors, tensors
+from dpfast.distributed.ranks import Ranks
 from dpfast.layers.segment_attention import SegmentAttention
 from dpfast.refusals import SamplesMeetError, UnitsError
 from dpfast.separation import SegmentsApart, kept, kind
@@ -150,11 +151,8 @@ class PackedForward:
         anew = [rank for rank, its in enumerate(every) if its[2]]
         forwards = self._together + (self._together > 0 or max(most_of) > 1)
         if recorder.verifies and max(most_of) > 1 and (anew or not forwards & (forwards - 1)):
-            given = tensors((args, kwargs))
-            device = given[0].device if given else torch.device("cpu")
-            held = map_tensors(lambda x: x.detach().cpu(), (args, kwargs))
-            held = recorder.ranks.from_rank(anew[0] if anew else most_of.index(max(most_of)), held)
-            args, kwargs = map_tensors(lambda x: x.to(device), held)
+            rank = anew[0] if anew else most_of.index(max(most_of))
+            args, kwargs = batch_of(recorder.ranks, rank, (args, kwargs))
             segments = Segments.of_call(self.forward, args, kwargs)
             self._try(run, args, kwargs, segments, forwards, digits=None)
             self._kinds.add(kind(args, kwargs, segments.rows, 0))
@@ -182,10 +180,8 @@ class PackedForward:
     def _agreed(self, why: str) -> str:
         """``why``, or that another rank of a sharded model has one, which would go on alone with other forwards."""
         ranks = self.recorder.ranks
-        if ranks.sharded and not why and any(its[0] for its in ranks.gathered([False])):
-            return ELSEWHERE
-        if ranks.sharded and why:
-            ranks.gathered([True])
+        if ranks.sharded and any(its[0] for its in ranks.gathered([bool(why)])):
+            return why or ELSEWHERE
         return why
 
     def remove(self) -> None:
@@ -222,6 +218,14 @@ class PackedForward:
         if not hasattr(self._entered, "stack"):
             self._entered.stack = []
         return self._entered.stack
+
+
+def batch_of(ranks: Ranks, rank: int, inputs: Any) -> Any:
+    """The inputs of a model on that rank, on the device of those of this one; all ranks ask together."""
+    given = tensors(inputs)
+    device = given[0].device if given else torch.device("cpu")
+    held = ranks.from_rank(rank, map_tensors(lambda x: x.detach().cpu(), inputs))
+    return map_tensors(lambda x: x.to(device), held)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

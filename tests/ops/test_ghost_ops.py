@@ -49,7 +49,7 @@ def test_an_input_that_is_shared_changes_nothing(ops):
     A, G = torch.randn(70, 33), [torch.randn(70, p) for p in (5, 129, 16)]
     samples = [(0, 20), (20, 70)]
     assert torch.equal(stats([A, A, A], G, samples), stats([A.clone() for _ in G], G, samples))
-    wide = torch.randn(35, 66)  # as many bytes at the same address, of another width
+    wide = torch.randn(35, 66)
     both = stats([wide, wide], [torch.randn(35, 4), torch.randn(35, 4)], [(0, 35)])
     assert both.isfinite().all() and not torch.equal(both[0], both[1])
 
